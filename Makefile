@@ -1,0 +1,38 @@
+# Two commands are enough: `make repro` and `make test`. Each makes the environment it needs.
+VENV ?= .venv
+PYTHON ?= python3
+PRESET ?=
+ONLY ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml .ci/constraints.txt | sha256sum | cut -c1-16)
+# Stages and tests find the environment's programs first.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: repro test lint bench clean
+.DEFAULT_GOAL := repro
+
+$(STAMP):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "StreetVision needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	rm -f $(VENV)/installed-*
+	touch $@
+
+repro: $(STAMP)  ## run the pipeline, optionally with a preset: make repro PRESET=smoke
+	python -m streetvision repro $(if $(PRESET),--preset $(PRESET))
+
+test: lint  ## lint, types and all tests
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadgroup
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: $(STAMP)  ## ratios against what one would pick instead: make bench ONLY=sweep
+	python -m tests.benchmarks $(ONLY)
+
+clean:  ## remove what can be made again; the DVC cache stays
+	rm -rf data/raw data/splits data/embeddings data/quarantine.csv models/classifier models/policy models/bundle
+	rm -rf .streetvision .mypy_cache .ruff_cache .pytest_cache

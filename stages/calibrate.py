@@ -1,0 +1,53 @@
+"""Phase 5, from logits to the deployed probability: `python -m stages.calibrate`."""
+
+from __future__ import annotations
+
+from stages.common import Stage, run_stage
+from streetvision.artifacts import read_json, write_bytes_atomic, write_json_atomic
+
+
+def calibrate(stage: Stage) -> None:
+    """VAL_CALIB logits → `scrc_params.json` and `.pkl`, with the phase-2 threshold as baseline."""
+    from streetvision.data.embeddings import read_embeddings
+    from streetvision.decision.inputs import sigmoid
+    from streetvision.decision.pickling import dump_policy_pickle
+    from streetvision.decision.policy import fit_policy, scrc_document
+    from streetvision.decision.report import calibration_metrics
+    from streetvision.evaluation.metrics import prior_weights
+    from streetvision.evaluation.plots import plot_reliability
+
+    params, paths = stage.params, stage.paths
+    source = paths.embeddings("val_calib")
+    calib = read_embeddings(source)
+    baseline = read_json(paths.thresholds, "sweep")
+    policy, report = fit_policy(
+        calib.logits, calib.labels, calib.groups,
+        params.decision.served_prior, params.decision.n_resamples, params.seed,
+    )  # fmt: skip
+    document = scrc_document(policy, report)
+    write_json_atomic(paths.scrc_params, document)
+    write_bytes_atomic(paths.scrc_pickle, dump_policy_pickle(document))
+    metrics = calibration_metrics(report, policy, calib.logits, calib.labels, baseline["threshold"])
+    write_json_atomic(paths.metric("calibrate"), metrics)
+    weights = prior_weights(calib.labels, params.decision.served_prior)
+    plots = {
+        "reliability_before.png": (sigmoid(calib.logits), "VAL_CALIB, sigmoid of the logit"),
+        "reliability_after.png": (
+            policy.calibrated_probability(calib.logits),
+            "VAL_CALIB, calibrated (the data it was fitted on)",
+        ),
+    }
+    outputs = [paths.scrc_params, paths.scrc_pickle, paths.metric("calibrate")]
+    for name, (probabilities, title) in plots.items():
+        picture = plot_reliability(calib.labels, probabilities, weights, title)
+        outputs.append(write_bytes_atomic(paths.plot(name), picture))
+    stage.write_manifest(
+        stage.config("decision"),
+        [source, paths.thresholds],
+        outputs,
+        metrics["decision"]["deployed"],
+    )
+
+
+if __name__ == "__main__":
+    run_stage("calibrate", __doc__, calibrate)

@@ -1,0 +1,89 @@
+"""What every stage script does around its work: arguments, parameters, run log, errors, manifest."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streetvision.artifacts import (
+    ArtifactSchema,
+    create_step_manifest,
+    run_log,
+    scratch_folder,
+    sha256_file,
+    write_json_atomic,
+)
+from streetvision.errors import UserError, guarded
+from streetvision.imports import code_sha256
+from streetvision.params import Params, load_params
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of one stage, in the project whose root is the working directory."""
+
+    name: str
+    params: Params
+    paths: ArtifactSchema
+    log: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, *sections: str) -> dict[str, Any]:
+        """The parameters that determine this stage's result."""
+        values = self.params.model_dump(mode="json")
+        return {name: values[name] for name in ("seed", *sections)}
+
+    @contextmanager
+    def scratch(self, config: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Path]:
+        """Yield a folder that survives a crash, keyed by parameters, data and code."""
+        code = code_sha256(f"stages.{self.name}", self.paths.root)
+        key = {"config": config, "data": data, "code": code}
+        with scratch_folder(self.paths.scratch, self.name, key) as folder:
+            yield folder
+
+    def upstream(self, *steps: str) -> dict[str, str]:
+        """Fingerprints of the data of earlier steps: their manifests hash every file."""
+        found = {}
+        for step in steps:
+            path = self.paths.manifest(step)
+            if not path.is_file():
+                raise UserError(f"{path} is missing; the stage `{step}` makes it")
+            found[step] = sha256_file(path)
+        return found
+
+    def write_manifest(
+        self,
+        config: Mapping[str, Any],
+        inputs: list[Path],
+        outputs: list[Path],
+        metrics: Mapping[str, Any],
+    ) -> None:
+        """Write `<stage>.manifest.json`, the last file of a stage."""
+        document = create_step_manifest(
+            self.paths.root, self.name, config, inputs, outputs, metrics
+        )
+        write_json_atomic(self.paths.manifest(self.name), document)
+
+
+def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> None:
+    """Run `body` as the program `python -m stages.<name>`; a user's mistake ends in one line, exit code 2."""
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{name}", description=description)
+    parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"{name}: %(message)s", force=True
+    )
+    root = Path.cwd()
+
+    def main() -> None:
+        paths = ArtifactSchema(root)
+        params = load_params(root / "params.yaml")
+        paths.ensure_dirs()
+        with run_log(paths.run_log, name) as entry:
+            body(Stage(name, params, paths, entry))
+
+    sys.exit(guarded(name, main))

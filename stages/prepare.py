@@ -1,0 +1,35 @@
+"""Decode, check, group and split the images: `python -m stages.prepare`."""
+
+from __future__ import annotations
+
+from stages.common import Stage, run_stage
+from streetvision.artifacts import write_json_atomic
+from streetvision.data.schema import SPLITS
+
+
+def prepare(stage: Stage) -> None:
+    """`data/raw` → four split files, `data/quarantine.csv`, `metrics/data.json`."""
+    from streetvision.data.prepare import prepare_splits
+    from streetvision.progress import progress
+
+    paths = stage.paths
+    splits = {name: paths.split(name) for name in SPLITS}
+    config = stage.config("data")
+    with stage.scratch(config, stage.upstream("ingest")) as scratch:
+        report = prepare_splits(
+            paths.raw,
+            splits,
+            paths.quarantine,
+            scratch,
+            data=stage.params.data,
+            seed=stage.params.seed,
+            workers=stage.params.hardware.workers,
+            progress=progress,
+        )
+        write_json_atomic(paths.metric("data"), report)
+        outputs = [*splits.values(), paths.quarantine, paths.metric("data")]
+        stage.write_manifest(config, [paths.raw], outputs, {"rows_kept": report["rows_kept"]})
+
+
+if __name__ == "__main__":
+    run_stage("prepare", __doc__, prepare)

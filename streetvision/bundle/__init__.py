@@ -1,0 +1,1 @@
+"""The deployable bundle and its predictor."""

@@ -1,0 +1,104 @@
+"""Writing a bundle: model, policy and everything needed to use them, under one manifest."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+import tarfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from streetvision.artifacts import (
+    read_json,
+    sha256_file,
+    write_atomic,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from streetvision.bundle.validate import BUNDLE_JSON, read_bundle
+from streetvision.data.schema import CLASS_NAMES
+from streetvision.errors import UserError
+from streetvision.models.classifier import CONFIG, WEIGHTS, ClassifierConfig, load_weights_into
+
+FORMAT_VERSION = 1
+
+
+def export_bundle(
+    classifier: Path,
+    scrc_params: Path,
+    scrc_pickle: Path,
+    output: Path,
+    *,
+    batch_size: int,
+    make_tar: bool,
+) -> dict[str, Any]:
+    """Write the bundle folder from its parts and read it back through all checks.
+
+    Returns
+    -------
+    Content of `metrics/export.json`: parameters, bytes, number of files.
+
+    Raises
+    ------
+    UserError
+        Lists every missing artifact and the stage that makes it.
+    """
+    import torch
+
+    needed = {
+        classifier / WEIGHTS: "train",
+        classifier / CONFIG: "train",
+        scrc_params: "calibrate",
+        scrc_pickle: "calibrate",
+    }
+    missing = [f"{path} (stage `{stage}`)" for path, stage in needed.items() if not path.is_file()]
+    if missing:
+        raise UserError(f"a bundle needs {', '.join(missing)}")
+    config = ClassifierConfig.from_dict(read_json(classifier / CONFIG, "train"))
+    model = load_weights_into(config, classifier / WEIGHTS)
+    output.mkdir(parents=True, exist_ok=True)
+    for source in (classifier / WEIGHTS, scrc_params, scrc_pickle):
+        write_atomic(output / source.name, partial(shutil.copyfile, source))
+    # A plain state dict beside the safetensors file, for tools that read nothing else.
+    buffer = io.BytesIO()
+    torch.save(dict(model.state_dict()), buffer)
+    write_bytes_atomic(output / "model.pth", buffer.getvalue())
+    names = sorted([WEIGHTS, "model.pth", scrc_params.name, scrc_pickle.name])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    document = {
+        "format_version": FORMAT_VERSION,
+        "policy_type": "scrc",
+        "policy": {"policy_type": "scrc", "policy_path": scrc_params.name},
+        "model_checkpoint": WEIGHTS,
+        "cvfm_weights": None,
+        "classifier": config.to_dict(),
+        "views": {"mode": "single"},
+        "class_names": list(CLASS_NAMES),
+        "parameters": parameters,
+        "batch_size": batch_size,
+        "files": {name: sha256_file(output / name) for name in names},
+    }
+    write_json_atomic(output / BUNDLE_JSON, document)
+    read_bundle(output)
+    size = sum((output / name).stat().st_size for name in [*names, BUNDLE_JSON])
+    if make_tar:
+        write_atomic(
+            output / "bundle.tar.gz", lambda path: _tar(output, [*names, BUNDLE_JSON], path)
+        )
+    return {"parameters": parameters, "bytes": size, "files": len(names) + 1}
+
+
+def _tar(folder: Path, names: list[str], path: Path) -> None:
+    """A tar.gz whose bytes depend on the files' content alone: no times, owners or file name."""
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for name in sorted(names):
+            info = tarfile.TarInfo(name)
+            data = (folder / name).read_bytes()
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))

@@ -1,0 +1,85 @@
+"""Inference from a bundle: the code that `evaluate` runs and a miner deploys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from streetvision.artifacts import read_json
+from streetvision.bundle.validate import read_bundle
+from streetvision.decision.policy import Policy, policy_from_document
+from streetvision.models.classifier import (
+    ClassifierConfig,
+    RoadworkClassifier,
+    load_weights_into,
+    pick_device,
+    score,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Predictor:
+    """Probability of roadwork for street images, at the served prior; decide with p > 0.5, strictly.
+
+    Examples
+    --------
+    >>> predictor = Predictor.load("models/bundle")  # doctest: +SKIP
+    >>> predictor(image)  # doctest: +SKIP
+    0.93
+    """
+
+    def __init__(
+        self,
+        model: RoadworkClassifier,
+        config: ClassifierConfig,
+        policy: Policy,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.config = config
+        self.policy = policy
+        self.batch_size = batch_size
+        self.device = device
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "auto") -> Predictor:
+        """Load a bundle folder after checking every file against its SHA-256; runs no stored code.
+
+        Raises
+        ------
+        UserError
+            The bundle is incomplete, was changed, or the device is not there.
+        """
+        bundle = read_bundle(Path(folder))
+        config = ClassifierConfig.from_dict(bundle.document["classifier"])
+        model = load_weights_into(config, bundle.model_path)
+        policy = policy_from_document(read_json(bundle.policy_path, "export"))
+        return cls(model, config, policy, int(bundle.document["batch_size"]), pick_device(device))
+
+    def __call__(self, image: Image) -> float:
+        """Deployed probability in [0, 1] of one upright image."""
+        return float(self.probabilities([image])[0])
+
+    def probabilities(self, images: Iterable[Image]) -> NDArray[np.float64]:
+        """Deployed probabilities [N]."""
+        return self.policy.deployed_probability(self.logits(images))
+
+    def logits(self, images: Iterable[Image]) -> NDArray[np.float64]:
+        """Raw logits [N] of the classifier, before the policy; images are read as they are needed."""
+
+        def inputs() -> Iterator[NDArray[np.uint8]]:
+            for image in images:
+                yield self.config.preprocessing.apply(image)
+
+        found, _features = score(
+            self.model, self.config.preprocessing, inputs(), self.batch_size, self.device
+        )
+        return found.astype(np.float64)

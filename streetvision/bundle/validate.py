@@ -1,0 +1,68 @@
+"""Reading a bundle's `bundle.json` with every check that a deployment relies on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from streetvision.artifacts import read_json, sha256_file
+from streetvision.errors import UserError
+
+BUNDLE_JSON = "bundle.json"
+REQUIRED = (
+    "format_version", "policy_type", "policy", "model_checkpoint", "cvfm_weights", "classifier",
+    "views", "class_names", "parameters", "batch_size", "files",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    """A checked `bundle.json`; `document` is its content."""
+
+    folder: Path
+    document: dict[str, Any]
+
+    @property
+    def policy_path(self) -> Path:
+        """The active policy's JSON."""
+        return self.folder / str(self.document["policy"]["policy_path"])
+
+    @property
+    def model_path(self) -> Path:
+        """The classifier's weights."""
+        return self.folder / str(self.document["model_checkpoint"])
+
+
+def read_bundle(folder: Path) -> BundleManifest:
+    """Read and check a bundle folder: keys, one active policy, relative paths, SHA-256 of every file.
+
+    Raises
+    ------
+    UserError
+        Names the key or file that is wrong.
+    """
+    document = read_json(folder / BUNDLE_JSON, "export")
+    missing = [key for key in REQUIRED if key not in document]
+    if missing:
+        raise UserError(f"{folder / BUNDLE_JSON}: missing {', '.join(missing)}")
+    policy = document["policy"]
+    if document["policy_type"] != "scrc" or policy.get("policy_type") != "scrc":
+        raise UserError(
+            f'{folder / BUNDLE_JSON}: policy_type must be "scrc", the one active policy'
+        )
+    files: dict[str, str] = document["files"]
+    for name in [*files, policy["policy_path"], document["model_checkpoint"]]:
+        inner = PurePosixPath(name)
+        if inner.is_absolute() or ".." in inner.parts or "\\" in name:
+            raise UserError(f'{folder / BUNDLE_JSON}: path "{name}" must stay inside the bundle')
+    for name in (policy["policy_path"], document["model_checkpoint"]):
+        if name not in files:
+            raise UserError(f'{folder / BUNDLE_JSON}: "{name}" has no SHA-256 in files')
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            raise UserError(f"bundle {folder}: file {name} is missing")
+        if sha256_file(path) != expected:
+            raise UserError(f"bundle {folder}: {name} was changed after export (SHA-256 differs)")
+    return BundleManifest(folder, document)

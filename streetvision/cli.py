@@ -1,0 +1,128 @@
+"""The commands of `python -m streetvision`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from streetvision.errors import UserError, guarded
+
+PARAMS = "params.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse `arguments` (default: the command line) and run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m streetvision", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int | None], text: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    add("doctor", _doctor, "check Python, libraries, GPUs, Git, DVC and disk")
+    preset = add("preset", _preset, "print a preset as shell-quoted overrides for `dvc exp run`")
+    preset.add_argument("name", nargs="?", help="without a name: list all presets")
+    repro = add(
+        "repro", _repro, "run `dvc repro`, optionally with a preset; params.yaml stays as it is"
+    )
+    repro.add_argument("--preset")
+    pin = add("pin", _pin, "print the newest commit of a data set on the hub")
+    pin.add_argument("repo_id", help="owner/name")
+    evaluate = add("evaluate", _evaluate, "evaluate a bundle on labelled images")
+    evaluate.add_argument("bundle", type=Path)
+    evaluate.add_argument(
+        "data", type=Path,
+        help="a split (.arrow), Parquet in the NATIX schema, a CSV (file,label,group), or a folder of classes",
+    )  # fmt: skip
+    evaluate.add_argument("--served-prior", type=float, default=0.5)
+    evaluate.add_argument("--resamples", type=int, default=2000, help="group-bootstrap resamples")
+    evaluate.add_argument("--mistakes", type=int, default=24, help="images in the contact sheet")
+    evaluate.add_argument("--seed", type=int, default=7)
+    evaluate.add_argument("--output", type=Path, help="folder for evaluation.json and plots")
+    crossval = add(
+        "crossval", _crossval, "leave one group out: train, calibrate and decide on each in turn"
+    )
+    crossval.add_argument("--preset", help="default: params.yaml")
+    crossval.add_argument(
+        "--output", type=Path, help="folder for crossval.json and predictions.csv"
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    return guarded(f"streetvision {options.command}", lambda: options.run(options))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from streetvision.doctor import run_checks
+
+    checks = run_checks(Path.cwd())
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = {True: "ok", False: "MISSING OR TOO OLD", None: "optional"}[check.ok]
+        _say(f"{check.name:{width}}  {check.found}  ({mark})")
+    return int(any(check.ok is False for check in checks))
+
+
+def _preset(options: argparse.Namespace) -> None:
+    import yaml
+
+    from streetvision.presets import load_preset, overrides, preset_names
+
+    if options.name is None:
+        _say("\n".join(preset_names()))
+        return
+    current = yaml.safe_load(Path(PARAMS).read_text()) if Path(PARAMS).exists() else {}
+    _say(" ".join(overrides(load_preset(options.name, Path.cwd()), current)))
+
+
+def _repro(options: argparse.Namespace) -> int:
+    from streetvision.repro import reproduce
+
+    return reproduce(Path.cwd(), options.preset)
+
+
+def _pin(options: argparse.Namespace) -> None:
+    from streetvision.data.hub import latest_revision
+
+    _say(latest_revision(options.repo_id))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import json_text
+    from streetvision.bundle.predictor import Predictor
+    from streetvision.evaluation.evaluate import evaluate_split, labelled_images, write_evaluation
+
+    predictor = Predictor.load(options.bundle)
+    with labelled_images(options.data, predictor) as split:
+        evaluation = evaluate_split(
+            predictor, split, options.served_prior,
+            n_resamples=options.resamples, mistakes=options.mistakes, seed=options.seed,
+        )  # fmt: skip
+    if options.output is not None:
+        write_evaluation(evaluation, options.output / "evaluation.json", options.output / "plots")
+    _say(json_text(evaluation.report).rstrip())
+
+
+def _crossval(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import ArtifactSchema
+    from streetvision.crossval import leave_one_group_out, render
+    from streetvision.params import load_params
+    from streetvision.presets import load_preset
+
+    root = Path.cwd()
+    if options.preset:
+        params = load_preset(options.preset, root)
+    elif (root / PARAMS).exists():
+        params = load_params(root / PARAMS)
+    else:
+        raise UserError(f"{root} holds no {PARAMS}; run this in the project's folder")
+    _say(render(leave_one_group_out(params, ArtifactSchema(root), options.output)))

@@ -1,0 +1,1 @@
+"""Sources, preparation, the group-disjoint split and its store."""

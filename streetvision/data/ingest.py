@@ -1,0 +1,237 @@
+"""Write all sources as Parquet shards in the NATIX schema: in parallel, resumable, reproducible.
+
+A shard depends on its rows alone, so neither the number of workers nor an interruption can change
+a byte of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from streetvision.artifacts import config_hash, write_atomic, write_bytes_atomic
+from streetvision.data.parts import Part, Plan, Row
+from streetvision.data.schema import RAW_SCHEMA
+from streetvision.data.sources import plan_source
+from streetvision.errors import UserError
+from streetvision.params import Source
+from streetvision.progress import Progress, no_progress
+
+# A row group is what a reader loads at once: bounded in rows for small images, in bytes for large.
+ROW_GROUP_ROWS = 250
+ROW_GROUP_BYTES = 64 * 2**20
+
+
+def ingest_sources(
+    sources: Sequence[Source],
+    local_root: Path,
+    output: Path,
+    scratch: Path,
+    *,
+    shard_images: int,
+    seed: int,
+    workers: int,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Fill `output` with the shards `<source number>-<name>-<shard number>.parquet`.
+
+    Parameters
+    ----------
+    sources : in the order of the shards
+    local_root : folder that the paths of local sources are relative to
+    output : folder of the shards; other shards in it are deleted at the end
+    scratch : folder of finished shards, on the same file system as `output`; a rerun with the same
+        arguments and unchanged inputs goes on from it
+    shard_images : rows of one shard
+    seed : of the synthetic sources
+    workers : processes, 0 = one a core
+    progress : shows how far it is, `streetvision.progress.progress`
+
+    Returns
+    -------
+    `sources`: rows, shards, bytes and ignored files by source name; `total`: their sums.
+
+    Raises
+    ------
+    UserError
+        A source is missing, empty or not in its format; a worker was killed.
+    """
+    plans = [plan_source(s, local_root, shard_images=shard_images, seed=seed) for s in sources]
+    shards = [
+        {f"{index:02d}-{s.name}-{number:05d}.parquet": part for number, part in enumerate(p.parts)}
+        for index, (s, p) in enumerate(zip(sources, plans, strict=True))
+    ]
+    jobs = {name: part for parts in shards for name, part in parts.items()}
+    _keep_valid_shards(scratch, _fingerprint(sources, plans, shard_images, seed))
+    _write_shards(jobs, scratch, workers or _cores(), progress)
+
+    output.mkdir(parents=True, exist_ok=True)
+    for stale in output.glob("*.parquet"):
+        if stale.name not in jobs:
+            stale.unlink()
+    for name in jobs:
+        (scratch / name).replace(output / name)
+    report: dict[str, Any] = {
+        source.name: {
+            "rows": sum(part.n_rows for part in parts.values()),
+            "shards": len(parts),
+            "bytes": sum((output / name).stat().st_size for name in parts),
+            "ignored_files": plan.ignored_files,
+        }
+        for source, plan, parts in zip(sources, plans, shards, strict=True)
+    }
+    keys = ("rows", "shards", "bytes", "ignored_files")
+    return {
+        "sources": report,
+        "total": {key: sum(entry[key] for entry in report.values()) for key in keys},
+    }
+
+
+def write_shard(part: Part, path: Path) -> None:
+    """Write one shard atomically, in row groups of at most 250 rows and about 64 MiB."""
+
+    def write(temporary: Path) -> None:
+        # JPEG bytes neither compress nor repeat; statistics of them would copy whole images.
+        context = [name for name in RAW_SCHEMA.names if name not in {"id", "image"}]
+        with pq.ParquetWriter(
+            temporary,
+            RAW_SCHEMA,
+            compression="none",
+            use_dictionary=context,
+            write_statistics=False,
+        ) as writer:
+            for rows in _row_groups(part.read()):
+                writer.write_table(pa.Table.from_pylist(rows, RAW_SCHEMA), ROW_GROUP_ROWS)
+
+    write_atomic(path, write)
+
+
+def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Collect rows until a row group is full."""
+    group: list[Row] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += len(row["image"]["bytes"] or b"")
+        if len(group) == ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+# --------------------------------------------------------------------------- resuming
+
+
+def _fingerprint(
+    sources: Sequence[Source], plans: Sequence[Plan], shard_images: int, seed: int
+) -> str:
+    """Hash of everything that a shard's bytes depend on."""
+    digest = hashlib.sha256(
+        config_hash(
+            {"sources": [s.model_dump() for s in sources], "rows": shard_images, "seed": seed}
+        ).encode()
+    )
+    for plan in plans:
+        for entry in plan.inputs:
+            digest.update(repr(entry).encode())
+    return digest.hexdigest()
+
+
+def _keep_valid_shards(scratch: Path, fingerprint: str) -> None:
+    """Delete what an earlier run left, except finished shards of the same inputs."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    mark = scratch / "inputs.sha256"
+    same = mark.is_file() and mark.read_text() == fingerprint
+    for pattern in (".*.tmp",) if same else (".*.tmp", "*.parquet"):
+        for left in scratch.glob(pattern):
+            left.unlink()
+    if not same:
+        write_bytes_atomic(mark, fingerprint.encode())
+
+
+# --------------------------------------------------------------------------- workers
+
+
+def _write_shards(
+    jobs: Mapping[str, Part], scratch: Path, workers: int, progress: Progress
+) -> None:
+    """Write the shards that are not there yet."""
+    todo = {name: part for name, part in jobs.items() if not (scratch / name).exists()}
+    for _ in progress(_finished(todo, scratch, min(workers, len(todo))), len(todo), "shards"):
+        pass
+
+
+def _finished(jobs: Mapping[str, Part], scratch: Path, workers: int) -> Iterator[str]:
+    """Write the shards in this process or in a pool; yield the name of each as it is finished."""
+    if workers <= 1:
+        for name, part in jobs.items():
+            write_shard(part, scratch / name)
+            yield name
+        return
+    # A forked child would inherit torch's threads in an undefined state, and the stage's lock.
+    context = multiprocessing.get_context("spawn")
+    with (
+        _one_thread_a_process(),
+        ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
+    ):
+        futures = {
+            pool.submit(write_shard, part, scratch / name): name for name, part in jobs.items()
+        }
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process of ingest was killed, perhaps for lack of memory; rerun with "
+                "fewer hardware.workers, finished shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Cores this process may use: a batch system lends fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _one_thread_a_process() -> Iterator[None]:
+    """Let child processes compute in one thread: more would fight over the same cores."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()

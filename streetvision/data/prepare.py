@@ -1,0 +1,512 @@
+"""From raw shards to the four split files, in two passes.
+
+Pass 1 decodes each row group of each raw shard into a part file, in parallel; a part that is there
+is not made again, which is how an interrupted run resumes. Pass 2 reads only the light columns of
+the parts, finds near-duplicates, groups and splits, then streams the images into the split files.
+Neither pass holds more than a few hundred images; 512 bytes an image go into finding duplicates.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from streetvision.artifacts import write_atomic, write_csv_atomic
+from streetvision.data import decode, duplicates
+from streetvision.data.groups import GroupReport, assign_groups
+from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA, SPLITS
+from streetvision.data.split import SplitResult, split_groups
+from streetvision.errors import UserError
+from streetvision.params import Data
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+_READ_ROWS = 8  # raw images in memory at once, a worker
+_WRITE_ROWS = 500
+_MAX_LISTED_GROUPS = 100
+
+# All rows of a raw row group: a quarantined row has a reason and no image.
+_PART_SCHEMA = pa.schema(
+    [
+        *[field.with_nullable(True) for field in SPLIT_SCHEMA if field.name != "fusion"],
+        pa.field("thumbnail", pa.binary(duplicates.THUMBNAIL_SIDE**2)),
+        pa.field("reason", pa.string()),
+    ]
+)
+_COPIED = [name for name in RAW_SCHEMA.names if name not in {"image", "label", "evidence_box"}]
+
+
+def no_progress(iterable: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    """Show nothing."""
+    del total, description
+    return iterable
+
+
+def prepare_splits(
+    raw_folder: Path,
+    split_paths: Mapping[str, Path],
+    quarantine_path: Path,
+    scratch: Path,
+    data: Data,
+    seed: int,
+    workers: int,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Decode, check, group and split all raw rows; return the content of `metrics/data.json`.
+
+    The files depend on the raw rows, `data` and `seed` alone, not on `workers` or on interruptions.
+    Unusable rows go to the quarantine file, also when there are so many that the call fails.
+
+    Parameters
+    ----------
+    raw_folder
+        Holds `*.parquet` in `RAW_SCHEMA`.
+    split_paths
+        Arrow file of each split.
+    quarantine_path
+        CSV with id, source, reason, file, row (counted from 0 in that file).
+    scratch
+        Existing folder for part files; what is in it must come from the same raw rows and `data`.
+    data
+        Section `data` of the parameters.
+    seed
+        Of the split.
+    workers
+        Processes; 0 for one a core, 1 for none beside this one.
+    progress
+        Wraps the iteration over parts: `progress(iterable, total, description)`.
+
+    Raises
+    ------
+    UserError
+        On unreadable shards, repeated ids, too many unusable rows, or too few groups or classes.
+    """
+    parts = _make_parts(raw_folder, scratch, data, workers, progress)
+    rows = _read_rows(parts)
+    _check_ids(rows.ids)
+    _quarantine_conflicts(rows)
+    _write_quarantine(quarantine_path, rows, parts)
+    _check_quarantine(rows, data.max_bad_fraction, quarantine_path)
+
+    kept = np.flatnonzero([reason is None for reason in rows.reasons])
+    thumbnails = rows.thumbnails[kept]
+    cluster, duplicate_report = duplicates.near_duplicate_clusters(
+        duplicates.perceptual_hashes(thumbnails),
+        thumbnails,
+        data.duplicate_hash_bits,
+        data.duplicate_pixel_error,
+        data.duplicate_max_cluster,
+    )
+    if duplicate_report.capped:
+        log.warning(
+            "%d joins of near-duplicates were refused at data.duplicate_max_cluster = %d images; "
+            "such images may lie in different splits",
+            duplicate_report.capped,
+            data.duplicate_max_cluster,
+        )
+    groups, group_report = assign_groups(
+        [rows.ids[row] for row in kept],
+        [rows.given[row] for row in kept],
+        rows.latitude[kept],
+        rows.longitude[kept],
+        cluster,
+        data.group_by,
+        data.gps_cell_m,
+    )
+    result = split_groups(groups, rows.labels[kept], data.fractions, data.fusion_fraction, seed)
+    _write_splits(parts, split_paths, kept, groups, result, progress)
+    return {
+        "rows_in": len(rows.ids),
+        "rows_kept": len(kept),
+        "quarantined": dict(Counter(reason for reason in rows.reasons if reason)),
+        "duplicates": vars(duplicate_report),
+        "one_class_groups_in": result.one_class_groups,
+        **_report_files(split_paths, group_report),
+    }
+
+
+# ------------------------------------------------------------------- pass 1: raw shards to parts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One row group of a raw shard and the file it becomes."""
+
+    shard: Path
+    row_group: int
+    first_row: int  # of the row group, counted in the shard
+    path: Path
+
+
+def _make_parts(
+    raw_folder: Path, scratch: Path, data: Data, workers: int, progress: Progress
+) -> list[_Part]:
+    """Make the missing parts; returns all in raw order."""
+    shards = sorted(raw_folder.glob("*.parquet"))
+    if not shards:
+        raise UserError(f"{raw_folder} holds no *.parquet file; the stage `ingest` makes them")
+    parts = [part for shard in shards for part in _plan(shard, scratch)]
+    missing = [part for part in parts if not part.path.exists()]
+    if len(missing) < len(parts):
+        log.info("resuming: %d of %d parts are there", len(parts) - len(missing), len(parts))
+    work = partial(_make_part, data=data)
+    workers = min(workers or os.cpu_count() or 1, len(missing))
+    done = _in_processes(work, missing, workers) if workers > 1 else map(work, missing)
+    for _ in progress(done, len(missing), "decoding"):
+        pass
+    return parts
+
+
+def _plan(shard: Path, scratch: Path) -> Iterator[_Part]:
+    """List the parts of one shard from its footer."""
+    try:
+        footer = pq.read_metadata(shard)
+        schema = footer.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(shard, error) from error
+    if not schema.remove_metadata().equals(RAW_SCHEMA):
+        wrong = [field.name for field in RAW_SCHEMA if field not in schema]
+        raise UserError(
+            f"{shard} is not in the raw schema (missing or of another type: "
+            f"{', '.join(wrong) or 'none, but columns are added or reordered'}); rerun `ingest`"
+        )
+    first_row = 0
+    for number in range(footer.num_row_groups):
+        yield _Part(shard, number, first_row, scratch / f"{shard.stem}-{number:05d}.arrow")
+        first_row += footer.row_group(number).num_rows
+
+
+def _unreadable(shard: Path, error: Exception) -> UserError:
+    return UserError(f"{shard} cannot be read ({' '.join(str(error).split())}); rerun `ingest`")
+
+
+def _in_processes(
+    work: Callable[[_Part], None], parts: list[_Part], workers: int
+) -> Iterator[None]:
+    """Yield once for every finished part."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    # Not forked: threads of Arrow or of a caller's torch may hold locks at this moment.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield from pool.map(work, parts)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of {workers} worker processes was killed, probably for want of memory: "
+            "set hardware.workers to fewer"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Keep to one thread, and die with the parent: an orphan would go on writing to the scratch."""
+    import multiprocessing
+    import threading
+    from multiprocessing.connection import wait
+
+    pa.set_cpu_count(1)
+    parent = multiprocessing.parent_process()
+    if parent is None:  # not started as a worker
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_part(part: _Part, data: Data) -> None:
+    """Decode one row group into its part file."""
+
+    def write(path: Path) -> None:
+        # Without a buffer Arrow reads whole column chunks: gigabytes of large photographs.
+        with (
+            pq.ParquetFile(part.shard, buffer_size=1 << 20) as file,
+            pa.ipc.new_file(path, _PART_SCHEMA) as writer,
+        ):
+            for batch in file.iter_batches(
+                _READ_ROWS, row_groups=[part.row_group], use_threads=False
+            ):
+                writer.write_batch(_prepare_batch(batch, data))
+
+    try:
+        write_atomic(part.path, write)
+    except pa.ArrowException as error:
+        raise _unreadable(part.shard, error) from error
+
+
+def _prepare_batch(batch: pa.RecordBatch, data: Data) -> pa.RecordBatch:
+    """Decode a batch of raw rows into `_PART_SCHEMA`."""
+    images = batch.column("image").flatten()[0]  # the bytes; null where the struct is
+    rows = [
+        _prepare_row(*row, data)
+        for row in zip(
+            images, batch.column("label").to_pylist(), batch.column("evidence_box"), strict=True
+        )
+    ]
+    made = pa.Table.from_pylist(rows, _PART_SCHEMA)
+    columns = [
+        batch.column(name) if name in _COPIED else made.column(name).combine_chunks()
+        for name in _PART_SCHEMA.names
+    ]
+    return pa.record_batch(columns, schema=_PART_SCHEMA)
+
+
+def _prepare_row(image: Any, label: int | None, box: Any, data: Data) -> dict[str, Any]:
+    """Return the new columns of one row, or only the reason why it cannot be used."""
+    if label not in {0, 1}:
+        return {"reason": "label missing" if label is None else "label not 0 or 1"}
+    content = image.as_py() or b""
+    try:
+        decoded = decode.decode_image(
+            content,
+            side_px=data.side_px,
+            square_crop=data.square_crop,
+            max_pixels=data.max_source_pixels,
+        )
+    except decode.UnusableImageError as error:
+        return {"reason": error.reason}
+    evidence = box.as_py()
+    if evidence and data.square_crop:
+        evidence = decode.box_in_central_square(
+            evidence, decoded.original_width, decoded.original_height
+        )
+    as_is = decoded.stored_as_is
+    return {
+        "image": content if as_is else decode.encode_jpeg(decoded.image, data.jpeg_quality),
+        "label": label,
+        "evidence_box": evidence,
+        "width": decoded.image.width,
+        "height": decoded.image.height,
+        "original_width": decoded.original_width,
+        "original_height": decoded.original_height,
+        "thumbnail": duplicates.make_thumbnail(decoded.image).tobytes(),
+    }
+
+
+# ------------------------------------------------------------------- pass 2: parts to splits
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The light columns of all raw rows, in raw order."""
+
+    ids: list[str]
+    sources: list[str]
+    given: list[str | None]
+    labels: NDArray[np.int64]  # -1 for quarantined rows
+    latitude: NDArray[np.float64]  # NaN where unknown
+    longitude: NDArray[np.float64]
+    described: NDArray[np.bool_]  # there is a scene description
+    thumbnails: NDArray[np.uint8]  # [N, 16, 16]; zeros for quarantined rows
+    reasons: list[str | None]
+    part_sizes: list[int]
+
+
+def _read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Stream columns of an Arrow file; memory-mapped, so the other columns are not read."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number).select(columns)
+
+
+def _read_rows(parts: list[_Part]) -> _Rows:
+    """Collect the light columns of all parts."""
+    names = ["id", "source", "group", "label", "latitude", "longitude", "scene_description"]
+    columns: dict[str, list[Any]] = {name: [] for name in [*names, "reason"]}
+    blank = bytes(duplicates.THUMBNAIL_SIDE**2)
+    thumbnails, sizes = bytearray(), []
+    for part in parts:
+        before = len(columns["id"])
+        for batch in _read_batches(part.path, [*columns, "thumbnail"]):
+            for name, values in columns.items():
+                values.extend(batch.column(name).to_pylist())
+            thumbnails += b"".join(v or blank for v in batch.column("thumbnail").to_pylist())
+        sizes.append(len(columns["id"]) - before)
+    side = duplicates.THUMBNAIL_SIDE
+    return _Rows(
+        ids=columns["id"],
+        sources=columns["source"],
+        given=columns["group"],
+        labels=np.array([-1 if v is None else v for v in columns["label"]], np.int64),
+        latitude=np.array(columns["latitude"], np.float64),
+        longitude=np.array(columns["longitude"], np.float64),
+        described=np.array([bool((v or "").strip()) for v in columns["scene_description"]]),
+        thumbnails=np.frombuffer(thumbnails, np.uint8).reshape(-1, side, side),
+        reasons=columns["reason"],
+        part_sizes=sizes,
+    )
+
+
+def _check_ids(ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        name, times = Counter(ids).most_common(1)[0]
+        raise UserError(f'data/raw: the id "{name}" occurs {times} times; ids must be unique')
+
+
+def _quarantine_conflicts(rows: _Rows) -> None:
+    """Mark rows whose label and description disagree, in sources that have descriptions.
+
+    The validator's cache of real images skips them too: label 0 with a description, 1 without.
+    """
+    with_descriptions = {
+        source for source, has in zip(rows.sources, rows.described, strict=True) if has
+    }
+    for row, reason in enumerate(rows.reasons):
+        conflict = bool(rows.labels[row]) != bool(rows.described[row])
+        if reason is None and conflict and rows.sources[row] in with_descriptions:
+            rows.reasons[row] = "label and description in conflict"
+
+
+def _write_quarantine(path: Path, rows: _Rows, parts: list[_Part]) -> None:
+    """Write one line a quarantined row; only the header if there is none."""
+    places = [
+        (part.shard.name, part.first_row + row)
+        for part, size in zip(parts, rows.part_sizes, strict=True)
+        for row in range(size)
+    ]
+    bad = [row for row, reason in enumerate(rows.reasons) if reason]
+    columns: dict[str, list[Any]] = {
+        "id": [rows.ids[row] for row in bad],
+        "source": [rows.sources[row] for row in bad],
+        "reason": [rows.reasons[row] for row in bad],
+        "file": [places[row][0] for row in bad],
+        "row": [places[row][1] for row in bad],
+    }
+    write_csv_atomic(path, columns)
+
+
+def _check_quarantine(rows: _Rows, limit: float, path: Path) -> None:
+    """Refuse to go on with too many unusable rows, or with none that is usable."""
+    reasons = Counter(reason for reason in rows.reasons if reason)
+    bad, total = reasons.total(), len(rows.ids)
+    if not total:
+        raise UserError("the raw shards hold no rows; check data.sources and rerun `ingest`")
+    if bad > limit * total or bad == total:
+        reason, times = reasons.most_common(1)[0]
+        raise UserError(
+            f"{bad} of {total} rows ({bad / total:.1%}) cannot be used, allowed are {limit:.1%} "
+            f'(data.max_bad_fraction); most often "{reason}" ({times}); all are in {path}'
+        )
+
+
+def _write_splits(
+    parts: list[_Part],
+    split_paths: Mapping[str, Path],
+    kept: NDArray[np.int64],
+    groups: NDArray[np.object_],
+    result: SplitResult,
+    progress: Progress,
+) -> None:
+    """Stream the kept rows of all parts into the split files, in raw order."""
+
+    def batches(split: str) -> Iterator[pa.RecordBatch]:
+        """Rows of a split with their final group and fusion flag, as they come."""
+        first = 0
+        for part in progress(parts, len(parts), f"writing {split}"):
+            for batch in _read_batches(part.path, _PART_SCHEMA.names):
+                # Positions among the kept rows of this batch's rows.
+                low, high = np.searchsorted(kept, [first, first + batch.num_rows])
+                wanted = low + np.flatnonzero(result.split[low:high] == split)
+                rows = batch.take(pa.array(kept[wanted] - first))
+                first += batch.num_rows
+                final = {
+                    "group": pa.array(groups[wanted], pa.string()),
+                    "fusion": pa.array(result.fusion[wanted]),
+                }
+                columns = [
+                    final[name] if name in final else rows.column(name)
+                    for name in SPLIT_SCHEMA.names
+                ]
+                yield pa.record_batch(columns, schema=SPLIT_SCHEMA)
+
+    def write(split: str, path: Path) -> None:
+        with pa.ipc.new_file(path, SPLIT_SCHEMA) as writer:
+            held, n_held = [], 0
+            for batch in batches(split):
+                held.append(batch)
+                n_held += batch.num_rows
+                if n_held >= _WRITE_ROWS:
+                    table = pa.Table.from_batches(held).combine_chunks()
+                    writer.write_table(table[:_WRITE_ROWS])
+                    held, n_held = table[_WRITE_ROWS:].to_batches(), n_held - _WRITE_ROWS
+            if n_held:
+                writer.write_table(pa.Table.from_batches(held).combine_chunks())
+
+    for split in SPLITS:
+        write_atomic(split_paths[split], partial(write, split))
+
+
+# ------------------------------------------------------------------- report
+
+
+def _report_files(split_paths: Mapping[str, Path], groups: GroupReport) -> dict[str, Any]:
+    """Count what the written files hold.
+
+    Counts of single groups are listed for at most 100 groups: the report is tracked by Git.
+    """
+    names = ["source", "group", "label", "fusion"]
+    columns: dict[str, list[Any]] = {name: [] for name in [*names, "split"]}
+    for split in SPLITS:
+        for batch in _read_batches(split_paths[split], names):
+            for name in names:
+                columns[name].extend(batch.column(name).to_pylist())
+            columns["split"].extend([split] * batch.num_rows)
+    label, fusion = np.array(columns["label"]), np.array(columns["fusion"])
+    split_of, source_of = np.array(columns["split"]), np.array(columns["source"])
+    group_names, group_of = np.unique(np.array(columns["group"]), return_inverse=True)
+
+    def count(mask: NDArray[np.bool_]) -> dict[str, int]:
+        return {"images": int(mask.sum()), "positives": int(label[mask].sum())}
+
+    def count_with_groups(mask: NDArray[np.bool_]) -> dict[str, int]:
+        return {**count(mask), "groups": len(np.unique(group_of[mask]))}
+
+    splits: dict[str, Any] = {split: count_with_groups(split_of == split) for split in SPLITS}
+    for counts in splits.values():
+        counts["positive_share"] = counts["positives"] / counts["images"]
+    images = np.bincount(group_of)
+    positives = np.bincount(group_of, weights=label).astype(np.int64)
+    # TRAIN's two parts may not share a group either.
+    place = np.char.add(split_of, np.where(fusion, "/fusion", ""))
+    crossings = len(set(zip(group_of.tolist(), place.tolist(), strict=True))) - len(group_names)
+    report = {
+        "splits": splits,
+        "fusion": count_with_groups(fusion),
+        "sources": {str(name): count(source_of == name) for name in np.unique(source_of)},
+        "groups": {
+            "total": len(group_names),
+            "one_class": int(((positives == 0) | (positives == images)).sum()),
+            "smallest_images": int(images.min()),
+            "median_images": float(np.median(images)),
+            "largest_images": int(images.max()),
+            **vars(groups),
+        },
+        "shared_groups": crossings,
+    }
+    if len(group_names) <= _MAX_LISTED_GROUPS:
+        report["group_counts"] = {
+            str(name): {"images": int(n), "positives": int(k)}
+            for name, n, k in zip(group_names, images, positives, strict=True)
+        }
+    return report

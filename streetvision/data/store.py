@@ -1,0 +1,153 @@
+"""Split files opened by role: a stage gets what it declared here, and nothing else.
+
+`CONTRACT` is the split contract in code. A stage that asks for a split, for labels or for rows it did not
+declare is refused; a test holds `CONTRACT` equal to the `deps` in `dvc.yaml`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from streetvision.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Rows = Literal["all", "fit", "fusion"]
+
+
+class SplitAccessError(RuntimeError):
+    """A stage reached for data that its declaration does not cover: a leak, so a bug."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a stage may see of one split: which rows, and whether with labels."""
+
+    rows: Rows = "all"
+    labels: bool = True
+
+
+# stage → split → access. `fit` is TRAIN without its fusion part, `fusion` that part alone.
+CONTRACT: dict[str, dict[str, Access]] = {
+    "train": {"train": Access("fit"), "val_select": Access()},
+    "embed": {"train": Access("fusion"), "val_select": Access(), "val_calib": Access()},
+    "evaluate": {"val_test": Access()},
+}
+
+
+class Split:
+    """One opened split: memory-mapped, random access to an image costs one read.
+
+    Attributes
+    ----------
+    ids, groups : arrays of str [N]
+    """
+
+    def __init__(self, table: pa.Table, name: str, labels: bool) -> None:
+        self.name = name
+        self._images = table.column("image")
+        self._table = table.drop_columns(["image", "label"])
+        self._labels = (
+            np.asarray(table.column("label").to_numpy(), dtype=np.int64) if labels else None
+        )
+        self.ids = self.column("id")
+        self.groups = self.column("group")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Labels [N], 1 = roadwork; refused where the stage declared images only."""
+        if self._labels is None:
+            raise SplitAccessError(f"the labels of {self.name} were not declared by this stage")
+        return self._labels
+
+    def column(self, name: str) -> NDArray[np.object_]:
+        """A context column [N] as Python objects; missing values are None."""
+        return np.array(self._table.column(name).to_pylist(), dtype=object)
+
+    def evidence_area(self) -> NDArray[np.float64]:
+        """Area of the evidence box [N], as a share of the image; NaN where there is no box."""
+        boxes = self._table.column("evidence_box").to_pylist()
+        return np.array(
+            [np.nan if b is None else max(b[2] - b[0], 0) * max(b[3] - b[1], 0) for b in boxes]
+        )
+
+    def image_bytes(self, row: int) -> bytes:
+        """The stored JPEG of one row."""
+        data: bytes = self._images[row].as_py()
+        return data
+
+    def image(self, row: int) -> Image:
+        """The decoded RGB image of one row."""
+        from PIL import Image as PILImage
+
+        with PILImage.open(io.BytesIO(self.image_bytes(row)), formats=("JPEG",)) as image:
+            return image.convert("RGB")
+
+    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Split:
+        """The same split with only these rows, in this order."""
+        chosen = Split.__new__(Split)
+        indices = pa.array(np.asarray(rows, dtype=np.int64))
+        chosen.name = self.name
+        chosen._images = self._images.take(indices)
+        chosen._table = self._table.take(indices)
+        chosen._labels = None if self._labels is None else self._labels[np.asarray(rows)]
+        chosen.ids, chosen.groups = self.ids[rows], self.groups[rows]
+        return chosen
+
+
+def open_split(stage: str, split: str, path: Path) -> Split:
+    """Open `path` as `split` for `stage`.
+
+    Raises
+    ------
+    SplitAccessError
+        The stage did not declare this split in `CONTRACT`.
+    UserError
+        The file is missing, broken or empty.
+    """
+    access = CONTRACT.get(stage, {}).get(split)
+    if access is None:
+        raise SplitAccessError(f"stage `{stage}` did not declare the split {split}")
+    table = read_arrow(path, "prepare")
+    if access.rows != "all":
+        mask = table.column("fusion").to_numpy()
+        table = table.filter(pa.array(mask if access.rows == "fusion" else ~mask))
+    if len(table) == 0 and access.rows != "fusion":
+        raise UserError(f"{path} holds no images for stage `{stage}`")
+    return Split(table, split, access.labels)
+
+
+def read_arrow(path: Path, made_by: str) -> pa.Table:
+    """Memory-map an Arrow IPC file; `made_by` is the stage that writes it."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; the stage `{made_by}` makes it") from error
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable Arrow file; rerun `{made_by}`") from error
+
+
+def write_arrow(path: Path, columns: dict[str, Any]) -> Path:
+    """Write columns atomically as one Arrow IPC file."""
+    from streetvision.artifacts import write_atomic
+
+    table = pa.table(columns)
+
+    def write(temporary: Path) -> None:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+
+    return write_atomic(path, write)

@@ -1,0 +1,109 @@
+"""From a stored image to a model input: the same fit everywhere, random augmentation in training only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streetvision.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from streetvision.params import Train
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an upright RGB image becomes a model input; stored with the model.
+
+    `mean` and `std` are per channel, for values in [0, 1]; `square_crop` takes the central square first.
+    """
+
+    height: int
+    width: int
+    fit: Literal["letterbox", "crop"]
+    square_crop: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Preprocessing:
+        """Rebuild from `to_dict`; raises `UserError` on missing or unknown keys."""
+        try:
+            fields = document | {"mean": tuple(document["mean"]), "std": tuple(document["std"])}
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"preprocessing is incomplete or has unknown keys: {error}") from error
+
+    def apply(self, image: Image) -> NDArray[np.uint8]:
+        """Return the model input [H, W, 3] before normalisation.
+
+        `letterbox` shows the whole image on a border of the mean colour; `crop` covers the input and cuts
+        what sticks out.
+        """
+        from PIL import Image as PILImage
+
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if self.square_crop and image.width != image.height:
+            image = central_crop(image, min(image.size), min(image.size))
+        wanted = (self.width, self.height)
+        if image.size == wanted:
+            return np.asarray(image)
+        ratios = (self.width / image.width, self.height / image.height)
+        scale = min(ratios) if self.fit == "letterbox" else max(ratios)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, PILImage.Resampling.BICUBIC, reducing_gap=3.0)
+        if image.size == wanted:
+            return np.asarray(image)
+        if self.fit == "crop":
+            return np.asarray(central_crop(image, *wanted))
+        canvas = PILImage.new("RGB", wanted, tuple(round(255 * value) for value in self.mean))
+        canvas.paste(image, ((self.width - size[0]) // 2, (self.height - size[1]) // 2))
+        return np.asarray(canvas)
+
+    def normalise(self, batch: torch.Tensor) -> torch.Tensor:
+        """Scale uint8 images [B, 3, H, W] to what the backbone expects (float32, on their device)."""
+        import torch
+
+        mean = torch.tensor(self.mean, device=batch.device).view(1, 3, 1, 1) * 255
+        std = torch.tensor(self.std, device=batch.device).view(1, 3, 1, 1) * 255
+        return (batch.float() - mean) / std
+
+
+def central_crop(image: Image, width: int, height: int) -> Image:
+    """The middle `width` × `height` pixels."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def training_transform(train: Train) -> Any:
+    """Random crop, flip and colour jitter on uint8 tensors [3, H, W]; the output has the input size."""
+    import torch
+    from torchvision.transforms import v2
+
+    steps: list[Any] = []
+    if train.crop_min_area < 1:
+        aspect = train.width_px / train.height_px
+        steps.append(
+            v2.RandomResizedCrop(
+                (train.height_px, train.width_px),
+                scale=(train.crop_min_area, 1.0),
+                ratio=(aspect * 3 / 4, aspect * 4 / 3),
+                antialias=True,
+            )
+        )
+    if train.flip_probability > 0:
+        steps.append(v2.RandomHorizontalFlip(train.flip_probability))
+    if train.colour_jitter > 0:
+        steps.append(v2.ColorJitter(*[train.colour_jitter] * 3))
+    return v2.Compose(steps) if steps else torch.nn.Identity()

@@ -1,0 +1,1 @@
+"""From logits to decisions: thresholds, calibrators and the deployed policy."""

@@ -1,0 +1,289 @@
+"""Calibrators: maps from logits to log-odds that can be believed, fitted on VAL_CALIB.
+
+A `Calibrator` is fitted to logits and labels and returns a `CalibrationMap`: a pure function of
+logits that can be written to JSON and rebuilt from it. A map works at the prior of the split that
+it was fitted on; moving to the served prior comes after it (`streetvision.decision.policy`).
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from streetvision.decision.inputs import (
+    check_keys,
+    check_number,
+    check_scores,
+    check_weights,
+    sigmoid,
+)
+from streetvision.errors import UserError
+
+FloatArray = NDArray[np.float64]
+
+# A calibrated mean further from the prior than this is a bug, not rounding.
+MEAN_TOLERANCE = 1e-6
+# Log-odds for one standard deviation of the logits, where the data want no slope or a negative one.
+SLOPE_FLOOR = 1e-3
+# Logits that vary by less than this share of their mean are constant.
+CONSTANT_SPREAD = 1e-9
+# Classes that overlap by less, in standard deviations of the logits, count as separable: the
+# slope that they want is beyond what floats hold.
+NO_OVERLAP = 1e-6
+NEWTON_STEPS = 500
+
+_log = logging.getLogger(__name__)
+
+
+class CalibrationMap(ABC):
+    """A fitted map from logits [N] to calibrated log-odds [N]."""
+
+    kind: ClassVar[str]
+    #: Whether a larger logit always gets larger log-odds. Others are for reporting only.
+    strictly_increasing: ClassVar[bool]
+
+    @abstractmethod
+    def __call__(self, logits: ArrayLike) -> FloatArray:
+        """Return the log-odds [N] of logits [N] at the prior of the split that was fitted."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return `kind`, `strictly_increasing` and the parameters, ready for JSON."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Self:
+        """Return the map that `to_dict` described; UserError names a missing or wrong key."""
+
+
+class Calibrator(ABC):
+    """A way to fit a `CalibrationMap`. Fitting is pure: it changes nothing in the calibrator."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def fit(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        groups: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> CalibrationMap:
+        """Return the map fitted to logits [N] and labels 0 or 1 [N].
+
+        Parameters
+        ----------
+        logits, labels
+            Of the calibration split, [N], both classes present.
+        groups
+            Group of each image, [N], for calibrators that choose something out of fold.
+        weights
+            Weight of each image, [N]; None weighs all alike.
+        """
+
+
+@dataclass(frozen=True)
+class PlattMap(CalibrationMap):
+    """log-odds = slope · logit + intercept, with slope > 0."""
+
+    slope: float
+    intercept: float
+
+    kind: ClassVar[str] = "platt"
+    strictly_increasing: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if check_number(self.slope, "the Platt slope") <= 0:
+            raise UserError(f"the Platt slope is {self.slope!r}; it must be > 0")
+        check_number(self.intercept, "the Platt intercept")
+
+    def __call__(self, logits: ArrayLike) -> FloatArray:
+        """Return log-odds [N] of logits [N]."""
+        return self.slope * np.asarray(logits, dtype=np.float64) + self.intercept
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return kind, strictly_increasing, slope and intercept."""
+        return {
+            "kind": self.kind,
+            "strictly_increasing": self.strictly_increasing,
+            "slope": self.slope,
+            "intercept": self.intercept,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Self:
+        """Return the map of a `to_dict` document; UserError if its parameters are not usable."""
+        check_keys(
+            document, {"kind", "strictly_increasing", "slope", "intercept"}, "the Platt calibrator"
+        )
+        return cls(
+            check_number(document["slope"], "the Platt slope"),
+            check_number(document["intercept"], "the Platt intercept"),
+        )
+
+
+class Platt(Calibrator):
+    """Logistic regression of the label on the logit, with an intercept, no penalty (Platt, 1999).
+
+    The intercept is solved for last, so the mean calibrated probability is the split's prior.
+    Two cases have no usable maximum-likelihood slope:
+
+    - Separable logits (every positive at or above every negative) want an infinite one. The slope
+      is then fitted to Platt's smoothed targets, (n₊ + 1) / (n₊ + 2) and 1 / (n₋ + 2).
+    - Logits that do not rank positives higher want a slope ≤ 0. The likelihood is concave, so its
+      best point among increasing maps is the smallest slope: `SLOPE_FLOOR` over the standard
+      deviation of the logits. All probabilities are then about the prior; a warning is logged.
+    """
+
+    kind: ClassVar[str] = "platt"
+
+    def fit(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        groups: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> PlattMap:
+        """Return the maximum-likelihood map with a slope > 0.
+
+        Raises
+        ------
+        UserError
+            If lengths differ, a logit is not finite, a label is not 0 or 1, or a class is missing.
+        RuntimeError
+            If the mean calibrated probability misses the prior by more than 1e-6.
+        """
+        values, truth = check_scores(logits, labels)
+        weight = check_weights(weights, truth)
+        used = weight > 0
+        values, truth, weight = values[used], truth[used], weight[used]
+
+        centre = float(np.average(values, weights=weight))
+        spread = float(np.sqrt(np.average((values - centre) ** 2, weights=weight)))
+        if spread <= CONSTANT_SPREAD * abs(centre):  # rounding is not a ranking
+            values, spread = np.full_like(values, centre), 1.0
+        scaled = (values - centre) / spread
+        slope = _logistic_slope(scaled, _targets(scaled, truth, weight), weight)
+        if slope < SLOPE_FLOOR:
+            _log.warning(
+                "the logits do not rank positives above negatives (slope %.3g): "
+                "calibrated probabilities are about the prior for every image",
+                slope / spread,
+            )
+            slope = SLOPE_FLOOR
+        intercept = _intercept(slope * scaled, float(np.average(truth, weights=weight)), weight)
+        fitted = PlattMap(slope / spread, intercept - slope * centre / spread)
+        check_mean_is_prior(fitted, values, truth, weight)
+        return fitted
+
+
+def _targets(scaled: FloatArray, truth: NDArray[np.bool_], weight: FloatArray) -> FloatArray:
+    """Return the labels [N] as probabilities, smoothed where the logits separate the classes."""
+    if scaled[truth].min() < scaled[~truth].max() - NO_OVERLAP:
+        return truth.astype(np.float64)
+    n_positive, n_negative = weight[truth].sum(), weight[~truth].sum()
+    smoothed: FloatArray = np.where(
+        truth, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2)
+    )
+    return smoothed
+
+
+def _logistic_slope(x: FloatArray, target: FloatArray, weight: FloatArray) -> float:
+    """Return the slope of the maximum-likelihood fit of sigmoid(slope · x + b) to `target`.
+
+    0 where the best slope is not positive: the likelihood is concave, so its derivative at 0 tells.
+    """
+    from scipy.special import logit
+
+    mean = np.average(target, weights=weight)
+    if np.average((target - mean) * x, weights=weight) <= 0:
+        return 0.0
+    design = np.stack([x, np.ones_like(x)])  # [2, N]
+    share = weight / weight.sum()
+
+    def loss(parameters: FloatArray) -> float:
+        z = parameters @ design
+        return float(share @ (np.logaddexp(0.0, z) - target * z))
+
+    parameters = np.array([0.0, logit(mean)])
+    current = loss(parameters)
+    for _ in range(NEWTON_STEPS):
+        z = parameters @ design
+        p = sigmoid(z)
+        gradient = design @ (share * (p - target))
+        hessian = (design * (share * p * sigmoid(-z))) @ design.T
+        step = np.linalg.solve(hessian, gradient)
+        # Half the squared Newton decrement estimates what is left to gain (Boyd & Vandenberghe,
+        # 9.5). Convergence is quadratic here: one full step more gains all that floats can hold.
+        if gradient @ step < 1e-12:
+            return float((parameters - step)[0])
+        size = 1.0
+        while (proposed := loss(parameters - size * step)) >= current and size > 1e-12:
+            size /= 2
+        parameters, current = parameters - size * step, proposed
+    raise RuntimeError(f"Platt scaling did not converge in {NEWTON_STEPS} Newton steps")
+
+
+def _intercept(z: FloatArray, prior: float, weight: FloatArray) -> float:
+    """Return b such that the weighted mean of sigmoid(z + b) is `prior`."""
+    from scipy.optimize import brentq
+    from scipy.special import logit
+
+    # With b at logit(prior) - max(z) no probability exceeds the prior, and the other way round.
+    low, high = logit(prior) - z.max() - 1, logit(prior) - z.min() + 1
+    return float(brentq(lambda b: np.average(sigmoid(z + b), weights=weight) - prior, low, high))
+
+
+def check_mean_is_prior(
+    fitted: CalibrationMap,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    weights: FloatArray | None = None,
+) -> None:
+    """Check that the mean calibrated probability is the (weighted) share of positives.
+
+    Maximum likelihood with an intercept guarantees it; a shift to another prior is right only then.
+
+    Raises
+    ------
+    RuntimeError
+        If they differ by more than 1e-6.
+    """
+    mean = float(np.average(sigmoid(fitted(logits)), weights=weights))
+    prior = float(np.average(np.asarray(labels), weights=weights))
+    if not abs(mean - prior) <= MEAN_TOLERANCE:
+        raise RuntimeError(
+            f"{fitted.kind}: the mean calibrated probability {mean:.9f} is not the prior "
+            f"{prior:.9f} of its split; the map has no fitted intercept or did not converge"
+        )
+
+
+_MAPS: dict[str, type[CalibrationMap]] = {PlattMap.kind: PlattMap}
+
+
+def calibration_map_from_dict(document: object) -> CalibrationMap:
+    """Return the map that `CalibrationMap.to_dict` described.
+
+    Raises
+    ------
+    UserError
+        If the kind is unknown, or a key is missing, unknown or unusable.
+    """
+    if not isinstance(document, Mapping) or "kind" not in document:
+        raise UserError(f"the calibrator is {document!r}; an object with a `kind` is needed")
+    kind = document["kind"]
+    if not isinstance(kind, str) or kind not in _MAPS:
+        raise UserError(f"the calibrator's kind {kind!r} is not one of {', '.join(sorted(_MAPS))}")
+    fitted = _MAPS[kind].from_dict(document)
+    if document["strictly_increasing"] is not fitted.strictly_increasing:
+        raise UserError(
+            f"the calibrator's strictly_increasing is {document['strictly_increasing']!r}; "
+            f"{kind} has {fitted.strictly_increasing}"
+        )
+    return fitted

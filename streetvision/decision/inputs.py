@@ -1,0 +1,130 @@
+"""What the decision functions share: checks on arrays and documents, and the sigmoid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from streetvision.errors import UserError
+
+
+def check_logits(logits: ArrayLike) -> NDArray[np.float64]:
+    """Return logits [N] as float64.
+
+    Raises
+    ------
+    UserError
+        If they are not one-dimensional, empty, or not all finite.
+    """
+    values = np.asarray(logits, dtype=np.float64)
+    if values.ndim != 1:
+        raise UserError(f"logits have shape {values.shape}; one number per image [N] is needed")
+    if values.size == 0:
+        raise UserError("logits are empty; at least one image of each class is needed")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise UserError(
+            f"{bad.size} of {values.size} logits are not finite (the first at row {bad[0]})"
+        )
+    return values
+
+
+def check_scores(
+    logits: ArrayLike, labels: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return logits [N] as float64 and labels [N] as booleans, both classes present.
+
+    Raises
+    ------
+    UserError
+        If lengths differ, a logit is not finite, a label is not 0 or 1, or a class is missing.
+    """
+    values = check_logits(logits)
+    truth = np.asarray(labels)
+    if truth.shape != values.shape:
+        raise UserError(f"{values.size} logits but labels of shape {truth.shape}; one label each")
+    if truth.dtype.kind not in "biuf":
+        raise UserError(f"labels are of type {truth.dtype}; 0 (None) or 1 (Roadwork) is needed")
+    wrong = truth[(truth != 0) & (truth != 1)]
+    if wrong.size:
+        raise UserError(f"label {wrong[0]} is not one of 0 (None), 1 (Roadwork)")
+    positive = truth.astype(bool)
+    if positive.all() or not positive.any():
+        raise UserError(f"all {values.size} labels are {int(positive[0])}; both classes are needed")
+    return values, positive
+
+
+def check_weights(weights: ArrayLike | None, positive: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return sample weights [N] as float64 (ones for None).
+
+    Raises
+    ------
+    UserError
+        If lengths differ, a weight is negative or not finite, or a class weighs nothing.
+    """
+    if weights is None:
+        return np.ones(positive.size)
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != positive.shape:
+        raise UserError(f"{positive.size} labels but weights of shape {values.shape}; one each")
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise UserError("a weight is negative or not finite; weights are finite and >= 0")
+    if not (values[positive].sum() > 0 and values[~positive].sum() > 0):
+        raise UserError("the weights of one class sum to 0; both classes must weigh something")
+    return values
+
+
+def check_groups(groups: ArrayLike, size: int) -> tuple[NDArray[np.intp], int]:
+    """Return group codes 0 … G-1 [N] and G, the number of groups.
+
+    Raises
+    ------
+    UserError
+        If there is not one group per image.
+    """
+    names = np.asarray(groups)
+    if names.shape != (size,):
+        raise UserError(f"{size} logits but groups of shape {names.shape}; one group each")
+    unique, codes = np.unique(names, return_inverse=True)
+    return codes.astype(np.intp, copy=False), int(unique.size)
+
+
+def check_number(value: Any, name: str) -> float:
+    """Return `value` as float; UserError if it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} is {value!r}; a finite number is needed")
+    return float(value)
+
+
+def check_prior(value: Any, name: str) -> float:
+    """Return the share of positives `value` as float; UserError unless 0 < value < 1."""
+    prior = check_number(value, name)
+    if not 0 < prior < 1:
+        raise UserError(f"{name} is {value!r}; a share of positives between 0 and 1 is needed")
+    return prior
+
+
+def check_keys(document: object, wanted: set[str], name: str) -> Mapping[str, Any]:
+    """Return `document`; UserError unless it is a mapping with exactly the keys `wanted`."""
+    if not isinstance(document, Mapping):
+        raise UserError(f"{name} is {document!r}; an object is needed")
+    missing, unknown = sorted(wanted - set(document)), sorted(set(document) - wanted, key=str)
+    if missing:
+        raise UserError(f"{name} lacks {', '.join(missing)}")
+    if unknown:
+        raise UserError(
+            f"{name} has unknown {', '.join(map(str, unknown))}; "
+            f"allowed: {', '.join(sorted(wanted))}"
+        )
+    return document
+
+
+def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return probabilities of log-odds, of the same shape, without overflow."""
+    from scipy.special import expit
+
+    return np.asarray(expit(log_odds), dtype=np.float64)

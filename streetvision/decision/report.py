@@ -1,0 +1,77 @@
+"""What `sweep` and `calibrate` report: documents with scalar leaves and fixed keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from streetvision.decision.policy import Policy
+from streetvision.decision.threshold import (
+    ThresholdCurve,
+    bagged_median_threshold,
+    metrics_at_threshold,
+    select_threshold_max_mcc,
+    thresholds_document,
+)
+from streetvision.evaluation.metrics import prior_weights
+
+
+def sweep_thresholds(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike,
+    *,
+    n_thresholds: int,
+    selection: str,
+    n_resamples: int,
+    seed: int,
+    split_used: str,
+) -> tuple[dict[str, Any], ThresholdCurve]:
+    """Return the content of `thresholds.json` and the curve over `n_thresholds` thresholds.
+
+    `selection` is `exact` (the optimum over all cut points) or `bagged_median` (of that optimum over
+    resamples of groups). See `streetvision.decision.threshold` for arguments and errors.
+    """
+    threshold, _, metrics, curve = select_threshold_max_mcc(
+        logits, labels, n_thresholds, return_curve=True
+    )
+    bagged = bagged_median_threshold(logits, labels, groups, n_resamples, seed)
+    if selection == "bagged_median":
+        threshold = bagged.median
+        metrics = metrics_at_threshold(logits, labels, threshold)
+    return thresholds_document(threshold, metrics, curve, bagged, split_used), curve
+
+
+def calibration_metrics(
+    report: Mapping[str, Any],
+    policy: Policy,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    baseline_threshold: float,
+) -> dict[str, Any]:
+    """Return the content of `metrics/calibrate.json`.
+
+    `before` and `after` are out of group folds (`after` is left out where folds were impossible).
+    `decision` compares the deployed rule with the phase-2 threshold on single-view logits, at the
+    served prior; both were chosen on these very images, so it shows agreement and is no estimate.
+    """
+    weights = prior_weights(labels, policy.served_prior)
+    decided = metrics_at_threshold(policy.deployed_logit(logits), labels, 0.5, weights)
+    baseline = metrics_at_threshold(logits, labels, baseline_threshold, weights)
+    wanted = ("mcc", "accuracy", "fnr", "fpr")
+    threshold = {k: v for k, v in report["threshold"].items() if v is not None}
+    return {
+        "n": report["n"],
+        "groups": report["n_groups"],
+        "folds": report["n_folds"],
+        "calibration_prior": report["calibration_prior"],
+        "served_prior": report["served_prior"],
+        "threshold": threshold,
+        **{name: values for name, values in report["metrics"].items() if values is not None},
+        "decision": {
+            "deployed": {name: decided[name] for name in wanted},
+            "phase_2_threshold": {name: baseline[name] for name in wanted},
+        },
+    }

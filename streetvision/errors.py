@@ -1,0 +1,33 @@
+"""The one exception that is meant for the person at the keyboard, and how it reaches them."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake the user can fix; shown as one line without a traceback.
+
+    The message says what was wrong, where, and what is allowed.
+    """
+
+
+def guarded(program: str, main: Callable[[], int | None]) -> int:
+    """Run `main`; turn what a user can mend into one line on stderr and an exit code."""
+    try:
+        return main() or 0
+    except UserError as error:
+        sys.stderr.write(f"{program}: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"{program}: interrupted; run it again to go on from the last checkpoint\n"
+        )
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.stderr.write(f"{program}: error: the disk is full; free some space and run it again\n")
+        return 2

@@ -1,0 +1,1 @@
+"""Metrics, group intervals, the evaluation report and its plots."""

@@ -1,0 +1,339 @@
+"""Intervals and tests that count groups (drives, places, near-duplicate clusters), not images.
+
+Frames of one group are not independent. From 60 groups on, intervals are percentiles of a bootstrap
+over groups. With fewer those cover too rarely: then a jackknife with Student's t is used, and
+below 5 groups there is no interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from streetvision.errors import UserError
+from streetvision.evaluation.metrics import (
+    METRIC_NAMES,
+    METRIC_RANGES,
+    PROBABILITY_METRICS,
+    Floats,
+    GroupTable,
+    Integers,
+    all_metrics_batch,
+    check_prior,
+    check_sample,
+    count_metrics,
+)
+
+MIN_GROUPS_BOOTSTRAP = 60
+MIN_GROUPS = 5
+MAX_EXACT_GROUPS = 12
+BOOTSTRAP = "group_bootstrap_percentile"
+JACKKNIFE = "group_jackknife_t"
+# A bootstrap interval needs its metric to be defined in nearly all resamples.
+_MAX_UNDEFINED = 0.05
+_NO_VARIATION = 1e-12
+_CHUNK_ELEMENTS = 1 << 20  # multiplicities held at once, 8 MiB: larger chunks leave the cache
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate with its interval; `low` and `high` are None where `method` says why."""
+
+    value: float
+    low: float | None
+    high: float | None
+    method: str
+
+
+def check_groups(
+    labels: ArrayLike, probabilities: ArrayLike, groups: ArrayLike
+) -> tuple[Integers, Floats, Integers]:
+    """Return labels [N], probabilities [N] and group indices [N] in 0..G-1; UserError if unfit."""
+    y, p = check_sample(labels, probabilities)
+    ids = np.asarray(groups)
+    if ids.shape != y.shape:
+        raise UserError(f"groups must have one entry per image ({len(y)}), got shape {ids.shape}")
+    return y, p, np.unique(ids, return_inverse=True)[1].astype(np.int64)
+
+
+def resample_multiplicities(
+    n_groups: int, n_resamples: int, rng: np.random.Generator
+) -> Iterator[Floats]:
+    """Draw G of G groups with replacement, R times: blocks [r, G] of how often each was drawn."""
+    block = max(1, _CHUNK_ELEMENTS // n_groups)
+    for start in range(0, n_resamples, block):
+        rows = min(block, n_resamples - start)
+        drawn = rng.integers(0, n_groups, (rows, n_groups))
+        drawn += np.arange(rows)[:, None] * n_groups
+        counts = np.bincount(drawn.ravel(), minlength=rows * n_groups)
+        yield counts.reshape(rows, n_groups).astype(np.float64)
+
+
+def group_intervals(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    groups: ArrayLike,
+    served_prior: float | None = None,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    metrics: Sequence[str] = METRIC_NAMES,
+) -> dict[str, Interval]:
+    """Interval of each defined metric, re-weighted to the served prior in every resample of groups.
+
+    What decides between bootstrap, jackknife and no interval is the number of groups that a metric
+    rests on: recall and fnr on the groups with positives, fpr on those with negatives, metrics that
+    weigh both classes on the smaller of the two, and plain averages over images on all groups.
+
+    Parameters
+    ----------
+    labels, probabilities, groups
+        [N] in {0, 1}, [N] in [0, 1], [N] of any sortable type.
+    served_prior
+        Positive share in (0, 1) to re-weight to, or None for the sample as it is.
+    n_resamples, level, seed
+        Bootstrap resamples, coverage in (0, 1), and the seed that fixes the resamples.
+    metrics
+        Names to compute.
+    """
+    y, p, index = check_groups(labels, probabilities, groups)
+    table = GroupTable.build(y, p, index, served_prior)
+    return _intervals([table], served_prior, n_resamples, level, seed, metrics)
+
+
+def paired_group_interval(
+    labels: ArrayLike,
+    probabilities_a: ArrayLike,
+    probabilities_b: ArrayLike,
+    groups: ArrayLike,
+    metric: str = "mcc",
+    served_prior: float | None = None,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a metric's difference, b minus a, on the same images and the same resamples.
+
+    Arguments as in `group_intervals`. UserError when the metric is undefined for this sample.
+    """
+    y, a, index = check_groups(labels, probabilities_a, groups)
+    _, b = check_sample(y, probabilities_b)
+    tables = [GroupTable.build(y, p, index, served_prior) for p in (a, b)]
+    intervals = _intervals(tables, served_prior, n_resamples, level, seed, (metric,))
+    if metric not in intervals:
+        raise UserError(f"{metric} is undefined for this sample of {len(y)} images")
+    return intervals[metric]
+
+
+def group_sign_flip_test(
+    labels: ArrayLike,
+    probabilities_a: ArrayLike,
+    probabilities_b: ArrayLike,
+    groups: ArrayLike,
+    served_prior: float | None = None,
+    n_permutations: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value in (0, 1] that a and b have the same MCC, by swapping them in whole groups.
+
+    Under the null hypothesis a and b are exchangeable within a group. Only groups in which their
+    decisions give different counts matter. All swaps are enumerated up to 12 such groups; beyond,
+    `n_permutations` are drawn and the observed one counted among them (Phipson & Smyth 2010), so
+    that the test keeps its level.
+    """
+    y, a, index = check_groups(labels, probabilities_a, groups)
+    _, b = check_sample(y, probabilities_b)
+    n_groups = int(index.max()) + 1
+    n_positive = float(y.sum())
+    odds = 1.0
+    if served_prior is not None:
+        served = check_prior(served_prior)
+        if n_positive in {0.0, float(len(y))}:
+            raise UserError("cannot re-weight to a served prior: both classes must be present")
+        # Weight of a negative over that of a positive. No swap changes the class counts.
+        odds = (1 - served) / served * n_positive / (len(y) - n_positive)
+    counts_a, counts_b = (_positive_counts(y, p, index, n_groups) for p in (a, b))  # [G, 2]: fp, tp
+    differs = (counts_a != counts_b).any(axis=1)
+    shift = (counts_b - counts_a)[differs]
+    if not len(shift):
+        return 1.0
+    total_a, total_b = counts_a.sum(axis=0), counts_b.sum(axis=0)
+
+    def difference(swaps: Floats) -> Floats:
+        moved = swaps @ shift
+        mcc = [
+            count_metrics(
+                tp=counts[:, 1],
+                fp=odds * counts[:, 0],
+                tn=odds * (len(y) - n_positive - counts[:, 0]),
+                fn=n_positive - counts[:, 1],
+            )["mcc"]
+            for counts in (total_a + moved, total_b - moved)
+        ]
+        return np.abs(mcc[1] - mcc[0])
+
+    observed = difference(np.zeros((1, len(shift))))[0] - 1e-12
+    if len(shift) <= MAX_EXACT_GROUPS:
+        every = np.arange(1 << len(shift))[:, None] >> np.arange(len(shift)) & 1
+        return float((difference(every.astype(np.float64)) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    block = max(1, _CHUNK_ELEMENTS // len(shift))
+    extreme = 1
+    for start in range(0, n_permutations, block):
+        size = (min(block, n_permutations - start), len(shift))
+        swaps = rng.integers(0, 2, size).astype(np.float64)
+        extreme += int((difference(swaps) >= observed).sum())
+    return extreme / (1 + n_permutations)
+
+
+def _positive_counts(
+    labels: Integers, probabilities: Floats, index: Integers, n_groups: int
+) -> Floats:
+    key = index * 2 + labels
+    counts = np.bincount(key, probabilities > 0.5, minlength=2 * n_groups)
+    return counts.reshape(n_groups, 2).astype(np.float64)
+
+
+def _intervals(
+    tables: Sequence[GroupTable],
+    served_prior: float | None,
+    n_resamples: int,
+    level: float,
+    seed: int,
+    metrics: Sequence[str],
+) -> dict[str, Interval]:
+    """Intervals of one table's metrics, or of the second's minus the first's."""
+    if not 0 < level < 1 or n_resamples < 1:
+        raise UserError(
+            f"level must lie in (0, 1) and n_resamples be at least 1, got {level} and {n_resamples}"
+        )
+    has = tables[0].sums[:, :, 0] > 0  # [G, 2]
+    n_groups = len(has)
+    sizes = {m: _n_groups_of(m, has, served_prior) for m in metrics}
+    point = _evaluate(tables, np.ones((1, n_groups)), served_prior, metrics)
+    boot = [m for m in metrics if sizes[m] >= MIN_GROUPS_BOOTSTRAP]
+    jack = [m for m in metrics if MIN_GROUPS <= sizes[m] < MIN_GROUPS_BOOTSTRAP]
+    samples: dict[str, Floats] = {}
+    if boot:
+        rng = np.random.default_rng(seed)
+        parts = [
+            _evaluate(tables, block, served_prior, boot)
+            for block in resample_multiplicities(n_groups, n_resamples, rng)
+        ]
+        samples |= {m: np.concatenate([part[m] for part in parts]) for m in boot}
+    if jack:
+        samples |= _evaluate(tables, 1.0 - np.eye(n_groups), served_prior, jack)
+    intervals = {}
+    for metric in metrics:
+        value = float(point[metric][0])
+        if not np.isfinite(value):
+            continue
+        low, high = METRIC_RANGES[metric]
+        bounds = (low, high) if len(tables) == 1 else (low - high, high - low)
+        scale = _scale_of(metric) if len(tables) == 1 else "identity"
+        if metric in boot:
+            intervals[metric] = _percentile_interval(value, samples[metric], level, bounds)
+        elif metric in jack:
+            intervals[metric] = _jackknife_interval(
+                value, samples[metric], sizes[metric], level, bounds, scale
+            )
+        else:
+            reason = f"none: rests on {sizes[metric]} groups, at least {MIN_GROUPS} are needed"
+            intervals[metric] = Interval(value, None, None, reason)
+    return intervals
+
+
+def _evaluate(
+    tables: Sequence[GroupTable],
+    multiplicities: Floats,
+    served_prior: float | None,
+    metrics: Sequence[str],
+) -> dict[str, Floats]:
+    values = [all_metrics_batch(t, multiplicities, served_prior, metrics) for t in tables]
+    return values[0] if len(values) == 1 else {m: values[1][m] - values[0][m] for m in metrics}
+
+
+def _n_groups_of(metric: str, has: NDArray[np.bool_], served_prior: float | None) -> int:
+    """Count the groups that a metric rests on, given which [G, 2] hold negatives and positives."""
+    n_negative, n_positive = (int(n) for n in has.sum(axis=0))
+    if metric in {"recall", "fnr"}:
+        return n_positive
+    if metric == "fpr":
+        return n_negative
+    averages = {"accuracy", *PROBABILITY_METRICS}
+    if served_prior is None and metric in averages:
+        return len(has)
+    return min(n_negative, n_positive)
+
+
+def _percentile_interval(
+    value: float, samples: Floats, level: float, bounds: tuple[float, float]
+) -> Interval:
+    defined = samples[np.isfinite(samples)]
+    if len(defined) < (1 - _MAX_UNDEFINED) * len(samples):
+        return Interval(value, None, None, "none: undefined in too many resamples")
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    if high - low < _NO_VARIATION:
+        return Interval(value, None, None, "none: no variation between groups")
+    return _clipped(value, low, high, bounds, BOOTSTRAP)
+
+
+def _jackknife_interval(
+    value: float,
+    samples: Floats,
+    n_groups: int,
+    level: float,
+    bounds: tuple[float, float],
+    scale: str,
+) -> Interval:
+    """t-interval from delete-one-group values [G] (Tukey 1958), symmetric on the given scale."""
+    from scipy.special import stdtrit
+
+    if not np.isfinite(samples).all():
+        return Interval(value, None, None, "none: undefined without one of the groups")
+    # At the end of its range a transformed value is infinite; there the plain scale has to do.
+    inner = (samples > bounds[0]).all() and (samples < bounds[1]).all()
+    if scale == "identity" or not inner or not bounds[0] < value < bounds[1]:
+        scale = "identity"
+    centre, values = (_transform(np.asarray(x), scale) for x in (value, samples))
+    n = len(values)
+    error = np.sqrt((n - 1) / n * ((values - values.mean()) ** 2).sum())
+    if error < _NO_VARIATION:
+        return Interval(value, None, None, "none: no variation between groups")
+    reach = stdtrit(n_groups - 1, (1 + level) / 2) * error
+    low, high = (_restore(x, scale) for x in (centre - reach, centre + reach))
+    return _clipped(value, float(low), float(high), bounds, JACKKNIFE)
+
+
+def _clipped(
+    value: float, low: float, high: float, bounds: tuple[float, float], method: str
+) -> Interval:
+    return Interval(value, float(np.clip(low, *bounds)), float(np.clip(high, *bounds)), method)
+
+
+def _scale_of(metric: str) -> str:
+    if metric == "mcc":
+        return "atanh"
+    if metric in {"brier", "log_loss"}:
+        return "log"
+    # An ECE is a sum of absolute values near 0: no transform is known to help.
+    return "identity" if metric in PROBABILITY_METRICS else "logit"
+
+
+def _transform(x: Floats, scale: str) -> Floats:
+    if scale == "atanh":
+        return np.arctanh(x)
+    if scale == "log":
+        return np.log(x)
+    return np.log(x) - np.log1p(-x) if scale == "logit" else x
+
+
+def _restore(x: Floats, scale: str) -> Floats:
+    if scale == "atanh":
+        return np.tanh(x)
+    if scale == "log":
+        return np.exp(x)
+    return 1 / (1 + np.exp(-x)) if scale == "logit" else x

@@ -1,0 +1,161 @@
+"""A bundle on labelled images: report, plots and predictions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+from streetvision.data.store import Split, open_split
+from streetvision.errors import UserError
+from streetvision.progress import progress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from streetvision.bundle.predictor import Predictor
+
+# Upper bounds of the evidence's share of the image, and the names of the classes between them.
+EVIDENCE_BOUNDS = (0.0025, 0.01, 0.04)
+EVIDENCE_NAMES = ("below_0.25_percent", "0.25_to_1_percent", "1_to_4_percent", "above_4_percent")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`report` is the content of `evaluation.json`; `plots` PNG bytes and `predictions` columns by name."""
+
+    report: dict[str, Any]
+    plots: dict[str, bytes]
+    predictions: dict[str, NDArray[Any]]
+
+
+def evaluate_split(
+    predictor: Predictor,
+    split: Split,
+    served_prior: float,
+    *,
+    n_resamples: int,
+    mistakes: int,
+    seed: int,
+) -> Evaluation:
+    """Score every image of `split` through the bundle and report at the served and the natural prior.
+
+    Raises
+    ------
+    UserError
+        One class only; `served_prior` outside (0, 1).
+    """
+    from streetvision.evaluation import plots
+    from streetvision.evaluation.metrics import prior_weights
+    from streetvision.evaluation.report import evaluation_report
+
+    labels = split.labels
+    weights = prior_weights(labels, served_prior)
+    images = (split.image(row) for row in progress(range(len(split)), len(split), "scoring"))
+    probabilities = predictor.probabilities(images)
+    slices = {name: split.column(name) for name in ("source", "weather", "daytime")}
+    slices["evidence_size"] = evidence_size(split.evidence_area())
+    report = evaluation_report(
+        labels, probabilities, split.groups, slices, served_prior, seed, n_resamples,
+        against_all_negatives=["evidence_size"],
+    )  # fmt: skip
+    pictures = {
+        "roc.png": plots.plot_roc(labels, probabilities),
+        "precision_recall.png": plots.plot_precision_recall(labels, probabilities, served_prior),
+        "confusion.png": plots.plot_confusion(**report["confusion"]),
+        "reliability.png": plots.plot_reliability(labels, probabilities, weights),
+        "mistakes.png": _mistakes(split, probabilities, mistakes),
+    }
+    predictions = {
+        "id": split.ids, "group": split.groups, "label": labels, "probability": probabilities
+    }  # fmt: skip
+    return Evaluation(report, pictures, predictions)
+
+
+def write_evaluation(evaluation: Evaluation, report: Path, plots: Path) -> list[Path]:
+    """Write the report, the plots and `predictions.csv`; returns the files."""
+    written = [write_bytes_atomic(plots / name, data) for name, data in evaluation.plots.items()]
+    columns = {name: values.tolist() for name, values in evaluation.predictions.items()}
+    written.append(write_csv_atomic(plots / "predictions.csv", columns))
+    written.append(write_json_atomic(report, evaluation.report))
+    return written
+
+
+def evidence_size(area: NDArray[np.float64]) -> NDArray[np.object_]:
+    """Name the class of each evidence area [N] (share of the image); empty where there is none."""
+    names = np.array([*EVIDENCE_NAMES, ""], dtype=object)
+    index = np.searchsorted(EVIDENCE_BOUNDS, area, side="right")
+    return np.asarray(names[np.where(np.isnan(area), len(EVIDENCE_NAMES), index)])
+
+
+def _mistakes(split: Split, probabilities: NDArray[np.float64], count: int) -> bytes:
+    """Contact sheet of the decisions that are wrong by most, worst first."""
+    from streetvision.evaluation.plots import plot_mistakes
+
+    wrong = np.flatnonzero((probabilities > 0.5) != (split.labels == 1))
+    order = np.argsort(-np.abs(probabilities[wrong] - split.labels[wrong]), kind="stable")
+    rows = wrong[order][:count].tolist()
+    images: list[Image] = [split.image(row) for row in rows]
+    captions = [
+        f"{'missed' if split.labels[row] else 'false alarm'}, p = {probabilities[row]:.3f}"
+        for row in rows
+    ]
+    return plot_mistakes(images, captions)
+
+
+@contextmanager
+def labelled_images(data: Path, predictor: Predictor) -> Iterator[Split]:
+    """Open what a user may point at: a split file, Parquet, a CSV, or a folder of classes.
+
+    All but a split file go through the code of `ingest` and `prepare` into one temporary split, without
+    grouping by near-duplicates; unusable rows are left out and logged.
+
+    Raises
+    ------
+    UserError
+        Nothing there, or not in one of these forms.
+    """
+    if data.suffix == ".arrow":
+        yield open_split("evaluate", "val_test", data)
+        return
+    from streetvision.data.ingest import ingest_sources
+    from streetvision.data.prepare import prepare_single
+
+    with tempfile.TemporaryDirectory(prefix="streetvision-") as name:
+        folder = Path(name)
+        root, source = _as_source(data)
+        ingest_sources(
+            [source], root, folder / "raw", folder / "ingest", shard_images=1000, seed=0, workers=0,
+            progress=progress,
+        )  # fmt: skip
+        preprocessing = predictor.config.preprocessing
+        prepare_single(
+            folder / "raw", folder / "all.arrow", folder / "prepare",
+            side_px=2 * max(preprocessing.height, preprocessing.width),
+            square_crop=preprocessing.square_crop, workers=0, progress=progress,
+        )  # fmt: skip
+        yield open_split("evaluate", "val_test", folder / "all.arrow")
+
+
+def _as_source(data: Path) -> tuple[Path, Any]:
+    """Return the local root and the source that describe `data`."""
+    from streetvision.params import CsvSource, FolderSource, ParquetSource
+
+    if not data.exists():
+        raise UserError(f"{data} does not exist")
+    root, name = data.resolve().parent, data.resolve().name
+    if data.suffix == ".parquet" or (data.is_dir() and any(data.glob("*.parquet"))):
+        return root, ParquetSource(kind="parquet", path=name)
+    if data.suffix == ".csv":
+        images = "images" if (root / "images").is_dir() else "."
+        return root, CsvSource(kind="csv", path=name, images=images)
+    if data.is_dir():
+        return root, FolderSource(kind="folder", path=name)
+    raise UserError(f"{data} is not a split (.arrow), Parquet, a CSV or a folder of class folders")

@@ -1,0 +1,1 @@
+"""Backbones, the classifier and its training."""

@@ -1,0 +1,163 @@
+"""Backbones: timm models by name, a few shapes of our own, weights from the hub, a file, or none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streetvision.errors import UserError
+
+log = logging.getLogger(__name__)
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A timm model with arguments; `mean` and `std` replace timm's where the weights want others."""
+
+    timm_name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+# Names that timm does not have. Bundles store the timm name and arguments, never one of these.
+ARCHITECTURES: dict[str, Architecture] = {
+    # One block a stage: 0.7 M parameters, made for 128 × 96 pixels and a CPU.
+    "street_resnet": Architecture(
+        "resnet18",
+        {
+            "layers": [1, 1, 1, 1],
+            "channels": [24, 48, 96, 192],
+            "stem_type": "deep",
+            "stem_width": 12,
+        },
+    ),
+    # The same with a third of the width, for tests.
+    "street_resnet_tiny": Architecture(
+        "resnet18",
+        {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64], "stem_type": "deep", "stem_width": 4},
+    ),
+    # A small ViT from scratch, for the code paths of DINOv3.
+    "street_vit": Architecture(
+        "vit_tiny_patch16_224",
+        {"embed_dim": 64, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"},
+    ),
+    # MobileNetV2 with TensorFlow's padding and input range, as the folded int8-derived weights want it.
+    "mobilenetv2_100_same": Architecture(
+        "mobilenetv2_100", {"pad_type": "same"}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    ),
+}
+
+
+def resolve(name: str, height: int, width: int) -> tuple[str, dict[str, Any], Triple, Triple]:
+    """Return timm name, arguments, mean and std of a backbone for inputs of `height` × `width` pixels.
+
+    Raises
+    ------
+    UserError
+        Neither timm nor this project knows the name; close names are listed.
+    """
+    import difflib
+
+    import timm
+
+    known = ARCHITECTURES.get(name, Architecture(name))
+    architecture = known.timm_name.split(".")[0]
+    if not timm.is_model(architecture):
+        names = [*ARCHITECTURES, *timm.list_models()]
+        close = difflib.get_close_matches(name, names, 4) or list(ARCHITECTURES)
+        raise UserError(
+            f'params.yaml: train.backbone "{name}" is unknown; near it: {", ".join(close)}'
+        )
+    arguments = dict(known.arguments)
+    config = timm.get_pretrained_cfg(known.timm_name, allow_unregistered=True)
+    if config is not None and config.fixed_input_size:
+        arguments["img_size"] = [height, width]
+    mean = known.mean or (tuple(config.mean) if config else (0.485, 0.456, 0.406))
+    std = known.std or (tuple(config.std) if config else (0.229, 0.224, 0.225))
+    return known.timm_name, arguments, mean, std
+
+
+def build_backbone(
+    timm_name: str, arguments: Mapping[str, Any], pretrained: bool = False
+) -> nn.Module:
+    """Build a feature extractor: images [B, 3, H, W] → pooled features [B, `num_features`].
+
+    Raises
+    ------
+    UserError
+        The arguments do not fit the architecture, or pretrained weights cannot be fetched.
+    """
+    import timm
+
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    try:
+        model: nn.Module = timm.create_model(
+            timm_name, pretrained=pretrained, num_classes=0, **options
+        )
+    except Exception as error:
+        if pretrained:
+            raise UserError(
+                f"weights of {timm_name} could not be fetched from the hub "
+                f"({type(error).__name__}: {error}); give a local file in train.weights or none"
+            ) from error
+        raise UserError(f"backbone {timm_name} cannot be built: {error}") from error
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a local state dict (.safetensors, .pth, .pt) into a backbone; a classification head is dropped.
+
+    Raises
+    ------
+    UserError
+        The file is missing or unreadable, or belongs to another architecture.
+    """
+    state = read_state_dict(path)
+    head: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in heads))}
+    wanted = model.state_dict()
+    missing = sorted(wanted.keys() - state.keys())
+    unexpected = sorted(state.keys() - wanted.keys())
+    shapes = sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape)
+    if missing or unexpected or shapes:
+        examples = ", ".join([*missing[:2], *unexpected[:2], *shapes[:2]])
+        raise UserError(
+            f"{path} holds weights of another architecture: {len(missing)} tensors missing, "
+            f"{len(unexpected)} unexpected, {len(shapes)} of another shape (such as {examples})"
+        )
+    model.load_state_dict(state)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read tensors by name; never runs code stored in the file."""
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        if path.suffix in {".pth", ".pt"}:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model"):
+                state = state.get(key, state)
+            return dict(state)
+    except Exception as error:
+        raise UserError(f"weights file {path} cannot be read: {error}") from error
+    raise UserError(f"weights file {path} must end in .safetensors, .pth or .pt")
+
+
+def freeze_norm_statistics(model: nn.Module) -> None:
+    """Put every BatchNorm into evaluation mode: its running statistics stay as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -1,0 +1,158 @@
+"""The classifier: backbone, head, and everything needed to rebuild both with their preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from streetvision.artifacts import read_json, write_atomic, write_json_atomic
+from streetvision.data.transforms import Preprocessing
+from streetvision.errors import UserError
+from streetvision.models.backbone import build_backbone
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+class RoadworkClassifier(nn.Module):
+    """A backbone with a linear head of one logit (log-odds of roadwork).
+
+    Parameters
+    ----------
+    backbone: images [B, 3, H, W] → features [B, D]; has `num_features` = D
+    dropout: probability, before the head
+    """
+
+    def __init__(self, backbone: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(int(backbone.num_features), 1)  # type: ignore[arg-type]
+        nn.init.zeros_(self.head.bias)
+        nn.init.normal_(self.head.weight, std=0.01)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits [B] in float32 and features [B, D]."""
+        features = self.backbone(images)
+        return self.head(self.dropout(features)).squeeze(1).float(), features
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Rebuilds model and preprocessing; `backbone` is a timm name, `arguments` its keyword arguments."""
+
+    backbone: str
+    arguments: dict[str, Any]
+    preprocessing: Preprocessing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "backbone": self.backbone,
+            "arguments": self.arguments,
+            "preprocessing": self.preprocessing.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> ClassifierConfig:
+        """Rebuild from `to_dict`; raises `UserError` where a key is missing."""
+        try:
+            preprocessing = Preprocessing.from_dict(document["preprocessing"])
+            return cls(document["backbone"], document["arguments"], preprocessing)
+        except KeyError as error:
+            raise UserError(f"classifier config: {error} is missing") from error
+
+    def build(self) -> RoadworkClassifier:
+        """The architecture with random weights."""
+        return RoadworkClassifier(build_backbone(self.backbone, self.arguments))
+
+
+def save_classifier(model: RoadworkClassifier, config: ClassifierConfig, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json`."""
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write_atomic(folder / WEIGHTS, lambda path: save_file(state, path))
+    write_json_atomic(folder / CONFIG, config.to_dict())
+
+
+def load_classifier(folder: Path) -> tuple[RoadworkClassifier, ClassifierConfig]:
+    """Rebuild a saved classifier in evaluation mode.
+
+    Raises
+    ------
+    UserError
+        A file is missing, or the weights do not belong to the configuration.
+    """
+    config = ClassifierConfig.from_dict(read_json(folder / CONFIG, "train"))
+    return load_weights_into(config, folder / WEIGHTS), config
+
+
+def load_weights_into(config: ClassifierConfig, weights: Path) -> RoadworkClassifier:
+    """Build the configured model and fill it with `weights`, strictly."""
+    from streetvision.models.backbone import read_state_dict
+
+    model = config.build()
+    state = read_state_dict(weights)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{weights} does not fit {config.backbone}: {error}") from error
+    bad = sorted(name for name, value in state.items() if not bool(torch.isfinite(value).all()))
+    if bad:
+        raise UserError(f"{weights} holds numbers that are not finite, in {', '.join(bad[:3])}")
+    return model.eval()
+
+
+@torch.inference_mode()
+def score(
+    model: RoadworkClassifier,
+    preprocessing: Preprocessing,
+    inputs: Iterable[NDArray[np.uint8]],
+    batch_size: int,
+    device: torch.device,
+) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+    """Run inputs [H, W, 3] through the model in float32.
+
+    Returns
+    -------
+    logits [N], features [N, D]
+    """
+    logits: list[NDArray[np.float32]] = []
+    features: list[NDArray[np.float16]] = []
+    for batch in _batches(inputs, batch_size):
+        images = torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2)
+        outcome = model(preprocessing.normalise(images))
+        logits.append(outcome[0].float().cpu().numpy())
+        features.append(outcome[1].float().cpu().numpy().astype(np.float16))
+    if not logits:
+        width = model.head.in_features
+        return np.zeros(0, np.float32), np.zeros((0, width), np.float16)
+    return np.concatenate(logits), np.concatenate(features)
+
+
+def _batches(inputs: Iterable[NDArray[np.uint8]], size: int) -> Iterator[list[NDArray[np.uint8]]]:
+    batch: list[NDArray[np.uint8]] = []
+    for item in inputs:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one; raises `UserError` for `cuda` without one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("params.yaml: hardware.device is cuda, but torch finds no GPU here")
+    return torch.device(name)

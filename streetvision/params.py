@@ -1,0 +1,329 @@
+"""The parameters: typed, frozen, unknown keys refused; the defaults are those of `params.yaml`.
+
+One model a section of `params.yaml`; each field says its unit. DVC tracks the leaves (a list is one leaf).
+The section `hardware` may not change results and is not tracked.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from streetvision.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --------------------------------------------------------------------------- data
+
+
+class SyntheticSource(Section):
+    """Procedurally rendered street scenes."""
+
+    kind: Literal["synthetic"]
+    name: SourceName = "synthetic"
+    images: Count = 14000
+    cities: Count = 300
+    drives_per_city: Count = 3
+    positive_share: OpenFraction = 0.6
+    width_px: Annotated[int, Field(ge=32, le=4096)] = 256
+    height_px: Annotated[int, Field(ge=32, le=4096)] = 192
+
+
+class FolderSource(Section):
+    """Images in class sub-folders of `path`, which is relative to `data.local_root`."""
+
+    kind: Literal["folder"]
+    name: SourceName = "folder"
+    path: str = "."
+    positive_folders: list[str] = ["roadwork", "Roadwork", "1"]
+    negative_folders: list[str] = ["none", "None", "0"]
+
+
+class CsvSource(Section):
+    """A CSV with columns file, label, group and any more; files are relative to `images`."""
+
+    kind: Literal["csv"]
+    name: SourceName = "csv"
+    path: str
+    images: str = "."
+
+
+class ParquetSource(Section):
+    """Parquet files in the NATIX schema as found in the wild: one file or a folder of them."""
+
+    kind: Literal["parquet"]
+    name: SourceName = "parquet"
+    path: str
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face hub at a pinned revision (a commit hash)."""
+
+    kind: Literal["hub"]
+    name: SourceName = "hub"
+    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    # `unpinned` only stands in for a choice not made yet: `ingest` refuses it and says how to pin.
+    revision: Annotated[str, Field(pattern=r"^([0-9a-f]{40}|unpinned)$")]
+    files: list[str] = ["data/*.parquet"]
+
+
+Source = Annotated[
+    SyntheticSource | FolderSource | CsvSource | ParquetSource | HubSource,
+    Field(discriminator="kind"),
+]
+
+
+class Data(Section):
+    """What goes in, how it is prepared and how it is split."""
+
+    local_root: str = Field("data/local", description="folder of all local sources; DVC watches it")
+    sources: Annotated[list[Source], Field(min_length=1)] = [SyntheticSource(kind="synthetic")]
+    shard_images: Count = Field(1000, description="rows of one raw Parquet shard")
+    side_px: Annotated[int, Field(ge=16, le=4096)] = Field(
+        96, description="stored shorter side, pixels"
+    )
+    square_crop: bool = Field(False, description="keep only the central square")
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 92
+    max_source_pixels: Count = Field(100_000_000, description="larger images are refused as bombs")
+    max_bad_fraction: Fraction = Field(
+        0.02, description="more unusable rows than this stop the stage"
+    )
+    group_by: Literal["given", "gps"] = Field(
+        "given", description="given falls back to gps per row"
+    )
+    gps_cell_m: Annotated[float, Field(gt=0)] = Field(
+        500.0, description="edge of a GPS cell, metres"
+    )
+    duplicate_hash_bits: Annotated[int, Field(ge=0, le=32)] = Field(
+        6, description="largest Hamming distance of 64-bit perceptual hashes of a candidate pair"
+    )
+    duplicate_pixel_error: Fraction = Field(
+        0.04, description="largest mean absolute pixel difference (of 1) of a verified pair"
+    )
+    duplicate_max_cluster: Count = Field(200, description="largest near-duplicate cluster, images")
+    train_fraction: OpenFraction = 0.6
+    val_select_fraction: OpenFraction = 0.1
+    val_calib_fraction: OpenFraction = 0.15
+    val_test_fraction: OpenFraction = 0.15
+    fusion_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.15, description="share of TRAIN kept from `train` for fitting fusion"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        total = sum(self.fractions.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the four split fractions add up to {total:g}, not 1")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ, got {', '.join(names)}")
+        return self
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Share of each split, by name."""
+        return {
+            "train": self.train_fraction,
+            "val_select": self.val_select_fraction,
+            "val_calib": self.val_calib_fraction,
+            "val_test": self.val_test_fraction,
+        }
+
+
+# --------------------------------------------------------------------------- train, embed
+
+
+class Train(Section):
+    """Phase 1: the classifier."""
+
+    backbone: str = Field("street_resnet", description="timm name or one of ours")
+    weights: str = Field("none", description="none, hub, or a local .safetensors/.pth file")
+    trainable: Literal["full", "head"] = "full"
+    freeze_norm: bool = Field(
+        False, description="keep BatchNorm statistics fixed (folded backbones)"
+    )
+    height_px: Annotated[int, Field(ge=16, le=2048)] = Field(96, description="input height, pixels")
+    width_px: Annotated[int, Field(ge=16, le=2048)] = Field(128, description="input width, pixels")
+    fit: Literal["letterbox", "crop"] = Field(
+        "letterbox", description="how other shapes meet the input"
+    )
+    crop_min_area: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.6, description="smallest share of the area a training crop keeps"
+    )
+    flip_probability: Fraction = 0.5
+    colour_jitter: Fraction = Field(0.2, description="range of brightness, contrast and saturation")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="before the head")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    epochs: Count = 10
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 0.003
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="of all steps")
+    gradient_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="norm; 0 turns it off")
+    patience_epochs: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="stop after so many epochs without a better VAL_SELECT MCC; 0 never stops early",
+    )
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+class Embed(Section):
+    """Cached logits and features."""
+
+    batch_size: Count = Field(64, description="images a forward pass")
+
+
+# --------------------------------------------------------------------------- decision
+
+
+class Sweep(Section):
+    """Phase 2: the threshold with the highest MCC on VAL_CALIB."""
+
+    n_thresholds: Annotated[int, Field(ge=2, le=1_000_000)] = 5000
+    optimize_metric: Literal["mcc"] = "mcc"
+    selection: Literal["exact", "bagged_median"] = "exact"
+    save_curve: bool = True
+
+
+class Decision(Section):
+    """The deployed decision rule."""
+
+    served_prior: OpenFraction = Field(0.5, description="share of roadwork among served images")
+    n_resamples: Annotated[int, Field(ge=100)] = Field(
+        2000, description="group-bootstrap resamples"
+    )
+
+
+class Export(Section):
+    """Phase 6: the bundle."""
+
+    make_tar: bool = Field(False, description="also write bundle.tar.gz")
+
+
+class Evaluate(Section):
+    """The final report."""
+
+    n_resamples: Annotated[int, Field(ge=100)] = Field(
+        2000, description="group-bootstrap resamples"
+    )
+    mistakes: Annotated[int, Field(ge=0, le=200)] = Field(
+        24, description="images in the contact sheet"
+    )
+
+
+class Hardware(Section):
+    """What may not change a result, and so never invalidates a stage."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes; 0 = one a core")
+
+
+class Params(Section):
+    """All of `params.yaml`."""
+
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 7
+    data: Data = Data()
+    train: Train = Train()
+    embed: Embed = Embed()
+    sweep: Sweep = Sweep()
+    decision: Decision = Decision()
+    export: Export = Export()
+    evaluate: Evaluate = Evaluate()
+    hardware: Hardware = Hardware()
+
+
+# --------------------------------------------------------------------------- reading and checking
+
+
+def load_params(path: Path) -> Params:
+    """Read and check `params.yaml`; every leaf of the schema must be there.
+
+    Raises
+    ------
+    UserError
+        Missing file, broken YAML, a missing or unknown key, a value out of range; one line each.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} must hold sections of parameters")
+    params = check_params(document, path.name)
+    missing = sorted(set(leaves(params.model_dump())) - set(leaves(document)))
+    if missing:
+        raise UserError(f"{path.name}: missing {', '.join(missing)}")
+    return params
+
+
+def check_params(document: Mapping[str, Any], origin: str) -> Params:
+    """Validate a nested dictionary; see `load_params` for the errors."""
+    try:
+        return Params.model_validate(document)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e, origin) for e in error.errors())) from error
+
+
+def _explain(error: Any, origin: str) -> str:
+    """One line for one pydantic error: where, what, what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _siblings(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
+        return f'{origin}: unknown parameter "{key}"; {hint}'
+    if error["type"] in {"literal_error", "union_tag_invalid"}:
+        context = error["ctx"]
+        allowed = str(context.get("expected") or context.get("expected_tags")).replace("'", "")
+        value = context.get("tag", error["input"])
+        return f'{origin}: {key} "{value}" is not one of {allowed.replace(" or ", ", ")}'
+    shown = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{origin}: {key}: {message}{shown}"
+
+
+def _siblings(location: list[str]) -> list[str]:
+    """Names a section knows; of `data.sources.<i>.<kind>` those of that kind."""
+    kinds: dict[str, type[BaseModel]] = {
+        "synthetic": SyntheticSource,
+        "folder": FolderSource,
+        "csv": CsvSource,
+    }
+    kinds |= {"parquet": ParquetSource, "hub": HubSource}
+    model: type[BaseModel] = Params
+    for part in location:
+        if part in kinds and "sources" in location:
+            model = kinds[part]
+        elif part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+    return list(model.model_fields)
+
+
+def leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values that are not sections."""
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name

@@ -1,0 +1,64 @@
+"""`dvc repro`, with the parameters of a preset while it runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from streetvision.artifacts import write_bytes_atomic
+from streetvision.presets import load_preset
+
+log = logging.getLogger(__name__)
+
+
+def reproduce(root: Path, preset: str | None) -> int:
+    """Run `dvc repro` in `root` and return its exit code; `params.yaml` is afterwards as it was."""
+    bin_folder = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")])}
+    command = [sys.executable, "-m", "dvc", "repro"]
+    with preset_params(root, preset):
+        return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+
+
+@contextmanager
+def preset_params(root: Path, preset: str | None) -> Iterator[None]:
+    """Let `params.yaml` hold a preset's values; put the user's own back at the end.
+
+    They wait in `.streetvision/params.yaml.yours`. A run that was killed leaves that file, and the
+    next run puts it back first. Whoever edits `params.yaml` meanwhile keeps the edit.
+    """
+    path = root / "params.yaml"
+    kept = root / ".streetvision/params.yaml.yours"
+    written = root / ".streetvision/params.yaml.preset"
+
+    def restore() -> None:
+        if kept.exists():
+            if path.read_bytes() == written.read_bytes():
+                write_bytes_atomic(path, kept.read_bytes())
+                kept.unlink()
+            else:
+                log.warning("params.yaml was edited during the run; the earlier one is %s", kept)
+        written.unlink(missing_ok=True)
+
+    if kept.exists() and written.exists():
+        log.info("putting back the params.yaml that an interrupted run had set aside")
+        restore()
+    if preset is None:
+        yield
+        return
+    document = load_preset(preset, root).model_dump(mode="json")
+    text = f"# Preset {preset}, for one run.\n" + yaml.safe_dump(document, sort_keys=False)
+    write_bytes_atomic(written, text.encode())
+    write_bytes_atomic(kept, path.read_bytes())
+    write_bytes_atomic(path, text.encode())
+    try:
+        yield
+    finally:
+        restore()

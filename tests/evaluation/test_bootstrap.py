@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from streetvision.errors import UserError
+from streetvision.evaluation.bootstrap import (
+    BOOTSTRAP,
+    JACKKNIFE,
+    group_intervals,
+    group_sign_flip_test,
+    paired_group_interval,
+    resample_multiplicities,
+)
+from streetvision.evaluation.metrics import (
+    METRIC_NAMES,
+    GroupTable,
+    all_metrics,
+    all_metrics_batch,
+    mcc_from_counts,
+    prior_weights,
+)
+
+# Their bins are cut at quantiles of the whole sample, which a loop over resamples cannot see.
+FIXED_BINS = {"ece_equal_mass", "ece_debiased"}
+
+
+def clustered(n_groups, rng, size=12, spread=1.2):
+    """Images of a group share how hard they are, so they are far from independent; sizes vary."""
+    sizes = rng.integers(size // 2, size * 3 // 2 + 1, n_groups)
+    groups = np.repeat(np.arange(n_groups), sizes)
+    y = rng.integers(0, 2, len(groups))
+    ease = rng.normal(1.5, spread, n_groups)[groups]
+    logit = ease * (2 * y - 1) + rng.normal(0, 1, len(groups))
+    return y, 1 / (1 + np.exp(-logit)), groups
+
+
+@pytest.mark.parametrize("prior", [None, 0.3])
+@pytest.mark.parametrize("decimals", [9, 1])
+def test_resamples_equal_a_naive_loop(prior, decimals):
+    rng = np.random.default_rng(0)
+    y, p, groups = clustered(65, rng, size=4)
+    p = p.round(decimals)
+    table = GroupTable.build(y, p, groups, prior)
+    [rows] = resample_multiplicities(65, 40, np.random.default_rng(5))
+    fast = all_metrics_batch(table, rows, prior)
+    for r, row in enumerate(rows.astype(int)):
+        chosen = np.concatenate(
+            [np.flatnonzero(groups == g) for g in np.repeat(np.arange(65), row)]
+        )
+        weights = None if prior is None else prior_weights(y[chosen], prior)
+        slow = all_metrics(y[chosen], p[chosen], weights)
+        for name in set(METRIC_NAMES) - FIXED_BINS:
+            assert fast[name][r] == pytest.approx(slow[name], abs=1e-12), name
+
+
+def test_fixed_bins_of_a_resample_equal_a_naive_loop():
+    rng = np.random.default_rng(0)
+    y, p, groups = clustered(65, rng, size=4)
+    edges = np.sort(p)[np.ceil(np.arange(1, 15) * len(p) / 15).astype(int) - 1]
+    bins = (p[:, None] > edges).sum(axis=1)
+    [rows] = resample_multiplicities(65, 20, np.random.default_rng(5))
+    fast = all_metrics_batch(GroupTable.build(y, p, groups, None), rows, None)
+    for r, row in enumerate(rows.astype(int)):
+        gap, square, n = 0.0, 0.0, row[groups].sum()
+        for k in range(15):
+            m = row[groups] * (bins == k)
+            if m.sum():
+                error = m @ (p - y) / m.sum()
+                gap += m.sum() / n * abs(error)
+            if m.sum() > 1:
+                share = m @ y / m.sum()
+                square += m.sum() / n * (error**2 - share * (1 - share) / (m.sum() - 1))
+        assert fast["ece_equal_mass"][r] == pytest.approx(gap, abs=1e-12)
+        assert fast["ece_debiased"][r] == pytest.approx(np.sqrt(max(square, 0)), abs=1e-9)
+
+
+def test_multiplicities_are_draws_with_replacement_whatever_the_block():
+    blocks = list(resample_multiplicities(3000, 800, np.random.default_rng(0)))
+    rows = np.concatenate(blocks)
+    assert len(blocks) > 1
+    assert rows.shape == (800, 3000)
+    assert (rows.sum(axis=1) == 3000).all()
+    # Multinomial: mean 1, variance (1 - 1/G).
+    assert rows.var() == pytest.approx(1, abs=0.01)
+
+
+def test_percentiles_of_the_resamples_are_the_interval():
+    y, p, groups = clustered(70, np.random.default_rng(1))
+    [rows] = resample_multiplicities(70, 500, np.random.default_rng(9))
+    values = all_metrics_batch(GroupTable.build(y, p, groups, 0.5), rows, 0.5)
+    got = group_intervals(y, p, groups, 0.5, n_resamples=500, level=0.9, seed=9)
+    for name in METRIC_NAMES:
+        low, high = np.quantile(values[name], [0.05, 0.95])
+        assert (got[name].low, got[name].high) == pytest.approx((low, high))
+        assert got[name].method == BOOTSTRAP
+    point = all_metrics(y, p, prior_weights(y, 0.5))
+    assert {k: v.value for k, v in got.items()} == pytest.approx(point)
+
+
+def coverage(n_groups, n_simulations, seed, iid=False, prior=0.5):
+    rng = np.random.default_rng(seed)
+    y, p, _ = clustered(20_000, rng)
+    truth = all_metrics(y, p, prior_weights(y, prior))["mcc"]
+    hits = given = 0
+    for simulation in range(n_simulations):
+        y, p, groups = clustered(n_groups, rng)
+        units = np.arange(len(y)) if iid else groups
+        got = group_intervals(y, p, units, prior, 500, seed=simulation, metrics=("mcc",))["mcc"]
+        if got.low is not None:  # fewer than 5 of its groups may hold both classes
+            given += 1
+            hits += got.low <= truth <= got.high
+    assert given > 0.8 * n_simulations
+    return hits / given
+
+
+def test_bootstrap_covers_clustered_data():
+    assert 0.90 <= coverage(80, 200, seed=0) <= 0.99
+
+
+def test_jackknife_covers_with_few_groups():
+    assert 0.91 <= coverage(15, 250, seed=1) <= 0.985
+    assert 0.88 <= coverage(6, 250, seed=2) <= 0.99
+
+
+def test_iid_bootstrap_undercovers_clustered_data():
+    assert coverage(80, 100, seed=0, iid=True) < 0.85
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "method"), [(60, BOOTSTRAP), (59, JACKKNIFE), (5, JACKKNIFE), (4, None)]
+)
+def test_number_of_groups_decides_the_method(n_groups, method):
+    y, p, groups = clustered(n_groups, np.random.default_rng(4), size=20)
+    for name, got in group_intervals(y, p, groups, 0.5, 50).items():
+        if method is None:
+            assert (got.low, got.high) == (None, None), name
+            assert "4 groups" in got.method
+        else:
+            assert got.method == method, name
+            assert got.low < got.high, name
+
+
+def test_groups_without_positives_do_not_count_for_recall():
+    y, p, groups = clustered(70, np.random.default_rng(4))
+    y[groups >= 10] = 0
+    served = group_intervals(y, p, groups, 0.5, 50)
+    assert served["recall"].method == served["mcc"].method == JACKKNIFE
+    assert served["fpr"].method == BOOTSTRAP
+    assert group_intervals(y, p, groups, None, 50)["accuracy"].method == BOOTSTRAP
+
+
+def test_jackknife_of_a_mean_is_the_t_interval():
+    """Brier loss of equal groups is a mean of group means; on the log scale to first order."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(50), 40)
+    y = rng.integers(0, 2, len(groups))
+    p = np.clip(y + rng.normal(0, 0.02, 50)[groups] - 0.3 * (2 * y - 1), 0, 1)
+    got = group_intervals(y, p, groups, metrics=("brier",))["brier"]
+    means = ((p - y) ** 2).reshape(50, 40).mean(axis=1)
+    expected = scipy.stats.t.interval(0.95, 49, means.mean(), scipy.stats.sem(means))
+    assert (got.low, got.high) == pytest.approx(expected, rel=2e-3)
+    ece = group_intervals(y, p, groups, metrics=("ece",))["ece"]
+    assert ece.method == JACKKNIFE
+
+
+def test_perfect_predictions_get_no_pretended_certainty():
+    y = np.tile([0, 1], 80)
+    for n_groups in (10, 80):
+        got = group_intervals(y, y * 0.9 + 0.05, np.arange(160) // 2 % n_groups, 0.5, 50)["mcc"]
+        assert got.value == 1
+        assert got.low is None
+        assert "no variation" in got.method
+
+
+def test_intervals_depend_on_the_seed_alone():
+    y, p, groups = clustered(70, np.random.default_rng(1))
+    names = np.array([f"drive-{g}" for g in groups])
+    first = group_intervals(y, p, names, 0.5, 200, seed=3)
+    assert first == group_intervals(y, p, names, 0.5, 200, seed=3)
+    assert first != group_intervals(y, p, names, 0.5, 200, seed=4)
+
+
+@pytest.mark.parametrize("n_groups", [80, 20])
+def test_paired_interval_is_narrower_than_unpaired_and_antisymmetric(n_groups):
+    rng = np.random.default_rng(0)
+    y, a, groups = clustered(n_groups, rng)
+    logit = np.log(a / (1 - a))
+    b = 1 / (1 + np.exp(-(logit + 1.0 * (2 * y - 1))))  # better on the same images
+    got = paired_group_interval(y, a, b, groups, served_prior=0.5, seed=0)
+    w = prior_weights(y, 0.5)
+    assert got.value == pytest.approx(all_metrics(y, b, w)["mcc"] - all_metrics(y, a, w)["mcc"])
+    assert 0 < got.low < got.value < got.high
+    alone = [group_intervals(y, p, groups, 0.5, metrics=("mcc",))["mcc"] for p in (a, b)]
+    unpaired = np.hypot(*(interval.high - interval.low for interval in alone))
+    assert got.high - got.low < 0.7 * unpaired
+    back = paired_group_interval(y, b, a, groups, served_prior=0.5, seed=0)
+    assert (back.low, back.high) == pytest.approx((-got.high, -got.low))
+
+
+def test_paired_interval_of_a_model_with_itself_is_none():
+    y, p, groups = clustered(70, np.random.default_rng(1))
+    got = paired_group_interval(y, p, p, groups)
+    assert (got.value, got.low) == (0, None)
+
+
+def slow_sign_flip(y, a, b, groups):
+    """Swap whole groups in every possible way and recompute MCC from the images."""
+
+    def mcc(p):
+        h = p > 0.5
+        return mcc_from_counts((h & (y == 1)).sum(), (h & (y == 0)).sum(),
+                               (~h & (y == 0)).sum(), (~h & (y == 1)).sum())  # fmt: skip
+
+    values = []
+    for swap in itertools.product([False, True], repeat=len(np.unique(groups))):
+        s = np.array(swap)[groups]
+        values.append(abs(mcc(np.where(s, a, b)) - mcc(np.where(s, b, a))))
+    return np.mean(np.array(values) >= values[0] - 1e-12)
+
+
+def test_sign_flip_equals_exact_enumeration():
+    for seed in range(5):
+        y, a, groups = clustered(7, np.random.default_rng(seed))
+        b = clustered(7, np.random.default_rng(seed))[1]
+        b = np.where(np.random.default_rng(seed).random(len(y)) < 0.3, 1 - a, b)
+        assert group_sign_flip_test(y, a, b, groups) == slow_sign_flip(y, a, b, groups)
+
+
+def test_sign_flip_at_the_class_share_equals_no_prior():
+    y, a, groups = clustered(9, np.random.default_rng(0))
+    b = np.random.default_rng(1).permutation(a)
+    assert group_sign_flip_test(y, a, b, groups, y.mean()) == group_sign_flip_test(y, a, b, groups)
+    assert group_sign_flip_test(y, a, a, groups) == 1.0
+
+
+@pytest.mark.parametrize("n_groups", [10, 40])
+def test_sign_flip_keeps_its_level_and_finds_a_difference(n_groups):
+    rng = np.random.default_rng(7)
+    rejected = found = 0
+    for simulation in range(200):
+        y, base, groups = clustered(n_groups, rng)
+        logit = np.log(base / (1 - base))
+        shifts = rng.normal(0, 0.7, (2, n_groups))  # each model errs by group
+        a, b = (1 / (1 + np.exp(-(logit + s[groups]))) for s in shifts)
+        better = 1 / (1 + np.exp(-(logit + shifts[1][groups] + 2.0 * (2 * y - 1))))
+        options = {"served_prior": 0.5, "n_permutations": 500, "seed": simulation}
+        rejected += group_sign_flip_test(y, a, b, groups, **options) <= 0.05
+        found += group_sign_flip_test(y, a, better, groups, **options) <= 0.05
+    assert rejected / 200 <= 0.08
+    assert found / 200 > (0.8 if n_groups == 40 else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda y, p: group_intervals(y, p, [1, 2]), "one entry per image"),
+        (lambda y, p: group_intervals(y, p, y, level=1.0), "level must lie"),
+        (lambda y, p: group_intervals(y * 0, p, y, 0.5), "both classes"),
+        (lambda y, p: paired_group_interval(y * 0, p, p, y, "roc_auc"), "roc_auc is undefined"),
+        (lambda y, p: group_sign_flip_test(y * 0, p, p, y, 0.5), "both classes"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call(np.array([0, 1, 1]), np.array([0.2, 0.6, 0.4]))
