@@ -31,10 +31,10 @@ def calibrate(stage: Stage) -> None:
     write_json_atomic(paths.metric("calibrate"), metrics)
     weights = prior_weights(calib.labels, params.decision.served_prior)
     plots = {
-        "reliability_before.png": (sigmoid(calib.logits), "VAL_CALIB, sigmoid of the logit"),
+        "reliability_before.png": (sigmoid(calib.logits), "VAL_CALIB, before"),
         "reliability_after.png": (
             policy.calibrated_probability(calib.logits),
-            "VAL_CALIB, calibrated (the data it was fitted on)",
+            "VAL_CALIB, after, in sample",
         ),
     }
     outputs = [paths.scrc_params, paths.scrc_pickle, paths.metric("calibrate")]
@@ -42,7 +42,7 @@ def calibrate(stage: Stage) -> None:
         picture = plot_reliability(calib.labels, probabilities, weights, title)
         outputs.append(write_bytes_atomic(paths.plot(name), picture))
     stage.write_manifest(
-        stage.config("decision"),
+        stage.config(),
         [source, paths.thresholds],
         outputs,
         metrics["decision"]["deployed"],

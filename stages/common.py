@@ -8,8 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from streetvision.artifacts import (
     ArtifactSchema,
@@ -33,10 +37,12 @@ class Stage:
     paths: ArtifactSchema
     log: dict[str, Any] = field(default_factory=dict)
 
-    def config(self, *sections: str) -> dict[str, Any]:
-        """The parameters that determine this stage's result."""
+    def config(self) -> dict[str, Any]:
+        """The parameters that determine this stage's result: those that `dvc.yaml` tracks for it."""
+        document = yaml.safe_load((self.paths.root / "dvc.yaml").read_text())
         values = self.params.model_dump(mode="json")
-        return {name: values[name] for name in ("seed", *sections)}
+        tracked = document["stages"][self.name]["params"]
+        return {key: reduce(getitem, key.split("."), values) for key in tracked}
 
     @contextmanager
     def scratch(self, config: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Path]:

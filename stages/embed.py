@@ -8,9 +8,9 @@ from streetvision.data.store import CONTRACT
 
 def embed(stage: Stage) -> None:
     """Classifier on TRAIN's fusion part, VAL_SELECT and VAL_CALIB → `data/embeddings`."""
-    from streetvision.data.embeddings import embed_split, write_embeddings
+    from streetvision.data.embeddings import write_embeddings
     from streetvision.data.store import open_split
-    from streetvision.models.classifier import load_classifier, pick_device
+    from streetvision.models.classifier import load_classifier, pick_device, score_split
 
     params, paths = stage.params, stage.paths
     model, config = load_classifier(paths.classifier)
@@ -19,12 +19,12 @@ def embed(stage: Stage) -> None:
     written = []
     for name in CONTRACT["embed"]:
         split = open_split("embed", name, paths.split(name))
-        logits, features = embed_split(
+        logits, features = score_split(
             model, config.preprocessing, split, params.embed.batch_size, device
         )
         written.append(write_embeddings(paths.embeddings(name), split, logits, features))
     inputs = [paths.classifier, *(paths.split(name) for name in CONTRACT["embed"])]
-    stage.write_manifest(stage.config("embed"), inputs, written, {})
+    stage.write_manifest(stage.config(), inputs, written, {})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def evaluate(stage: Stage) -> None:
     )  # fmt: skip
     written = write_evaluation(evaluation, paths.metric("evaluation"), paths.metrics / "plots")
     metrics = {key: evaluation.report[key] for key in ("mcc", "ece")}
-    config = stage.config("evaluate", "decision")
+    config = stage.config()
     stage.write_manifest(config, [paths.bundle, source], written, metrics)
 
 

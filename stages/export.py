@@ -17,9 +17,7 @@ def export(stage: Stage) -> None:
     )  # fmt: skip
     write_json_atomic(paths.metric("export"), metrics)
     inputs = [paths.classifier, paths.scrc_params, paths.scrc_pickle]
-    stage.write_manifest(
-        stage.config("export", "embed"), inputs, [paths.bundle, paths.metric("export")], metrics
-    )
+    stage.write_manifest(stage.config(), inputs, [paths.bundle, paths.metric("export")], metrics)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def ingest(stage: Stage) -> None:
 
     data = stage.params.data
     local_root = stage.paths.root / data.local_root
-    config = stage.config("data")
+    config = stage.config()
     with stage.scratch(config, {}) as scratch:
         report = ingest_sources(
             list(data.sources),

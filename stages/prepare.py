@@ -14,7 +14,7 @@ def prepare(stage: Stage) -> None:
 
     paths = stage.paths
     splits = {name: paths.split(name) for name in SPLITS}
-    config = stage.config("data")
+    config = stage.config()
     with stage.scratch(config, stage.upstream("ingest")) as scratch:
         report = prepare_splits(
             paths.raw,

@@ -32,7 +32,7 @@ def sweep(stage: Stage) -> None:
     outputs = [paths.thresholds, paths.metric("sweep"), paths.plot("mcc_curve.png")]
     columns = asdict(curve) if params.sweep.save_curve else {key: [] for key in asdict(curve)}
     outputs.append(write_csv_atomic(paths.plot("threshold_sweep.csv"), columns))
-    stage.write_manifest(stage.config("sweep", "decision"), [source], outputs, metrics)
+    stage.write_manifest(stage.config(), [source], outputs, metrics)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def train(stage: Stage) -> None:
     params, paths = stage.params, stage.paths
     inputs = {name: paths.split(name) for name in ("train", "val_select")}
     splits = {name: open_split("train", name, path) for name, path in inputs.items()}
-    config = stage.config("train")
+    config = stage.config()
     model, classifier = build_classifier(
         params.train, params.data.square_crop, params.seed, paths.root
     )

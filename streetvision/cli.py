@@ -99,10 +99,11 @@ def _pin(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from streetvision.artifacts import json_text
     from streetvision.bundle.predictor import Predictor
-    from streetvision.evaluation.evaluate import evaluate_split, labelled_images, write_evaluation
+    from streetvision.evaluation.evaluate import evaluate_split, write_evaluation
+    from streetvision.evaluation.labelled import labelled_images
 
     predictor = Predictor.load(options.bundle)
-    with labelled_images(options.data, predictor) as split:
+    with labelled_images(options.data, predictor.config.preprocessing) as split:
         evaluation = evaluate_split(
             predictor, split, options.served_prior,
             n_resamples=options.resamples, mistakes=options.mistakes, seed=options.seed,

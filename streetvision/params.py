@@ -12,20 +12,37 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from streetvision.errors import UserError
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+
+def _no_truth_value(value: object) -> object:
+    """YAML reads `yes` and `on` as true, which pydantic would take for 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")  # noqa: TRY004 (pydantic reports only ValueError)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Integer = Annotated[int, BeforeValidator(_no_truth_value)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+OpenFraction = Annotated[Number, Field(gt=0, lt=1)]
+Count = Annotated[Integer, Field(ge=1)]
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys are errors."""
+    """Base of all sections: immutable, unknown keys are errors, numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --------------------------------------------------------------------------- data
@@ -40,8 +57,8 @@ class SyntheticSource(Section):
     cities: Count = 300
     drives_per_city: Count = 3
     positive_share: OpenFraction = 0.6
-    width_px: Annotated[int, Field(ge=32, le=4096)] = 256
-    height_px: Annotated[int, Field(ge=32, le=4096)] = 192
+    width_px: Annotated[Integer, Field(ge=32, le=4096)] = 256
+    height_px: Annotated[Integer, Field(ge=32, le=4096)] = 192
 
 
 class FolderSource(Section):
@@ -87,6 +104,14 @@ Source = Annotated[
     Field(discriminator="kind"),
 ]
 
+_SOURCES: dict[str, type[Section]] = {
+    "synthetic": SyntheticSource,
+    "folder": FolderSource,
+    "csv": CsvSource,
+    "parquet": ParquetSource,
+    "hub": HubSource,
+}
+
 
 class Data(Section):
     """What goes in, how it is prepared and how it is split."""
@@ -94,11 +119,11 @@ class Data(Section):
     local_root: str = Field("data/local", description="folder of all local sources; DVC watches it")
     sources: Annotated[list[Source], Field(min_length=1)] = [SyntheticSource(kind="synthetic")]
     shard_images: Count = Field(1000, description="rows of one raw Parquet shard")
-    side_px: Annotated[int, Field(ge=16, le=4096)] = Field(
+    side_px: Annotated[Integer, Field(ge=16, le=4096)] = Field(
         96, description="stored shorter side, pixels"
     )
     square_crop: bool = Field(False, description="keep only the central square")
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 92
+    jpeg_quality: Annotated[Integer, Field(ge=1, le=100)] = 92
     max_source_pixels: Count = Field(100_000_000, description="larger images are refused as bombs")
     max_bad_fraction: Fraction = Field(
         0.02, description="more unusable rows than this stop the stage"
@@ -106,10 +131,10 @@ class Data(Section):
     group_by: Literal["given", "gps"] = Field(
         "given", description="given falls back to gps per row"
     )
-    gps_cell_m: Annotated[float, Field(gt=0)] = Field(
+    gps_cell_m: Annotated[Number, Field(gt=0)] = Field(
         500.0, description="edge of a GPS cell, metres"
     )
-    duplicate_hash_bits: Annotated[int, Field(ge=0, le=32)] = Field(
+    duplicate_hash_bits: Annotated[Integer, Field(ge=0, le=32)] = Field(
         6, description="largest Hamming distance of 64-bit perceptual hashes of a candidate pair"
     )
     duplicate_pixel_error: Fraction = Field(
@@ -120,7 +145,7 @@ class Data(Section):
     val_select_fraction: OpenFraction = 0.1
     val_calib_fraction: OpenFraction = 0.15
     val_test_fraction: OpenFraction = 0.15
-    fusion_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+    fusion_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.15, description="share of TRAIN kept from `train` for fitting fusion"
     )
 
@@ -157,25 +182,29 @@ class Train(Section):
     freeze_norm: bool = Field(
         False, description="keep BatchNorm statistics fixed (folded backbones)"
     )
-    height_px: Annotated[int, Field(ge=16, le=2048)] = Field(96, description="input height, pixels")
-    width_px: Annotated[int, Field(ge=16, le=2048)] = Field(128, description="input width, pixels")
+    height_px: Annotated[Integer, Field(ge=16, le=2048)] = Field(
+        96, description="input height, pixels"
+    )
+    width_px: Annotated[Integer, Field(ge=16, le=2048)] = Field(
+        128, description="input width, pixels"
+    )
     fit: Literal["letterbox", "crop"] = Field(
         "letterbox", description="how other shapes meet the input"
     )
-    crop_min_area: Annotated[float, Field(gt=0, le=1)] = Field(
+    crop_min_area: Annotated[Number, Field(gt=0, le=1)] = Field(
         0.6, description="smallest share of the area a training crop keeps"
     )
     flip_probability: Fraction = 0.5
     colour_jitter: Fraction = Field(0.2, description="range of brightness, contrast and saturation")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="before the head")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="before the head")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     epochs: Count = 10
-    batch_size: Annotated[int, Field(ge=2)] = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 0.003
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="of all steps")
-    gradient_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="norm; 0 turns it off")
-    patience_epochs: Annotated[int, Field(ge=0)] = Field(
+    batch_size: Annotated[Integer, Field(ge=2)] = 32
+    learning_rate: Annotated[Number, Field(gt=0)] = 0.003
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.05
+    warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(0.15, description="of all steps")
+    gradient_clip: Annotated[Number, Field(ge=0)] = Field(1.0, description="norm; 0 turns it off")
+    patience_epochs: Annotated[Integer, Field(ge=0)] = Field(
         0,
         description="stop after so many epochs without a better VAL_SELECT MCC; 0 never stops early",
     )
@@ -194,7 +223,7 @@ class Embed(Section):
 class Sweep(Section):
     """Phase 2: the threshold with the highest MCC on VAL_CALIB."""
 
-    n_thresholds: Annotated[int, Field(ge=2, le=1_000_000)] = 5000
+    n_thresholds: Annotated[Integer, Field(ge=2, le=1_000_000)] = 5000
     optimize_metric: Literal["mcc"] = "mcc"
     selection: Literal["exact", "bagged_median"] = "exact"
     save_curve: bool = True
@@ -204,7 +233,7 @@ class Decision(Section):
     """The deployed decision rule."""
 
     served_prior: OpenFraction = Field(0.5, description="share of roadwork among served images")
-    n_resamples: Annotated[int, Field(ge=100)] = Field(
+    n_resamples: Annotated[Integer, Field(ge=100)] = Field(
         2000, description="group-bootstrap resamples"
     )
 
@@ -218,10 +247,10 @@ class Export(Section):
 class Evaluate(Section):
     """The final report."""
 
-    n_resamples: Annotated[int, Field(ge=100)] = Field(
+    n_resamples: Annotated[Integer, Field(ge=100)] = Field(
         2000, description="group-bootstrap resamples"
     )
-    mistakes: Annotated[int, Field(ge=0, le=200)] = Field(
+    mistakes: Annotated[Integer, Field(ge=0, le=200)] = Field(
         24, description="images in the contact sheet"
     )
 
@@ -230,13 +259,13 @@ class Hardware(Section):
     """What may not change a result, and so never invalidates a stage."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes; 0 = one a core")
+    workers: Annotated[Integer, Field(ge=0)] = Field(0, description="processes; 0 = one a core")
 
 
 class Params(Section):
     """All of `params.yaml`."""
 
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 7
+    seed: Annotated[Integer, Field(ge=0, le=2**31 - 1)] = 7
     data: Data = Data()
     train: Train = Train()
     embed: Embed = Embed()
@@ -262,7 +291,7 @@ def load_params(path: Path) -> Params:
         document = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold sections of parameters")
@@ -295,6 +324,8 @@ def _explain(error: Any, origin: str) -> str:
         allowed = str(context.get("expected") or context.get("expected_tags")).replace("'", "")
         value = context.get("tag", error["input"])
         return f'{origin}: {key} "{value}" is not one of {allowed.replace(" or ", ", ")}'
+    if error["type"] == "union_tag_not_found":
+        return f"{origin}: {key} needs a kind, one of {', '.join(_SOURCES)}"
     shown = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{origin}: {key}: {message}{shown}"
@@ -302,16 +333,10 @@ def _explain(error: Any, origin: str) -> str:
 
 def _siblings(location: list[str]) -> list[str]:
     """Names a section knows; of `data.sources.<i>.<kind>` those of that kind."""
-    kinds: dict[str, type[BaseModel]] = {
-        "synthetic": SyntheticSource,
-        "folder": FolderSource,
-        "csv": CsvSource,
-    }
-    kinds |= {"parquet": ParquetSource, "hub": HubSource}
     model: type[BaseModel] = Params
     for part in location:
-        if part in kinds and "sources" in location:
-            model = kinds[part]
+        if part in _SOURCES and "sources" in location:
+            model = _SOURCES[part]
         elif part in model.model_fields:
             annotation = model.model_fields[part].annotation
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from streetvision.artifacts import write_bytes_atomic
+from streetvision.errors import UserError
 from streetvision.presets import load_preset
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def preset_params(root: Path, preset: str | None) -> Iterator[None]:
         if kept.exists():
             if path.read_bytes() == written.read_bytes():
                 write_bytes_atomic(path, kept.read_bytes())
+            if path.read_bytes() == kept.read_bytes():
                 kept.unlink()
             else:
                 log.warning("params.yaml was edited during the run; the earlier one is %s", kept)
@@ -53,6 +55,8 @@ def preset_params(root: Path, preset: str | None) -> Iterator[None]:
     if preset is None:
         yield
         return
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run this in the project's folder")
     document = load_preset(preset, root).model_dump(mode="json")
     text = f"# Preset {preset}, for one run.\n" + yaml.safe_dump(document, sort_keys=False)
     write_bytes_atomic(written, text.encode())

@@ -17,7 +17,7 @@ from streetvision.artifacts import (
     write_bytes_atomic,
     write_json_atomic,
 )
-from streetvision.bundle.validate import BUNDLE_JSON, read_bundle
+from streetvision.bundle.validate import BUNDLE_JSON, read_bundle, sealed
 from streetvision.data.schema import CLASS_NAMES
 from streetvision.errors import UserError
 from streetvision.models.classifier import CONFIG, WEIGHTS, ClassifierConfig, load_weights_into
@@ -67,7 +67,7 @@ def export_bundle(
     write_bytes_atomic(output / "model.pth", buffer.getvalue())
     names = sorted([WEIGHTS, "model.pth", scrc_params.name, scrc_pickle.name])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    document = {
+    document: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "policy_type": "scrc",
         "policy": {"policy_type": "scrc", "policy_path": scrc_params.name},
@@ -80,7 +80,7 @@ def export_bundle(
         "batch_size": batch_size,
         "files": {name: sha256_file(output / name) for name in names},
     }
-    write_json_atomic(output / BUNDLE_JSON, document)
+    write_json_atomic(output / BUNDLE_JSON, sealed(document))
     read_bundle(output)
     size = sum((output / name).stat().st_size for name in [*names, BUNDLE_JSON])
     if make_tar:

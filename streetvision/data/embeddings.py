@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from streetvision.data.store import Split, read_arrow, write_arrow
-
-if TYPE_CHECKING:
-    import torch
-
-    from streetvision.data.transforms import Preprocessing
-    from streetvision.models.classifier import RoadworkClassifier
 
 
 @dataclass(frozen=True)
@@ -28,24 +20,6 @@ class Embeddings:
     groups: NDArray[np.object_]
     labels: NDArray[np.int64]
     logits: NDArray[np.float64]
-
-
-def embed_split(
-    model: RoadworkClassifier,
-    preprocessing: Preprocessing,
-    split: Split,
-    batch_size: int,
-    device: torch.device,
-) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-    """Score a split in its order; returns logits [N] and features [N, D]."""
-    from streetvision.models.classifier import score
-    from streetvision.progress import progress
-
-    def inputs() -> Iterator[NDArray[np.uint8]]:
-        for row in progress(range(len(split)), len(split), split.name):
-            yield preprocessing.apply(split.image(row))
-
-    return score(model, preprocessing, inputs(), batch_size, device)
 
 
 def write_embeddings(

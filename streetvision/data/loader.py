@@ -20,7 +20,7 @@ CACHE_BYTES = 2 * 1024**3
 class EpochSampler(Sampler[tuple[int, int]]):
     """A fresh seeded permutation each epoch; yields (epoch, row), so that a row knows its epoch.
 
-    Lightning calls `set_epoch` before each epoch, also after a resume.
+    Lightning calls `set_epoch` before each epoch but the first of a resumed run, where it calls it too late.
     """
 
     def __init__(self, size: int, seed: int) -> None:

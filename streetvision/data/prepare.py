@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,9 @@ from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA, SPLITS
 from streetvision.data.split import SplitResult, split_groups
 from streetvision.errors import UserError
 from streetvision.params import Data
+from streetvision.progress import Progress, no_progress
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _READ_ROWS = 8  # raw images in memory at once, a worker
 _WRITE_ROWS = 500
@@ -47,12 +46,6 @@ _PART_SCHEMA = pa.schema(
     ]
 )
 _COPIED = [name for name in RAW_SCHEMA.names if name not in {"image", "label", "evidence_box"}]
-
-
-def no_progress(iterable: Iterable[Any], total: int, description: str) -> Iterable[Any]:
-    """Show nothing."""
-    del total, description
-    return iterable
 
 
 def prepare_splits(
@@ -100,7 +93,54 @@ def prepare_splits(
     _quarantine_conflicts(rows)
     _write_quarantine(quarantine_path, rows, parts)
     _check_quarantine(rows, data.max_bad_fraction, quarantine_path)
+    kept, groups, duplicate_report, group_report = _group(rows, data)
+    result = split_groups(groups, rows.labels[kept], data.fractions, data.fusion_fraction, seed)
+    _write_splits(parts, split_paths, kept, groups, result, progress)
+    return {
+        "rows_in": len(rows.ids),
+        "rows_kept": len(kept),
+        "quarantined": dict(Counter(reason for reason in rows.reasons if reason)),
+        "duplicates": vars(duplicate_report),
+        "one_class_groups_in": result.one_class_groups,
+        **_report_files(split_paths, group_report),
+    }
 
+
+def prepare_whole(
+    raw_folder: Path,
+    path: Path,
+    scratch: Path,
+    data: Data,
+    workers: int,
+    progress: Progress = no_progress,
+) -> None:
+    """Decode, check and group all raw rows into one file in the split schema, without a split.
+
+    For data that are evaluated or cross-validated as a whole. Unusable rows are left out and logged.
+
+    Raises
+    ------
+    UserError
+        On unreadable shards, repeated ids, or no usable row.
+    """
+    parts = _make_parts(raw_folder, scratch, data, workers, progress)
+    rows = _read_rows(parts)
+    _check_ids(rows.ids)
+    _quarantine_conflicts(rows)
+    for reason, times in Counter(reason for reason in rows.reasons if reason).items():
+        log.warning("%d of %d images left out: %s", times, len(rows.ids), reason)
+    kept, groups, _, _ = _group(rows, data)
+    if not len(kept):
+        raise UserError(f"none of the {len(rows.ids)} images can be used")
+    whole = np.full(len(kept), "whole", dtype=object)
+    result = SplitResult(whole, np.zeros(len(kept), np.bool_), "anywhere")
+    _write_splits(parts, {"whole": path}, kept, groups, result, progress)
+
+
+def _group(
+    rows: _Rows, data: Data
+) -> tuple[NDArray[np.int64], NDArray[np.object_], duplicates.DuplicateReport, GroupReport]:
+    """Return the usable rows and their final groups, with what was found on the way."""
     kept = np.flatnonzero([reason is None for reason in rows.reasons])
     thumbnails = rows.thumbnails[kept]
     cluster, duplicate_report = duplicates.near_duplicate_clusters(
@@ -126,16 +166,7 @@ def prepare_splits(
         data.group_by,
         data.gps_cell_m,
     )
-    result = split_groups(groups, rows.labels[kept], data.fractions, data.fusion_fraction, seed)
-    _write_splits(parts, split_paths, kept, groups, result, progress)
-    return {
-        "rows_in": len(rows.ids),
-        "rows_kept": len(kept),
-        "quarantined": dict(Counter(reason for reason in rows.reasons if reason)),
-        "duplicates": vars(duplicate_report),
-        "one_class_groups_in": result.one_class_groups,
-        **_report_files(split_paths, group_report),
-    }
+    return kept, groups, duplicate_report, group_report
 
 
 # ------------------------------------------------------------------- pass 1: raw shards to parts
@@ -453,8 +484,8 @@ def _write_splits(
             if n_held:
                 writer.write_table(pa.Table.from_batches(held).combine_chunks())
 
-    for split in SPLITS:
-        write_atomic(split_paths[split], partial(write, split))
+    for split, path in split_paths.items():
+        write_atomic(path, partial(write, split))
 
 
 # ------------------------------------------------------------------- report

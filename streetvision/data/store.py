@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from streetvision.data.schema import SPLIT_SCHEMA
 from streetvision.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ CONTRACT: dict[str, dict[str, Access]] = {
     "train": {"train": Access("fit"), "val_select": Access()},
     "embed": {"train": Access("fusion"), "val_select": Access(), "val_calib": Access()},
     "evaluate": {"val_test": Access()},
+    # No stage: `python -m streetvision crossval` divides all data anew in each of its folds.
+    "crossval": {"whole": Access()},
 }
 
 
@@ -98,11 +101,12 @@ class Split:
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Split:
         """The same split with only these rows, in this order."""
         chosen = Split.__new__(Split)
-        indices = pa.array(np.asarray(rows, dtype=np.int64))
+        rows = np.asarray(rows, dtype=np.int64)
+        indices = pa.array(rows)
         chosen.name = self.name
         chosen._images = self._images.take(indices)
         chosen._table = self._table.take(indices)
-        chosen._labels = None if self._labels is None else self._labels[np.asarray(rows)]
+        chosen._labels = None if self._labels is None else self._labels[rows]
         chosen.ids, chosen.groups = self.ids[rows], self.groups[rows]
         return chosen
 
@@ -121,6 +125,9 @@ def open_split(stage: str, split: str, path: Path) -> Split:
     if access is None:
         raise SplitAccessError(f"stage `{stage}` did not declare the split {split}")
     table = read_arrow(path, "prepare")
+    missing = sorted(set(SPLIT_SCHEMA.names) - set(table.column_names))
+    if missing:
+        raise UserError(f"{path} is not a split file: no columns {', '.join(missing)}")
     if access.rows != "all":
         mask = table.column("fusion").to_numpy()
         table = table.filter(pa.array(mask if access.rows == "fusion" else ~mask))
@@ -136,7 +143,7 @@ def read_arrow(path: Path, made_by: str) -> pa.Table:
             return pa.ipc.open_file(source).read_all()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the stage `{made_by}` makes it") from error
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable Arrow file; rerun `{made_by}`") from error
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
-from streetvision.data.store import Split, open_split
-from streetvision.errors import UserError
+from streetvision.data.store import Split
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
@@ -108,54 +104,3 @@ def _mistakes(split: Split, probabilities: NDArray[np.float64], count: int) -> b
         for row in rows
     ]
     return plot_mistakes(images, captions)
-
-
-@contextmanager
-def labelled_images(data: Path, predictor: Predictor) -> Iterator[Split]:
-    """Open what a user may point at: a split file, Parquet, a CSV, or a folder of classes.
-
-    All but a split file go through the code of `ingest` and `prepare` into one temporary split, without
-    grouping by near-duplicates; unusable rows are left out and logged.
-
-    Raises
-    ------
-    UserError
-        Nothing there, or not in one of these forms.
-    """
-    if data.suffix == ".arrow":
-        yield open_split("evaluate", "val_test", data)
-        return
-    from streetvision.data.ingest import ingest_sources
-    from streetvision.data.prepare import prepare_single
-
-    with tempfile.TemporaryDirectory(prefix="streetvision-") as name:
-        folder = Path(name)
-        root, source = _as_source(data)
-        ingest_sources(
-            [source], root, folder / "raw", folder / "ingest", shard_images=1000, seed=0, workers=0,
-            progress=progress,
-        )  # fmt: skip
-        preprocessing = predictor.config.preprocessing
-        prepare_single(
-            folder / "raw", folder / "all.arrow", folder / "prepare",
-            side_px=2 * max(preprocessing.height, preprocessing.width),
-            square_crop=preprocessing.square_crop, workers=0, progress=progress,
-        )  # fmt: skip
-        yield open_split("evaluate", "val_test", folder / "all.arrow")
-
-
-def _as_source(data: Path) -> tuple[Path, Any]:
-    """Return the local root and the source that describe `data`."""
-    from streetvision.params import CsvSource, FolderSource, ParquetSource
-
-    if not data.exists():
-        raise UserError(f"{data} does not exist")
-    root, name = data.resolve().parent, data.resolve().name
-    if data.suffix == ".parquet" or (data.is_dir() and any(data.glob("*.parquet"))):
-        return root, ParquetSource(kind="parquet", path=name)
-    if data.suffix == ".csv":
-        images = "images" if (root / "images").is_dir() else "."
-        return root, CsvSource(kind="csv", path=name, images=images)
-    if data.is_dir():
-        return root, FolderSource(kind="folder", path=name)
-    raise UserError(f"{data} is not a split (.arrow), Parquet, a CSV or a folder of class folders")

@@ -51,12 +51,16 @@ P = ParamSpec("P")
 
 
 def figure_to_png(figure: Figure) -> bytes:
-    """Render a figure at a fixed resolution, without any metadata."""
+    """Render a figure at a fixed resolution with 256 colours, without any metadata."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
 
-    buffer = io.BytesIO()
+    drawn, buffer = io.BytesIO(), io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
+    # A palette takes a third of the bytes: Git keeps every version of these pictures.
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(256, Image.Quantize.MEDIANCUT).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -239,13 +243,19 @@ def plot_mistakes(
         return figure
     n_columns = min(4, len(images))
     n_rows = -(-len(images) // n_columns)
+    arrays = [np.asarray(image) for image in images]
+    tallest = max(array.shape[0] / array.shape[1] for array in arrays)
     figure, axes = _figure(
-        2.6 * n_columns, 2.75 * n_rows + 0.4, nrows=n_rows, ncols=n_columns, squeeze=False
+        2.2 * n_columns,
+        (2.2 * tallest + 0.35) * n_rows + 0.4,
+        nrows=n_rows,
+        ncols=n_columns,
+        squeeze=False,
     )
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, image, caption in zip(axes.flat, images, captions, strict=False):
-        ax.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+    for ax, array, caption in zip(axes.flat, arrays, captions, strict=False):
+        ax.imshow(array, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
         text = "\n".join(textwrap.fill(line, 34) for line in caption.splitlines())
         ax.set_title(text, fontsize=9, fontweight="normal", loc="center")
     figure.suptitle(title, fontsize=12, fontweight="bold")

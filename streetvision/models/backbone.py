@@ -77,7 +77,13 @@ def resolve(name: str, height: int, width: int) -> tuple[str, dict[str, Any], Tr
             f'params.yaml: train.backbone "{name}" is unknown; near it: {", ".join(close)}'
         )
     arguments = dict(known.arguments)
-    config = timm.get_pretrained_cfg(known.timm_name, allow_unregistered=True)
+    try:
+        config = timm.get_pretrained_cfg(known.timm_name, allow_unregistered=True)
+    except RuntimeError as error:  # a tag behind the dot that does not exist
+        tagged = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True))
+        raise UserError(
+            f'params.yaml: train.backbone "{name}" is unknown; near it: {tagged}'
+        ) from error
     if config is not None and config.fixed_input_size:
         arguments["img_size"] = [height, width]
     mean = known.mean or (tuple(config.mean) if config else (0.485, 0.456, 0.406))
@@ -124,6 +130,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     head: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     heads = (head,) if isinstance(head, str) else tuple(head)
     state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in heads))}
+    fill(model, state, path)
+
+
+def fill(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Load `state`, read from `path`, strictly; `UserError` if it belongs to another architecture."""
     wanted = model.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())

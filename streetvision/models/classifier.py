@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from streetvision.artifacts import read_json, write_atomic, write_json_atomic
+from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
-from streetvision.models.backbone import build_backbone
+from streetvision.models.backbone import build_backbone, fill, read_state_dict
+from streetvision.progress import progress
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -97,18 +99,13 @@ def load_classifier(folder: Path) -> tuple[RoadworkClassifier, ClassifierConfig]
 
 def load_weights_into(config: ClassifierConfig, weights: Path) -> RoadworkClassifier:
     """Build the configured model and fill it with `weights`, strictly."""
-    from streetvision.models.backbone import read_state_dict
-
     model = config.build()
     state = read_state_dict(weights)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{weights} does not fit {config.backbone}: {error}") from error
+    fill(model, state, weights)
     bad = sorted(name for name, value in state.items() if not bool(torch.isfinite(value).all()))
     if bad:
         raise UserError(f"{weights} holds numbers that are not finite, in {', '.join(bad[:3])}")
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -136,6 +133,22 @@ def score(
         width = model.head.in_features
         return np.zeros(0, np.float32), np.zeros((0, width), np.float16)
     return np.concatenate(logits), np.concatenate(features)
+
+
+def score_split(
+    model: RoadworkClassifier,
+    preprocessing: Preprocessing,
+    split: Split,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+    """Score a split in its order; returns what `score` does."""
+
+    def inputs() -> Iterator[NDArray[np.uint8]]:
+        for row in progress(range(len(split)), len(split), split.name):
+            yield preprocessing.apply(split.image(row))
+
+    return score(model, preprocessing, inputs(), batch_size, device)
 
 
 def _batches(inputs: Iterable[NDArray[np.uint8]], size: int) -> Iterator[list[NDArray[np.uint8]]]:

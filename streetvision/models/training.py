@@ -9,16 +9,19 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from numpy.typing import NDArray
 from torch import nn
 
+from streetvision.artifacts import write_atomic
 from streetvision.data.loader import (
+    EpochSampler,
     EvaluationImages,
     TrainingImages,
     loader_workers,
@@ -90,10 +93,16 @@ def fit_classifier(
     for split in (fit_split, select_split):
         if len(np.unique(split.labels)) < 2:
             raise UserError(f"{split.name} has images of one class only; training needs both")
+    model.to(memory_format=torch.channels_last)
     task = ClassifierTask(model, config.preprocessing, train, seed)
     images = TrainingImages(fit_split, config.preprocessing, training_transform(train), seed)
     loader = training_loader(images, train.batch_size, seed, loader_workers(workers))
-    selection = EpochSelection(select_split, config.preprocessing, train.patience_epochs)
+    selection = EpochSelection(
+        select_split,
+        config.preprocessing,
+        train.patience_epochs,
+        cast("EpochSampler", loader.sampler),
+    )
     checkpoints = ModelCheckpoint(
         dirpath=scratch, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False,
         save_on_train_epoch_end=True,
@@ -109,6 +118,7 @@ def fit_classifier(
         devices=1,
         precision=_precision(train.precision, device),
         callbacks=[selection, checkpoints],
+        plugins=[AtomicCheckpoints()],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -117,7 +127,10 @@ def fit_classifier(
     with warnings.catch_warnings():
         # Lightning advises more workers and warns of the non-empty scratch folder; both are intended.
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        trainer.fit(task, loader, ckpt_path=str(last) if last.exists() else None)
+        try:
+            trainer.fit(task, loader, ckpt_path=str(last) if last.exists() else None)
+        except SystemExit as error:  # Lightning's answer to Ctrl+C
+            raise KeyboardInterrupt from error
     if selection.best is None:
         raise UserError("training ended before its first epoch")
     model.load_state_dict(selection.best)
@@ -133,6 +146,21 @@ def fit_classifier(
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
     }
     return TrainingResult(model.cpu().eval(), config, selection.history, metrics)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
+    """Writes beside the checkpoint and renames.
+
+    Lightning moves a file from the temporary folder, which may be on another disk, and then a kill
+    leaves half a checkpoint.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Replace `path` by `checkpoint` at once."""
+        del storage_options
+        write_atomic(Path(path), lambda temporary: torch.save(checkpoint, temporary))
 
 
 class ClassifierTask(lightning.LightningModule):  # type: ignore[misc]
@@ -151,8 +179,7 @@ class ClassifierTask(lightning.LightningModule):  # type: ignore[misc]
             model.backbone.requires_grad_(requires_grad=False)
 
     def on_train_epoch_start(self) -> None:
-        """Key dropout by epoch, so that a resumed run draws the same masks; fix what is frozen."""
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+        """Fix what is frozen."""
         self.model.train()
         self.losses = []
         if self.train_params.trainable == "head":
@@ -162,6 +189,9 @@ class ClassifierTask(lightning.LightningModule):  # type: ignore[misc]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
         """Binary cross entropy on logits, in float32."""
+        # Dropout's masks depend on the step alone: loaders draw from the same generator, and not as often
+        # in a resumed run or with workers.
+        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
         images, labels = batch
         logits, _features = self.model(self.preprocessing.normalise(images))
         smooth = self.train_params.label_smoothing
@@ -206,8 +236,11 @@ class EpochSelection(Callback):  # type: ignore[misc]
     Its state travels in the checkpoint, so that a resumed run knows what an undisturbed one would.
     """
 
-    def __init__(self, split: Split, preprocessing: Preprocessing, patience: int) -> None:
+    def __init__(
+        self, split: Split, preprocessing: Preprocessing, patience: int, sampler: EpochSampler
+    ) -> None:
         self.split = split
+        self.sampler = sampler
         self.images = EvaluationImages(split, preprocessing)
         self.preprocessing = preprocessing
         self.patience = patience
@@ -224,6 +257,8 @@ class EpochSelection(Callback):  # type: ignore[misc]
         """Take up where the checkpoint ended."""
         self.history = list(state_dict["history"])
         self.best = state_dict["best"]
+        # Lightning starts to iterate before it tells the sampler of a resumed run its epoch.
+        self.sampler.set_epoch(len(self.history))
 
     def on_train_batch_end(
         self, trainer: Any, task: ClassifierTask, outputs: Any, batch: Any, batch_idx: int
@@ -241,13 +276,13 @@ class EpochSelection(Callback):  # type: ignore[misc]
     def on_train_epoch_end(self, trainer: Any, task: ClassifierTask) -> None:
         """Score, remember, and stop when nothing has improved for `patience` epochs."""
         train_loss = float(torch.stack(task.losses).double().mean())
-        if not math.isfinite(train_loss):
-            raise UserError(
-                f"the training loss is {train_loss} in epoch {trainer.current_epoch + 1}; "
-                "lower train.learning_rate"
-            )
         logits = predict_logits(task.model, self.images, self.preprocessing, task.device)
-        probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        if not (math.isfinite(train_loss) and np.isfinite(logits).all()):
+            raise UserError(
+                f"training diverged in epoch {trainer.current_epoch + 1}: its loss is {train_loss}, "
+                "or its last step broke the weights; lower train.learning_rate"
+            )
+        probabilities = torch.from_numpy(logits).double().sigmoid().numpy()
         scores = all_metrics(self.split.labels, probabilities)
         row = {
             "epoch": trainer.current_epoch,
@@ -264,9 +299,17 @@ class EpochSelection(Callback):  # type: ignore[misc]
             "epoch %d of %d: loss %.4f, VAL_SELECT loss %.4f, MCC %.4f",
             row["epoch"] + 1, trainer.max_epochs, train_loss, row["val_loss"], row["val_mcc"],
         )  # fmt: skip
-        best_epoch = max(self.history, key=lambda r: (r["val_mcc"], r["epoch"]))["epoch"]
-        if self.patience and row["epoch"] - best_epoch >= self.patience:
-            trainer.should_stop = True
+        trainer.should_stop = self._out_of_patience()
+
+    def on_train_start(self, trainer: Any, task: ClassifierTask) -> None:
+        """A run that was killed after it stopped early does not train on."""
+        trainer.should_stop = self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        if not self.patience or not self.history:
+            return False
+        best = max(self.history, key=lambda row: (row["val_mcc"], row["epoch"]))
+        return self.history[-1]["epoch"] - best["epoch"] >= self.patience
 
 
 @torch.inference_mode()

@@ -1,0 +1,1 @@
+"""Speed against what one would pick instead: `make bench`, or `make bench ONLY=sweep`."""

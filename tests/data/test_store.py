@@ -1,0 +1,175 @@
+"""Splits are opened by role: nothing undeclared, nothing broken, rows of TRAIN divided without a rest."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from streetvision.data import store
+from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
+from streetvision.data.store import (
+    CONTRACT,
+    Access,
+    SplitAccessError,
+    open_split,
+    read_arrow,
+    write_arrow,
+)
+from streetvision.errors import UserError
+
+STAGES = ("ingest", "prepare", "train", "embed", "sweep", "calibrate", "export", "evaluate")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_stage_gets_only_the_splits_it_declared(
+    stage: str, split: str, tiny_splits: dict[str, Path]
+) -> None:
+    if split in CONTRACT.get(stage, {}):
+        assert len(open_split(stage, split, tiny_splits[split]))
+    else:
+        with pytest.raises(SplitAccessError, match=f"`{stage}` did not declare the split {split}"):
+            open_split(stage, split, tiny_splits[split])
+
+
+def test_what_each_split_may_be_used_for() -> None:
+    users = {
+        split: {stage for stage in STAGES if split in CONTRACT.get(stage, {})} for split in SPLITS
+    }
+    assert users == {
+        "train": {"train", "embed"},
+        "val_select": {"train", "embed"},
+        "val_calib": {"embed"},
+        "val_test": {"evaluate"},
+    }
+
+
+def test_undeclared_labels_are_refused(
+    tiny_splits: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTRACT, "adapt", {"train": Access(labels=False)})
+    split = open_split("adapt", "train", tiny_splits["train"])
+    for images_only in (split, split.select([0, 1])):
+        with pytest.raises(SplitAccessError, match="labels of train were not declared"):
+            _ = images_only.labels
+        with pytest.raises(KeyError):
+            images_only.column("label")
+    assert split.image(0).size == (48, 32)
+
+
+def test_fit_and_fusion_rows_are_disjoint_and_complete(tiny_splits: dict[str, Path]) -> None:
+    path = tiny_splits["train"]
+    table = read_arrow(path, "prepare")
+    fit = open_split("train", "train", path)
+    fusion = open_split("embed", "train", path)
+    everything = set(table.column("id").to_pylist())
+    assert set(fit.ids) | set(fusion.ids) == everything
+    assert len(fit) + len(fusion) == len(everything)
+    assert not set(fit.groups) & set(fusion.groups)
+    marked = {row["id"]: row["fusion"] for row in table.select(["id", "fusion"]).to_pylist()}
+    assert all(marked[name] for name in fusion.ids)
+    assert not any(marked[name] for name in fit.ids)
+
+
+def test_rows_labels_and_images_belong_together(tiny_splits: dict[str, Path]) -> None:
+    path = tiny_splits["train"]
+    rows = {row["id"]: row for row in read_arrow(path, "prepare").to_pylist()}
+    for split in (open_split("train", "train", path), open_split("embed", "train", path)):
+        for index, name in enumerate(split.ids):
+            row = rows[name]
+            assert split.labels[index] == row["label"]
+            assert split.groups[index] == row["group"]
+            assert split.image_bytes(index) == row["image"]
+            assert split.column("weather")[index] == row["weather"]
+
+
+def test_an_image_is_decoded_to_rgb(tiny_splits: dict[str, Path]) -> None:
+    split = open_split("train", "val_select", tiny_splits["val_select"])
+    image = split.image(3)
+    with Image.open(io.BytesIO(split.image_bytes(3))) as stored:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(stored))
+    assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 3], [], list(range(40)), np.array([39, 1])])
+def test_select_takes_rows_in_order(tiny_splits: dict[str, Path], rows: list[int]) -> None:
+    split = open_split("train", "val_select", tiny_splits["val_select"])
+    chosen = split.select(rows)
+    assert len(chosen) == len(rows)
+    assert chosen.name == split.name
+    for found, row in enumerate(rows):
+        assert chosen.ids[found] == split.ids[row]
+        assert chosen.groups[found] == split.groups[row]
+        assert chosen.labels[found] == split.labels[row]
+        assert chosen.image_bytes(found) == split.image_bytes(row)
+        assert chosen.column("drive")[found] == split.column("drive")[row]
+    np.testing.assert_array_equal(
+        chosen.evidence_area(), split.evidence_area()[np.asarray(rows, dtype=int)]
+    )
+
+
+def test_evidence_area(tmp_path: Path, write_split: Callable[..., Path]) -> None:
+    path = write_split(tmp_path / "a.arrow", 4)
+    table = read_arrow(path, "prepare")
+    boxes = [None, [0.25, 0.5, 0.75, 1.0], [0.5, 0.5, 0.25, 0.75], [0.0, 0.0, 1.0, 1.0]]
+    index = table.schema.get_field_index("evidence_box")
+    table = table.set_column(index, "evidence_box", pa.array(boxes, pa.list_(pa.float32(), 4)))
+    write_arrow(path, {name: table.column(name) for name in table.column_names})
+    area = open_split("evaluate", "val_test", path).evidence_area()
+    np.testing.assert_array_equal(area, [np.nan, 0.25, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 100, 0.5, 0.99, -1])
+def test_a_broken_file_is_one_line(
+    kept: float, tmp_path: Path, tiny_splits: dict[str, Path]
+) -> None:
+    data = tiny_splits["val_test"].read_bytes()
+    size = kept if isinstance(kept, int) else int(kept * len(data))
+    path = tmp_path / "val_test.arrow"
+    path.write_bytes(data[:size])
+    with pytest.raises(UserError, match="rerun `prepare`"):
+        open_split("evaluate", "val_test", path)
+
+
+@pytest.mark.parametrize("content", [b"not arrow at all" * 100, bytes(1000)])
+def test_another_format_is_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "val_test.arrow"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable Arrow file"):
+        open_split("evaluate", "val_test", path)
+
+
+def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing; the stage `prepare` makes it"):
+        open_split("evaluate", "val_test", tmp_path / "val_test.arrow")
+    with pytest.raises(UserError, match="not a readable Arrow file"):
+        open_split("evaluate", "val_test", tmp_path)
+    empty = SPLIT_SCHEMA.empty_table()
+    path = write_arrow(tmp_path / "empty.arrow", {n: empty.column(n) for n in empty.column_names})
+    with pytest.raises(UserError, match="holds no images for stage `evaluate`"):
+        open_split("evaluate", "val_test", path)
+    path = write_arrow(tmp_path / "other.arrow", {"id": pa.array(["a"]), "logit": pa.array([1.0])})
+    with pytest.raises(UserError, match="not a split file: no columns daytime, drive"):
+        open_split("evaluate", "val_test", path)
+
+
+def test_no_fusion_part_is_no_mistake(tmp_path: Path, write_split: Callable[..., Path]) -> None:
+    path = write_split(tmp_path / "train.arrow", 8)
+    assert len(open_split("embed", "train", path)) == 0
+    assert len(open_split("train", "train", path)) == 8
+    path = write_split(tmp_path / "all.arrow", 8, fusion_groups=8)
+    with pytest.raises(UserError, match="holds no images for stage `train`"):
+        open_split("train", "train", path)
+
+
+def test_write_arrow_in_batches_and_back(tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "a.arrow", {"id": pa.array(range(2500))})
+    assert store.read_arrow(path, "x").column("id").to_pylist() == list(range(2500))
+    with pa.memory_map(str(path)) as source:
+        assert pa.ipc.open_file(source).num_record_batches == 3

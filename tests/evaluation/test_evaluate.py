@@ -1,0 +1,209 @@
+"""A bundle on labelled images: the files, the mistakes' order, and scikit-learn's numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import matthews_corrcoef, roc_auc_score
+
+from streetvision.bundle.predictor import Predictor
+from streetvision.data.store import Split, open_split
+from streetvision.errors import UserError
+from streetvision.evaluation import plots
+from streetvision.evaluation.evaluate import (
+    EVIDENCE_NAMES,
+    Evaluation,
+    _mistakes,
+    evaluate_split,
+    evidence_size,
+    write_evaluation,
+)
+
+if TYPE_CHECKING:
+    from tests.conftest import Trained
+
+
+@pytest.fixture(scope="module")
+def split(tiny_splits: dict[str, Path]) -> Split:
+    return open_split("evaluate", "val_test", tiny_splits["val_test"])
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Trained) -> Predictor:
+    return Predictor.load(trained.bundle, "cpu")
+
+
+@pytest.fixture(scope="module")
+def evaluation(predictor: Predictor, split: Split) -> Evaluation:
+    return evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=7)
+
+
+def leaves(tree: Any) -> list[Any]:
+    if not isinstance(tree, dict):
+        return [tree]
+    return [leaf for value in tree.values() for leaf in leaves(value)]
+
+
+def test_the_numbers_are_scikit_learns(evaluation: Evaluation, split: Split) -> None:
+    found = evaluation.predictions
+    probability = found["probability"]
+    decided = probability > 0.5
+    natural = evaluation.report["natural"]
+    assert natural["mcc"] == pytest.approx(matthews_corrcoef(split.labels, decided), abs=1e-12)
+    share = split.labels.mean()
+    weights = np.where(split.labels == 1, 0.3 / share, 0.7 / (1 - share))
+    served = matthews_corrcoef(split.labels, decided, sample_weight=weights)
+    assert evaluation.report["mcc"] == pytest.approx(served, abs=1e-12)
+    assert evaluation.report["served"]["mcc"] == evaluation.report["mcc"]
+    ranking = roc_auc_score(split.labels, probability)
+    assert ranking in [pytest.approx(value) for value in natural.values()]
+    confusion = evaluation.report["confusion"]
+    assert confusion["tp"] == (decided & (split.labels == 1)).sum()
+    assert confusion["fp"] == (decided & (split.labels == 0)).sum()
+    assert evaluation.report["n"] == len(split)
+    assert evaluation.report["n_groups"] == len(set(split.groups))
+    assert evaluation.report["served_prior"] == 0.3
+
+
+def test_predictions_are_the_predictors(
+    evaluation: Evaluation, predictor: Predictor, split: Split
+) -> None:
+    images = [split.image(row) for row in range(len(split))]
+    found = evaluation.predictions
+    np.testing.assert_array_equal(found["probability"], predictor.probabilities(images))
+    np.testing.assert_array_equal(found["id"], split.ids)
+    np.testing.assert_array_equal(found["group"], split.groups)
+    np.testing.assert_array_equal(found["label"], split.labels)
+
+
+def test_slices(evaluation: Evaluation, split: Split) -> None:
+    slices = evaluation.report["slices"]
+    assert set(slices) == {"source", "weather", "daytime", "evidence_size"}
+    weather = split.column("weather")
+    for value, key in (("sunny", "sunny"), ("rain", "rain"), (None, "unknown")):
+        assert slices["weather"][key]["n"] == (weather == value).sum()
+    sizes = evidence_size(split.evidence_area())
+    assert set(slices["evidence_size"]) == set(EVIDENCE_NAMES)
+    for name in EVIDENCE_NAMES:
+        own = sizes == name
+        assert slices["evidence_size"][name]["n"] == own.sum() > 0
+        recall = (evaluation.predictions["probability"][own] > 0.5).mean()
+        assert slices["evidence_size"][name]["recall"] == pytest.approx(recall)
+
+
+def test_the_report_is_finite_and_scalar(evaluation: Evaluation) -> None:
+    for leaf in leaves(evaluation.report):
+        assert isinstance(leaf, (str, int, float))
+        assert not isinstance(leaf, float) or np.isfinite(leaf)
+
+
+def test_the_files(evaluation: Evaluation, tmp_path: Path) -> None:
+    report, folder = tmp_path / "evaluation.json", tmp_path / "plots"
+    written = write_evaluation(evaluation, report, folder)
+    assert sorted(path.name for path in written) == [
+        "confusion.png", "evaluation.json", "mistakes.png", "precision_recall.png",
+        "predictions.csv", "reliability.png", "roc.png",
+    ]  # fmt: skip
+    assert sorted(written) == sorted([report, *folder.iterdir()])
+    assert json.loads(report.read_text()) == evaluation.report
+    with (folder / "predictions.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["id", "group", "label", "probability"]
+    found = evaluation.predictions
+    assert [row[0] for row in rows] == found["id"].tolist()
+    assert [row[1] for row in rows] == found["group"].tolist()
+    assert [int(row[2]) for row in rows] == found["label"].tolist()
+    assert [float(row[3]) for row in rows] == found["probability"].tolist()
+    for path in folder.glob("*.png"):
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 100
+
+
+def test_the_same_again_is_equal_to_the_byte(
+    evaluation: Evaluation, predictor: Predictor, split: Split
+) -> None:
+    again = evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=7)
+    assert again.report == evaluation.report
+    assert again.plots == evaluation.plots
+
+
+def shown(
+    split: Split, probabilities: list[float], count: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Any], list[str]]:
+    """Images and captions of the contact sheet."""
+    calls: list[tuple[list[Any], list[str]]] = []
+
+    def record(images: list[Any], captions: list[str]) -> bytes:
+        calls.append((images, captions))
+        return b""
+
+    monkeypatch.setattr(plots, "plot_mistakes", record)
+    _mistakes(split, np.array(probabilities), count)
+    return calls[0]
+
+
+def test_mistakes_come_worst_first(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert split.labels[:8].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    few = split.select(range(8))
+    #                wrong  right  wrong, equally  half: missed  right  wrong, worst  half: right  right
+    probabilities = [
+        0.900,
+        0.800,
+        0.9000000000000,
+        0.500000000,
+        0.100,
+        0.0200000000,
+        0.5000000000,
+        1.0,
+    ]
+    images, captions = shown(few, probabilities, 24, monkeypatch)
+    assert captions == [
+        "missed, p = 0.020", "false alarm, p = 0.900", "false alarm, p = 0.900", "missed, p = 0.500"
+    ]  # fmt: skip
+    for image, row in zip(images, [5, 0, 2, 3], strict=True):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(few.image(row)))
+    assert shown(few, probabilities, 2, monkeypatch)[1] == captions[:2]
+    assert shown(few, probabilities, 0, monkeypatch)[1] == []
+    assert shown(few, few.labels.tolist(), 24, monkeypatch)[1] == []
+
+
+@given(st.floats(0, 1))
+def test_evidence_size_is_the_class_between_its_bounds(area: float) -> None:
+    [name] = evidence_size(np.array([area]))
+    if area < 0.0025:
+        wanted = "below_0.25_percent"
+    elif area < 0.01:
+        wanted = "0.25_to_1_percent"
+    elif area < 0.04:
+        wanted = "1_to_4_percent"
+    else:
+        wanted = "above_4_percent"
+    assert name == wanted
+
+
+def test_evidence_size_of_nothing_is_empty() -> None:
+    found = evidence_size(np.array([np.nan, 0.0025, 0.01, 0.04]))
+    assert found.tolist() == ["", "0.25_to_1_percent", "1_to_4_percent", "above_4_percent"]
+    assert evidence_size(np.zeros(0)).shape == (0,)
+
+
+def test_one_class_and_impossible_priors_are_refused(
+    predictor: Predictor, split: Split, tmp_path: Path, write_split: Callable[..., Path]
+) -> None:
+    one = open_split("evaluate", "val_test", write_split(tmp_path / "a.arrow", labels=[1] * 4))
+    with pytest.raises(UserError):
+        evaluate_split(predictor, one, 0.5, n_resamples=100, mistakes=0, seed=7)
+    for prior in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="prior"):
+            evaluate_split(predictor, split, prior, n_resamples=100, mistakes=0, seed=7)

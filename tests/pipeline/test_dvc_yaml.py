@@ -1,0 +1,185 @@
+"""`dvc.yaml` against the code it runs, the parameters, the paths and the split contract; runs no stage."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from streetvision.artifacts import ArtifactSchema
+from streetvision.data.schema import SPLITS
+from streetvision.data.store import CONTRACT, SplitAccessError, open_split
+from streetvision.imports import import_closure
+from streetvision.params import Params, leaves
+from tests.pipeline.project import (
+    REPOSITORY,
+    STAGES,
+    code_deps,
+    contract_violations,
+    data_deps,
+    names,
+    outputs,
+    read_dvc_yaml,
+)
+
+DOCUMENT = read_dvc_yaml(REPOSITORY)
+STAGE = DOCUMENT["stages"]
+# The split contract as it was agreed, in which `embed` reads for the stages after it: which splits a stage may
+# see at all. TRAIN is for gradients, VAL_SELECT for choosing models, VAL_CALIB for the decision, VAL_TEST for
+# the report.
+AGREED = {
+    "ingest": set(),
+    "prepare": set(),
+    "train": {"train", "val_select"},
+    "embed": {"train", "val_select", "val_calib"},
+    "sweep": {"val_calib"},
+    "calibrate": {"val_calib"},
+    "export": set(),
+    "evaluate": {"val_test"},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_code_deps_are_what_the_stage_imports(name: str) -> None:
+    imported = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in import_closure(f"stages.{name}", REPOSITORY)
+    }
+    listed = code_deps(STAGE[name])
+    change = [f"add    - {path}" for path in sorted(imported - set(listed))]
+    change += [f"remove - {path}" for path in sorted(set(listed) - imported)]
+    assert not change, "\n".join([f"dvc.yaml, stages.{name}.deps:", *change])
+    assert listed == sorted(set(listed))
+
+
+def test_stages_commands_and_flags() -> None:
+    assert tuple(STAGE) == STAGES
+    for name, stage in STAGE.items():
+        assert stage["cmd"] == f"python -m stages.{name}"
+        assert stage["desc"]
+        assert (REPOSITORY / f"stages/{name}.py").is_file()
+        for kind in ("outs", "metrics", "plots"):
+            for entry in stage.get(kind, []):
+                flags = next(iter(entry.values())) if isinstance(entry, Mapping) else {}
+                # `persist` turns off the run cache of the whole stage; metrics live in Git.
+                assert flags == ({} if kind == "outs" else {"cache": False}), (name, entry)
+
+
+def test_params_are_the_leaves_of_the_schema() -> None:
+    tracked = [key for stage in STAGE.values() for key in stage.get("params", [])]
+    every = set(leaves(Params().model_dump(mode="json")))
+    assert set(tracked) == {key for key in every if not key.startswith("hardware.")}
+    for name, stage in STAGE.items():
+        listed = stage.get("params", [])
+        assert len(listed) == len(set(listed)), name
+    # DVC's run-cache key drops these two words at any depth.
+    parts = {part for key in every for part in key.split(".")}
+    assert not parts & {"size", "nfiles"}
+
+
+def test_paths_are_those_of_the_schema() -> None:
+    paths = ArtifactSchema(Path())
+    fixed = {
+        paths.raw, paths.quarantine, paths.classifier, paths.thresholds, paths.scrc_params,
+        paths.scrc_pickle, paths.bundle, *(paths.split(name) for name in SPLITS),
+        *(paths.embeddings(name) for name in CONTRACT["embed"]),
+    }  # fmt: skip
+    written = [Path(name) for stage in STAGE.values() for name in outputs(stage)]
+    read = [Path(name) for stage in STAGE.values() for name in data_deps(stage)]
+    assert len(written) == len(set(written)), "two stages write one file"
+    assert fixed <= set(written)
+    for name in STAGE:
+        manifest = paths.manifest(name)
+        assert manifest in written or manifest.parent in written, manifest
+    known = fixed | {paths.manifest(name) for name in STAGE}
+    for stage in STAGE.values():
+        assert {Path(name) for name in names(stage.get("outs", []))} <= known
+        for name in names(stage.get("metrics", [])):
+            assert Path(name) in known | {paths.metric(Path(name).stem)}
+        for name in names(stage.get("plots", [])):
+            assert Path(name) == paths.plot(Path(name).name)
+    local = [name for name in read if name not in known]
+    assert local == [Path("${data.local_root}")]
+    # A stage may not write into a folder that is another's out as a whole.
+    for path in written:
+        assert not set(path.parents) & set(written), path
+
+
+def test_top_level_plots_draw_files_that_a_stage_writes() -> None:
+    written = {name for stage in STAGE.values() for name in outputs(stage)}
+    for plot in DOCUMENT["plots"]:
+        for settings in plot.values():
+            assert set(settings["y"]) <= written
+
+
+def test_split_contract() -> None:
+    assert contract_violations(DOCUMENT) == []
+    # `crossval` is a command, not a stage: it makes folds of its own and sees none of the four splits.
+    assert not set(CONTRACT.get("crossval", {})) & set(SPLITS)
+    assert set(CONTRACT) - {"crossval"} <= set(STAGES)
+    for name, stage in STAGE.items():
+        seen = {Path(path).stem for path in data_deps(stage) if path.endswith(".arrow")}
+        assert seen == AGREED[name], name
+        assert set(CONTRACT.get(name, {})) <= AGREED[name]
+    assert CONTRACT["train"]["train"].rows == "fit", "train takes gradients from the fusion part"
+    assert CONTRACT["embed"]["train"].rows == "fusion"
+
+
+def test_contract_check_notices_a_leak() -> None:
+    for name in STAGES[2:7]:
+        document = read_dvc_yaml(REPOSITORY)
+        document["stages"][name]["deps"].append("data/splits/val_test.arrow")
+        assert contract_violations(document) == [
+            f"{name} lists data/splits/val_test.arrow, not declared"
+        ]
+    document = read_dvc_yaml(REPOSITORY)
+    document["stages"]["train"]["deps"].append("data/splits")
+    document["stages"]["sweep"]["deps"].remove("data/embeddings/val_calib.arrow")
+    assert len(contract_violations(document)) == 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_store_refuses_what_a_stage_did_not_declare(stage: str, tmp_path: Path) -> None:
+    for split in set(SPLITS) - set(CONTRACT.get(stage, {})):
+        with pytest.raises(SplitAccessError, match=f"`{stage}` did not declare the split {split}"):
+            open_split(stage, split, tmp_path / "x.arrow")
+
+
+def test_runtime_order_follows_from_deps() -> None:
+    maker = {name: stage for stage, entry in STAGE.items() for name in outputs(entry)}
+
+    def before(stage: str) -> set[str]:
+        direct = {maker[name] for name in data_deps(STAGE[stage]) if name in maker}
+        return direct.union(*(before(name) for name in direct))
+
+    for earlier, later in pairwise(STAGES):
+        assert earlier in before(later), f"{earlier} must run before {later}; no dep says so"
+        assert later not in before(earlier)
+
+
+def ignored(name: str) -> bool:
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--quiet", name], cwd=REPOSITORY, check=False
+    )
+    return done.returncode == 0
+
+
+def test_ignore_patterns_are_anchored() -> None:
+    for name in ("streetvision/data/x.py", "streetvision/models/x.py", "tests/data/x.py",
+                 "data/local/README.md", "metrics/data.json", "metrics/plots/roc.png", "dvc.lock",
+                 "params.yaml"):  # fmt: skip
+        assert not ignored(name), f"Git would ignore {name}"
+    for stage in STAGE.values():
+        for name in names(stage.get("outs", [])):
+            assert ignored(f"{name}" if Path(name).suffix else f"{name}/x"), name
+    for name in (".streetvision/runs.jsonl", "data/local/mine.jpg", "stages/__pycache__/x.pyc"):
+        assert ignored(name), name
+    patterns = (REPOSITORY / ".dvcignore").read_text().split()
+    assert "__pycache__" in patterns
+    # DVC must see every source file and every out.
+    assert not [
+        p for p in patterns if p.strip("/") in {"data", "models", "metrics", "streetvision"}
+    ]

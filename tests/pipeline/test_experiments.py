@@ -1,0 +1,84 @@
+"""DVC's experiments, queue and diffs, as the README tells people to use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from streetvision.params import Params
+from streetvision.presets import load_preset
+from tests.pipeline.project import REPOSITORY, Project
+
+
+@pytest.mark.slow
+def test_queue_runs_both_points(project: Project) -> None:
+    queued = project.dvc(
+        "exp", "run", "--queue", "-S", "train.learning_rate=0.001,0.01", "-S", "train.epochs=1", "train"
+    ).stdout  # fmt: skip
+    assert queued.count("Queued experiment") == 2
+    assert project.git("status", "--porcelain").stdout == ""
+    project.dvc("exp", "run", "--run-all")
+    shown = json.loads(project.dvc("exp", "show", "--json").stdout)
+    runs = [run for entry in shown for group in entry["experiments"] or [] for run in group["revs"]]
+    found = {
+        run["data"]["params"]["params.yaml"]["data"]["train"]["learning_rate"]:
+        run["data"]["metrics"]["metrics/train.json"]["data"]["train_loss"]
+        for run in runs
+    }  # fmt: skip
+    assert set(found) == {0.001, 0.01}
+    assert found[0.001] != found[0.01]
+    # Each in a copy of the project: nothing here has changed.
+    assert project.git("status", "--porcelain").stdout == ""
+    assert "learning_rate" in project.dvc("exp", "show", "--csv").stdout
+
+
+@pytest.mark.slow
+def test_diffs_work_in_a_clone_without_the_data(project: Project, tmp_path: Path) -> None:
+    first = project.git("rev-parse", "HEAD").stdout.strip()
+    project.change({"sweep": {"n_thresholds": 50}, "decision": {"served_prior": 0.4}})
+    assert project.repro() == ["sweep", "calibrate", "export", "evaluate"]
+    project.commit()
+    clone = Project(tmp_path / "clone")
+    project.git("clone", "--quiet", project.root, clone.root)
+    assert not (clone / "data/raw").exists()
+    assert not (clone / ".dvc/cache").exists()
+    metrics = json.loads(clone.dvc("metrics", "diff", "--json", first, "HEAD").stdout)
+    assert metrics["metrics/evaluation.json"]["served_prior"]["new"] == 0.4
+    assert "calibration_prior" not in metrics["metrics/calibrate.json"]
+    assert "metrics/train.json" not in metrics
+    assert "| metrics/evaluation.json" in clone.dvc("metrics", "diff", "--md", first, "HEAD").stdout
+    params = json.loads(clone.dvc("params", "diff", "--json", first, "HEAD").stdout)
+    prior = params["params.yaml"]["decision.served_prior"]
+    assert (prior["old"], prior["new"]) == (0.5, 0.4)
+    page = clone.dvc("plots", "diff", first, "HEAD", "--out", "page").stdout.strip()
+    assert page.endswith("index.html")
+    html = (clone / "page/index.html").read_text()
+    for title in ("threshold sweep", "training loss"):
+        assert title in html
+    pictures = {path.name.split("_", 1)[-1] for path in (clone / "page/static").iterdir()}
+    assert any("reliability_after.png" in name for name in pictures)
+
+
+@pytest.mark.slow
+def test_preset_as_overrides_in_a_shell(project: Project) -> None:
+    """From the defaults, in a temporary copy; everything comes from the cache of the same parameters."""
+    project.change(Params().model_dump(mode="json"))
+    project.git("commit", "--quiet", "--all", "--message", "the defaults")
+    before = (project / "params.yaml").read_bytes()
+    command = 'eval "dvc exp run --temp --name smoke $(python -m streetvision preset smoke)"'
+    done = project.run("bash", "-c", command)
+    assert "Running stage" not in done.stdout, "a parameter arrived changed"
+    assert (project / "params.yaml").read_bytes() == before
+    assert project.git("status", "--porcelain").stdout == ""
+    found = project.git(
+        "for-each-ref", "--format", "%(refname)", "refs/exps/**/smoke"
+    ).stdout.strip()
+    wanted = load_preset("smoke", REPOSITORY).model_dump(mode="json")
+    assert yaml.safe_load(project.git("show", f"{found}:params.yaml").stdout) == wanted
+    name = "metrics/evaluation.json"
+    assert (
+        project.git("show", f"{found}:{name}").stdout == project.git("show", f"HEAD~:{name}").stdout
+    )

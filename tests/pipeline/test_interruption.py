@@ -1,0 +1,97 @@
+"""Killed at any point, the pipeline goes on to the same bytes; Ctrl-C ends in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.project import Project, environment, outputs, read_dvc_yaml, stages_run
+
+# What a stage leaves in its scratch folder when it is part of the way.
+PARTS = {"ingest": "*.parquet", "prepare": "*.arrow", "train": "last.ckpt"}
+
+
+def start(project: Project, *command: str) -> subprocess.Popen[str]:
+    """Start a program in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=project.root, env=environment(project.root), text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> list[Path]:
+    """Wait until a finished part appears; temporary files begin with a dot."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        found = [path for path in folder.glob(f"*/{pattern}") if path.name[0] != "."]
+        if found:
+            return found
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    raise AssertionError(f"no {pattern} in {folder} after two minutes")
+
+
+def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
+    """Send a signal to the whole group; return exit code and stderr."""
+    os.killpg(process.pid, number)
+    stderr = process.communicate(timeout=60)[1]
+    return process.returncode, stderr
+
+
+@pytest.mark.slow
+def test_killed_in_three_stages_and_the_same_bytes(project: Project, reproduced: Project) -> None:
+    written = [name for s in read_dvc_yaml(project.root)["stages"].values() for name in outputs(s)]
+    # From nothing: no results, and no cache that they could come from.
+    project.run("rm", "-rf", "dvc.lock", "metrics", "models", ".dvc/cache", ".dvc/tmp",
+                *("data/raw", "data/splits", "data/embeddings", "data/quarantine.csv"))  # fmt: skip
+    project.run("rm", "-rf", ".streetvision")
+    for stage, pattern in PARTS.items():
+        scratch = project / f".streetvision/scratch/{stage}"
+        process = start(project, "dvc", "repro")
+        wait_for(process, scratch, pattern)
+        code, _ = stop(process, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        left = [path for path in scratch.glob(f"*/{pattern}") if path.name[0] != "."]
+        assert left, f"{stage} was through before it was killed: this shows nothing"
+    done = project.dvc("repro")
+    assert stages_run(done.stdout)[-1] == "evaluate"
+    assert "resuming from the checkpoint" in done.stderr
+    assert project.hashes(written) == reproduced.hashes(written)
+    assert list((project / ".streetvision/scratch").glob("*/*/")) == []
+    assert [path for path in project.root.rglob("*.tmp") if ".dvc" not in path.parts] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_training_is_one_line(project: Project) -> None:
+    project.change({"train": {"epochs": 500}})
+    process = start(project, "stages.train")
+    wait_for(process, project / ".streetvision/scratch/train", "last.ckpt")
+    code, stderr = stop(process, signal.SIGINT)
+    lines = [line for line in stderr.splitlines() if not line.startswith("train: epoch")]
+    assert lines == ["train: interrupted; run it again to go on from the last checkpoint"], stderr
+    assert code == 130
+    entry = (project / ".streetvision/runs.jsonl").read_text().splitlines()[-1]
+    assert '"status": "failed"' in entry
+    assert "KeyboardInterrupt" in entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ingest", "prepare"])
+def test_ctrl_c_in_the_data_stages_is_one_line(light: Project, stage: str) -> None:
+    # Two workers, many parts: the signal reaches them too.
+    light.change({"data": {"shard_images": 10}, "hardware": {"workers": 2}})
+    if stage == "prepare":
+        light.stage("ingest")
+    process = start(light, f"stages.{stage}")
+    wait_for(process, light / f".streetvision/scratch/{stage}", PARTS[stage])
+    code, stderr = stop(process, signal.SIGINT)
+    assert stderr == f"{stage}: interrupted; run it again to go on from the last checkpoint\n"
+    assert code == 130
+    light.stage(stage)

@@ -1,0 +1,145 @@
+"""`params.yaml` is the user's again after every end of a run, also an unfriendly one."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from streetvision.errors import UserError
+from streetvision.params import load_params
+from streetvision.presets import load_preset
+from streetvision.repro import preset_params, reproduce
+
+OWN = b"seed: 3  # mine\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "params.yaml").write_bytes(OWN)
+    return tmp_path
+
+
+def content(root: Path) -> bytes:
+    return (root / "params.yaml").read_bytes()
+
+
+def left_over(root: Path) -> list[str]:
+    folder = root / ".streetvision"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def kill_during(root: Path, preset: str = "smoke") -> None:
+    """Leave what a run leaves that dies between two statements: nothing is put back."""
+    context = preset_params(root, preset)
+    context.__enter__()
+    files = [root / "params.yaml", *(root / ".streetvision").iterdir()]
+    kept = {path: path.read_bytes() for path in files}
+    context.__exit__(None, None, None)
+    for path, data in kept.items():
+        path.write_bytes(data)
+
+
+def test_a_preset_holds_during_the_run_alone(root: Path) -> None:
+    with preset_params(root, "smoke"):
+        assert load_params(root / "params.yaml") == load_preset("smoke", root)
+        assert content(root).startswith(b"# Preset smoke")
+    assert content(root) == OWN
+    assert left_over(root) == []
+
+
+def test_without_a_preset_nothing_is_touched(root: Path) -> None:
+    before = (root / "params.yaml").stat().st_ino
+    with preset_params(root, None):
+        assert content(root) == OWN
+    assert (root / "params.yaml").stat().st_ino == before
+    assert left_over(root) == []
+
+
+@pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_failure_puts_it_back(root: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), preset_params(root, "smoke"):
+        raise error
+    assert content(root) == OWN
+    assert left_over(root) == []
+
+
+@pytest.mark.parametrize("preset", [None, "smoke", "photos"])
+def test_after_a_kill_the_next_run_puts_it_back_first(root: Path, preset: str | None) -> None:
+    kill_during(root)
+    assert content(root) != OWN
+    with preset_params(root, preset):
+        assert (content(root) == OWN) == (preset is None)
+    assert content(root) == OWN
+    assert left_over(root) == []
+
+
+@pytest.mark.parametrize("moment", ["before params.yaml is replaced", "after it is put back"])
+def test_a_kill_beside_the_run_leaves_no_false_alarm(
+    root: Path, moment: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    del moment  # both leave the same files
+    kill_during(root)
+    (root / "params.yaml").write_bytes(OWN)
+    with caplog.at_level(logging.WARNING), preset_params(root, None):
+        assert content(root) == OWN
+    assert "edited" not in caplog.text
+    assert left_over(root) == []
+
+
+def test_an_edit_during_the_run_is_kept_and_the_old_file_too(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), preset_params(root, "smoke"):
+        (root / "params.yaml").write_bytes(b"seed: 4\n")
+    assert content(root) == b"seed: 4\n"
+    assert (root / ".streetvision/params.yaml.yours").read_bytes() == OWN
+    assert "edited" in caplog.text
+    with preset_params(root, None):
+        assert content(root) == b"seed: 4\n"
+    assert content(root) == b"seed: 4\n"
+
+
+def test_an_edit_after_a_kill_is_kept(root: Path) -> None:
+    kill_during(root)
+    (root / "params.yaml").write_bytes(b"seed: 4\n")
+    with preset_params(root, "smoke"):
+        assert content(root).startswith(b"# Preset smoke")
+    assert content(root) == b"seed: 4\n"
+    assert left_over(root) == []
+
+
+def test_mistakes_change_nothing(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(UserError, match="is not one of"), preset_params(root, "smokey"):
+        pass
+    assert content(root) == OWN
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(UserError, match=r"params.yaml is missing"), preset_params(empty, "smoke"):
+        pass
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [0, 1, 255])
+def test_dvc_runs_in_the_project_with_this_python(
+    root: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[list[str], dict[str, Any], bytes]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        calls.append((command, options, content(root)))
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert reproduce(root, "smoke") == code
+    [(command, options, seen)] = calls
+    assert command == [sys.executable, "-m", "dvc", "repro"]
+    assert options["cwd"] == root
+    # `python` in dvc.yaml must be this interpreter.
+    assert options["env"]["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    assert seen.startswith(b"# Preset smoke")
+    assert content(root) == OWN
