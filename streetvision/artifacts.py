@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -247,6 +248,8 @@ def create_step_manifest(
     def describe(paths: Iterable[Path]) -> list[dict[str, Any]]:
         files: set[Path] = set()
         for path in paths:
+            if not path.exists():
+                raise FileNotFoundError(f"{path} belongs in the manifest of {step}")
             files.update([path] if path.is_file() else (p for p in path.rglob("*") if p.is_file()))
         return [
             {
@@ -302,18 +305,27 @@ def run_log(path: Path, step: str) -> Iterator[dict[str, Any]]:
 
 
 def _git_commit(root: Path) -> str | None:
-    """Read HEAD's commit without starting a process."""
-    git = root / ".git"
+    """HEAD's commit, None outside a Git repository or before its first commit."""
+    command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        return (git / head.removeprefix("ref: ")).read_text().strip()
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 
 # --------------------------------------------------------------------------- scratch
+
+
+@contextmanager
+def exclusive(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file; a second process gets `UserError` with the text `busy`."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(busy) from error
+        yield
 
 
 @contextmanager
@@ -326,13 +338,8 @@ def scratch_folder(parent: Path, step: str, key: Mapping[str, Any]) -> Iterator[
     """
     home = parent / step
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process is still running stage `{step}` in {home}; wait for it or stop it"
-            ) from error
+    busy = f"another process is still running stage `{step}` in {home}; wait for it or stop it"
+    with exclusive(home / "lock", busy):
         folder = home / config_hash(key)[:16]
         for other in home.iterdir():
             if other.is_dir() and other != folder:

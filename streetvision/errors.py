@@ -19,7 +19,8 @@ def guarded(program: str, main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        sys.stderr.write(f"{program}: error: {error}\n")
+        # A library's message within it may have many lines.
+        sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(

@@ -201,14 +201,27 @@ class Train(Section):
     epochs: Count = 10
     batch_size: Annotated[Integer, Field(ge=2)] = 32
     learning_rate: Annotated[Number, Field(gt=0)] = 0.003
+    head_learning_rate_factor: Annotated[Number, Field(gt=0)] = Field(
+        1.0, description="the head's learning rate over that of the backbone"
+    )
     weight_decay: Annotated[Number, Field(ge=0)] = 0.05
     warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(0.15, description="of all steps")
     gradient_clip: Annotated[Number, Field(ge=0)] = Field(1.0, description="norm; 0 turns it off")
+    choose_epoch: Literal["best_mcc", "last"] = Field(
+        "best_mcc",
+        description="on VAL_SELECT at p > 0.5; last where VAL_SELECT is too small to choose on",
+    )
     patience_epochs: Annotated[Integer, Field(ge=0)] = Field(
         0,
         description="stop after so many epochs without a better VAL_SELECT MCC; 0 never stops early",
     )
     precision: Literal["fp32", "bf16"] = "bf16"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.patience_epochs and self.choose_epoch == "last":
+            raise ValueError("patience_epochs needs choose_epoch best_mcc, got last")
+        return self
 
 
 class Embed(Section):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from streetvision.artifacts import write_bytes_atomic
+from streetvision.artifacts import exclusive, write_bytes_atomic
 from streetvision.errors import UserError
 from streetvision.presets import load_preset
 
@@ -24,7 +24,8 @@ def reproduce(root: Path, preset: str | None) -> int:
     bin_folder = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")])}
     command = [sys.executable, "-m", "dvc", "repro"]
-    with preset_params(root, preset):
+    busy = "another `repro` is running in this folder; wait for it or stop it"
+    with exclusive(root / ".streetvision/repro.lock", busy), preset_params(root, preset):
         return subprocess.run(command, cwd=root, env=environment, check=False).returncode
 
 

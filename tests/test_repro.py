@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from streetvision.artifacts import exclusive
 from streetvision.errors import UserError
 from streetvision.params import load_params
 from streetvision.presets import load_preset
@@ -143,3 +144,14 @@ def test_dvc_runs_in_the_project_with_this_python(
     assert options["env"]["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert seen.startswith(b"# Preset smoke")
     assert content(root) == OWN
+
+
+def test_a_second_repro_in_the_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("dvc was started"))
+    with (
+        exclusive(tmp_path / ".streetvision/repro.lock", "busy"),
+        pytest.raises(UserError, match="another `repro` is running"),
+    ):
+        reproduce(tmp_path, None)

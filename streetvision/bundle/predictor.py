@@ -70,7 +70,8 @@ class Predictor:
 
     def probabilities(self, images: Iterable[Image]) -> NDArray[np.float64]:
         """Deployed probabilities [N]."""
-        return self.policy.deployed_probability(self.logits(images))
+        logits = self.logits(images)
+        return self.policy.deployed_probability(logits) if len(logits) else logits
 
     def logits(self, images: Iterable[Image]) -> NDArray[np.float64]:
         """Raw logits [N] of the classifier, before the policy; images are read as they are needed."""

@@ -53,42 +53,42 @@ class Split:
     Attributes
     ----------
     ids, groups : arrays of str [N]
+    rows : positions in the file [N]
     """
 
-    def __init__(self, table: pa.Table, name: str, labels: bool) -> None:
+    def __init__(self, table: pa.Table, name: str, rows: NDArray[np.int64], labels: bool) -> None:
         self.name = name
-        self._images = table.column("image")
-        self._table = table.drop_columns(["image", "label"])
-        self._labels = (
-            np.asarray(table.column("label").to_numpy(), dtype=np.int64) if labels else None
-        )
+        self.rows = rows
+        self._images = table.column("image")  # stays on disk until an image is asked for
+        self._context = table.drop_columns(["image", "label"])
+        self._table, self._has_labels = table, labels
         self.ids = self.column("id")
         self.groups = self.column("group")
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.rows)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels [N], 1 = roadwork; refused where the stage declared images only."""
-        if self._labels is None:
+        if not self._has_labels:
             raise SplitAccessError(f"the labels of {self.name} were not declared by this stage")
-        return self._labels
+        return np.asarray(self._table.column("label").to_numpy()[self.rows], dtype=np.int64)
 
     def column(self, name: str) -> NDArray[np.object_]:
         """A context column [N] as Python objects; missing values are None."""
-        return np.array(self._table.column(name).to_pylist(), dtype=object)
+        return np.array(self._context.column(name).to_pylist(), dtype=object)[self.rows]
 
     def evidence_area(self) -> NDArray[np.float64]:
         """Area of the evidence box [N], as a share of the image; NaN where there is no box."""
-        boxes = self._table.column("evidence_box").to_pylist()
+        boxes = self.column("evidence_box")
         return np.array(
             [np.nan if b is None else max(b[2] - b[0], 0) * max(b[3] - b[1], 0) for b in boxes]
         )
 
     def image_bytes(self, row: int) -> bytes:
         """The stored JPEG of one row."""
-        data: bytes = self._images[row].as_py()
+        data: bytes = self._images[int(self.rows[row])].as_py()
         return data
 
     def image(self, row: int) -> Image:
@@ -100,15 +100,8 @@ class Split:
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Split:
         """The same split with only these rows, in this order."""
-        chosen = Split.__new__(Split)
-        rows = np.asarray(rows, dtype=np.int64)
-        indices = pa.array(rows)
-        chosen.name = self.name
-        chosen._images = self._images.take(indices)
-        chosen._table = self._table.take(indices)
-        chosen._labels = None if self._labels is None else self._labels[rows]
-        chosen.ids, chosen.groups = self.ids[rows], self.groups[rows]
-        return chosen
+        chosen = self.rows[np.asarray(rows, dtype=np.int64)]
+        return Split(self._table, self.name, chosen, self._has_labels)
 
 
 def open_split(stage: str, split: str, path: Path) -> Split:
@@ -128,12 +121,12 @@ def open_split(stage: str, split: str, path: Path) -> Split:
     missing = sorted(set(SPLIT_SCHEMA.names) - set(table.column_names))
     if missing:
         raise UserError(f"{path} is not a split file: no columns {', '.join(missing)}")
+    rows = np.arange(len(table))
     if access.rows != "all":
-        mask = table.column("fusion").to_numpy()
-        table = table.filter(pa.array(mask if access.rows == "fusion" else ~mask))
-    if len(table) == 0 and access.rows != "fusion":
+        rows = np.flatnonzero(table.column("fusion").to_numpy() == (access.rows == "fusion"))
+    if len(rows) == 0 and access.rows != "fusion":
         raise UserError(f"{path} holds no images for stage `{stage}`")
-    return Split(table, split, access.labels)
+    return Split(table, split, rows, access.labels)
 
 
 def read_arrow(path: Path, made_by: str) -> pa.Table:

@@ -81,7 +81,7 @@ def fit_classifier(
     device: str = "auto",
     workers: int = 0,
 ) -> TrainingResult:
-    """Train and return the weights of the epoch with the highest VAL_SELECT MCC (the later of equals).
+    """Train and return the weights of the chosen epoch (`train.choose_epoch`).
 
     A checkpoint in `scratch` at the end of every epoch lets a killed run go on to the same result.
 
@@ -100,7 +100,7 @@ def fit_classifier(
     selection = EpochSelection(
         select_split,
         config.preprocessing,
-        train.patience_epochs,
+        train,
         cast("EpochSampler", loader.sampler),
     )
     checkpoints = ModelCheckpoint(
@@ -134,7 +134,7 @@ def fit_classifier(
     if selection.best is None:
         raise UserError("training ended before its first epoch")
     model.load_state_dict(selection.best)
-    chosen = max(selection.history, key=lambda row: (row["val_mcc"], row["epoch"]))
+    chosen = selection.chosen
     parameters = list(model.parameters())
     metrics = {
         "epochs": len(selection.history),
@@ -208,19 +208,15 @@ class ClassifierTask(lightning.LightningModule):  # type: ignore[misc]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW without decay on biases and norms; linear warm-up, then cosine to zero, per step."""
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                (decayed if parameter.ndim > 1 else plain).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": self.train_params.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=self.train_params.learning_rate,
-            fused=True,
-        )
+        rate, decay = self.train_params.learning_rate, self.train_params.weight_decay
+        head_rate = rate * self.train_params.head_learning_rate_factor
+        groups: list[dict[str, Any]] = []
+        for module, own_rate in ((self.model.backbone, rate), (self.model.head, head_rate)):
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            for flat, own_decay in ((False, decay), (True, 0.0)):
+                chosen = [p for p in parameters if (p.ndim < 2) == flat]
+                groups.append({"params": chosen, "lr": own_rate, "weight_decay": own_decay})
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = warmup_cosine(steps, self.train_params.warmup_fraction)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -237,13 +233,14 @@ class EpochSelection(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, split: Split, preprocessing: Preprocessing, patience: int, sampler: EpochSampler
+        self, split: Split, preprocessing: Preprocessing, train: Train, sampler: EpochSampler
     ) -> None:
         self.split = split
         self.sampler = sampler
         self.images = EvaluationImages(split, preprocessing)
         self.preprocessing = preprocessing
-        self.patience = patience
+        self.rule = train.choose_epoch
+        self.patience = train.patience_epochs
         self.history: list[dict[str, float]] = []
         self.best: dict[str, torch.Tensor] | None = None
         self.started = time.monotonic()
@@ -292,14 +289,21 @@ class EpochSelection(Callback):  # type: ignore[misc]
             "val_mcc": float(scores["mcc"]),
             "val_accuracy": float(scores["accuracy"]),
         }
-        if self.best is None or row["val_mcc"] >= max(r["val_mcc"] for r in self.history):
-            self.best = {k: v.detach().cpu().clone() for k, v in task.model.state_dict().items()}
         self.history.append(row)
+        if self.chosen is row:
+            self.best = {k: v.detach().cpu().clone() for k, v in task.model.state_dict().items()}
         log.info(
             "epoch %d of %d: loss %.4f, VAL_SELECT loss %.4f, MCC %.4f",
             row["epoch"] + 1, trainer.max_epochs, train_loss, row["val_loss"], row["val_mcc"],
         )  # fmt: skip
         trainer.should_stop = self._out_of_patience()
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The last epoch, or the one with the highest VAL_SELECT MCC, the later of equals."""
+        if self.rule == "last":
+            return self.history[-1]
+        return max(self.history, key=lambda row: (row["val_mcc"], row["epoch"]))
 
     def on_train_start(self, trainer: Any, task: ClassifierTask) -> None:
         """A run that was killed after it stopped early does not train on."""
@@ -308,8 +312,7 @@ class EpochSelection(Callback):  # type: ignore[misc]
     def _out_of_patience(self) -> bool:
         if not self.patience or not self.history:
             return False
-        best = max(self.history, key=lambda row: (row["val_mcc"], row["epoch"]))
-        return self.history[-1]["epoch"] - best["epoch"] >= self.patience
+        return self.history[-1]["epoch"] - self.chosen["epoch"] >= self.patience
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from streetvision.evaluation.evaluate import (
     evidence_size,
     write_evaluation,
 )
+from streetvision.evaluation.report import safe_key
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -93,12 +94,12 @@ def test_slices(evaluation: Evaluation, split: Split) -> None:
     for value, key in (("sunny", "sunny"), ("rain", "rain"), (None, "unknown")):
         assert slices["weather"][key]["n"] == (weather == value).sum()
     sizes = evidence_size(split.evidence_area())
-    assert set(slices["evidence_size"]) == set(EVIDENCE_NAMES)
+    assert set(slices["evidence_size"]) == {safe_key(name) for name in EVIDENCE_NAMES}
     for name in EVIDENCE_NAMES:
         own = sizes == name
-        assert slices["evidence_size"][name]["n"] == own.sum() > 0
+        assert slices["evidence_size"][safe_key(name)]["n"] == own.sum() > 0
         recall = (evaluation.predictions["probability"][own] > 0.5).mean()
-        assert slices["evidence_size"][name]["recall"] == pytest.approx(recall)
+        assert slices["evidence_size"][safe_key(name)]["recall"] == pytest.approx(recall)
 
 
 def test_the_report_is_finite_and_scalar(evaluation: Evaluation) -> None:

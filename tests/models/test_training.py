@@ -209,6 +209,19 @@ def test_the_best_epoch_is_returned(fit: Fit, tiny_splits: dict[str, Path]) -> N
     assert not result.model.training
 
 
+def record_weights(monkeypatch: pytest.MonkeyPatch) -> list[State]:
+    """The weights that VAL_SELECT was scored with, epoch by epoch."""
+    epochs: list[State] = []
+    real = training.predict_logits
+
+    def recording(model: Any, *rest: Any) -> Any:
+        epochs.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return real(model, *rest)
+
+    monkeypatch.setattr(training, "predict_logits", recording)
+    return epochs
+
+
 def script_mcc(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Let VAL_SELECT's MCC be `values`, epoch by epoch."""
     left = iter(values)
@@ -230,10 +243,13 @@ def test_patience_and_choice(
     patience: int, mcc: list[float], epochs: int, chosen: int, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     script_mcc(monkeypatch, mcc)
+    weights = record_weights(monkeypatch)
     result = fit("scratch", epochs=6, patience_epochs=patience)
     assert [row["epoch"] for row in result.history] == list(range(epochs))
     assert result.metrics["epochs"] == epochs
     assert result.metrics["chosen_epoch"] == chosen
+    for name, tensor in state(result).items():
+        assert torch.equal(tensor, weights[chosen][name]), name
     # Killed before its result was saved, the run is resumed: it had stopped and trains no more.
     steps = count_steps(monkeypatch)
     assert_same(result, fit("scratch", epochs=6, patience_epochs=patience))
@@ -279,7 +295,9 @@ def test_local_weights_are_where_training_starts(
         fit(weights="yours.pth")
 
 
-def test_biases_and_norms_do_not_decay(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decay_and_learning_rate_of_each_parameter(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups: list[Any] = []
     real = ClassifierTask.configure_optimizers
 
@@ -289,11 +307,15 @@ def test_biases_and_norms_do_not_decay(fit: Fit, monkeypatch: pytest.MonkeyPatch
         return made
 
     monkeypatch.setattr(ClassifierTask, "configure_optimizers", spying)
-    result = fit(epochs=1, weight_decay=0.3)
-    decayed, plain = groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
-    assert all(parameter.ndim > 1 for parameter in decayed["params"])
-    assert all(parameter.ndim <= 1 for parameter in plain["params"])
+    result = fit(epochs=1, weight_decay=0.3, learning_rate=0.001, head_learning_rate_factor=5.0)
+    for group in groups:
+        flat = {parameter.ndim < 2 for parameter in group["params"]}
+        assert flat == {group["weight_decay"] == 0.0}
+        assert group["weight_decay"] in {0.0, 0.3}
+    head = {id(parameter) for parameter in result.model.head.parameters()}
+    for group in groups:
+        own = {id(parameter) in head for parameter in group["params"]}
+        assert own == {group["initial_lr"] == pytest.approx(0.005)}
     count = sum(p.numel() for group in groups for p in group["params"])
     assert count == result.metrics["trainable_parameters"]
 

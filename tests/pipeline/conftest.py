@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from streetvision.params import Params
 from tests.pipeline.project import Project, copy_code, with_git
 
 
@@ -43,11 +44,14 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture(scope="session")
-def repeated(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The same once more, elsewhere, by `repro --preset smoke` with two workers. Read only."""
+def repeated(reproduced: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The same code in a clone elsewhere, run by `repro --preset smoke` with two workers. Read only."""
 
     def make(folder: Path) -> None:
-        project = with_git(copy_code(folder, "cpu-demo"))
+        reproduced.git("clone", "--quiet", reproduced.root, folder)
+        project = Project(folder)
+        project.git("reset", "--quiet", "--hard", "HEAD~")  # before the results
+        project.change(Params().model_dump(mode="json"))
         for name, line in (
             ("streetvision/presets/smoke.yaml", "hardware: {workers: 2}\n"),
             ("params.yaml", "# a line of the user's\n"),

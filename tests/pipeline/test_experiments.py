@@ -38,28 +38,28 @@ def test_queue_runs_both_points(project: Project) -> None:
 @pytest.mark.slow
 def test_diffs_work_in_a_clone_without_the_data(project: Project, tmp_path: Path) -> None:
     first = project.git("rev-parse", "HEAD").stdout.strip()
-    project.change({"sweep": {"n_thresholds": 50}, "decision": {"served_prior": 0.4}})
-    assert project.repro() == ["sweep", "calibrate", "export", "evaluate"]
+    project.change({"sweep": {"n_thresholds": 50, "selection": "bagged_median"}})
+    assert project.repro("sweep") == ["sweep"]
     project.commit()
     clone = Project(tmp_path / "clone")
     project.git("clone", "--quiet", project.root, clone.root)
     assert not (clone / "data/raw").exists()
     assert not (clone / ".dvc/cache").exists()
     metrics = json.loads(clone.dvc("metrics", "diff", "--json", first, "HEAD").stdout)
-    assert metrics["metrics/evaluation.json"]["served_prior"]["new"] == 0.4
-    assert "calibration_prior" not in metrics["metrics/calibrate.json"]
-    assert "metrics/train.json" not in metrics
-    assert "| metrics/evaluation.json" in clone.dvc("metrics", "diff", "--md", first, "HEAD").stdout
+    assert set(metrics) == {"metrics/sweep.json"}
+    assert metrics["metrics/sweep.json"]["threshold"]["diff"] != 0
+    assert "| metrics/sweep.json" in clone.dvc("metrics", "diff", "--md", first, "HEAD").stdout
     params = json.loads(clone.dvc("params", "diff", "--json", first, "HEAD").stdout)
-    prior = params["params.yaml"]["decision.served_prior"]
-    assert (prior["old"], prior["new"]) == (0.5, 0.4)
-    page = clone.dvc("plots", "diff", first, "HEAD", "--out", "page").stdout.strip()
-    assert page.endswith("index.html")
-    html = (clone / "page/index.html").read_text()
-    for title in ("threshold sweep", "training loss"):
-        assert title in html
-    pictures = {path.name.split("_", 1)[-1] for path in (clone / "page/static").iterdir()}
-    assert any("reliability_after.png" in name for name in pictures)
+    count = params["params.yaml"]["sweep.n_thresholds"]
+    assert (count["old"], count["new"]) == (5000, 50)
+    drawn = json.loads(clone.dvc("plots", "diff", first, "HEAD", "--json").stdout)["data"]
+    assert {"training loss", "training mcc", "threshold sweep"} <= set(drawn)
+    assert drawn["threshold sweep"][0]["revisions"] == [first, "HEAD"]
+    clone.dvc("plots", "diff", first, "HEAD", "--out", "page")
+    pictures = sorted(path.name for path in (clone / "page/static").glob("*reliability_after.png"))
+    assert len(pictures) == 2
+    page = (clone / "page/index.html").read_text()
+    assert all(name in page for name in pictures)
 
 
 @pytest.mark.slow

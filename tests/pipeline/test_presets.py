@@ -70,7 +70,7 @@ def shard(first: int, rows: int) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(pixels).resize((400, 300), Image.Resampling.NEAREST).save(buffer, "JPEG")
         images.append({"bytes": buffer.getvalue(), "path": f"{row}.jpg"})
-    labels = [row % 4 != 0 for row in range(first, first + rows)]
+    labels = [int(row % 4 != 0) for row in range(first, first + rows)]
     table = pa.table({
         "image": images,
         "label": pa.array(labels, pa.int64()),
