@@ -7,14 +7,7 @@ a byte of it.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +18,8 @@ from streetvision.artifacts import config_hash, write_atomic, write_bytes_atomic
 from streetvision.data.parts import Part, Plan, Row
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.data.sources import plan_source
-from streetvision.errors import UserError
 from streetvision.params import Source
+from streetvision.processes import in_processes
 from streetvision.progress import Progress, no_progress
 
 # A row group is what a reader loads at once: bounded in rows for small images, in bytes for large.
@@ -75,7 +68,7 @@ def ingest_sources(
     ]
     jobs = {name: part for parts in shards for name, part in parts.items()}
     _keep_valid_shards(scratch, _fingerprint(sources, plans, shard_images, seed))
-    _write_shards(jobs, scratch, workers or _cores(), progress)
+    _write_shards(jobs, scratch, workers, progress)
 
     output.mkdir(parents=True, exist_ok=True)
     for stale in output.glob("*.parquet"):
@@ -169,69 +162,10 @@ def _write_shards(
     jobs: Mapping[str, Part], scratch: Path, workers: int, progress: Progress
 ) -> None:
     """Write the shards that are not there yet."""
-    todo = {name: part for name, part in jobs.items() if not (scratch / name).exists()}
-    for _ in progress(_finished(todo, scratch, min(workers, len(todo))), len(todo), "shards"):
+    todo = [(part, scratch / name) for name, part in jobs.items() if not (scratch / name).exists()]
+    for _ in progress(in_processes(_write_job, todo, workers), len(todo), "shards"):
         pass
 
 
-def _finished(jobs: Mapping[str, Part], scratch: Path, workers: int) -> Iterator[str]:
-    """Write the shards in this process or in a pool; yield the name of each as it is finished."""
-    if workers <= 1:
-        for name, part in jobs.items():
-            write_shard(part, scratch / name)
-            yield name
-        return
-    # A forked child would inherit torch's threads in an undefined state, and the stage's lock.
-    context = multiprocessing.get_context("spawn")
-    with (
-        _one_thread_a_process(),
-        ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
-    ):
-        futures = {
-            pool.submit(write_shard, part, scratch / name): name for name, part in jobs.items()
-        }
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process of ingest was killed, perhaps for lack of memory; rerun with "
-                "fewer hardware.workers, finished shards are kept"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    """Cores this process may use: a batch system lends fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextmanager
-def _one_thread_a_process() -> Iterator[None]:
-    """Let child processes compute in one thread: more would fight over the same cores."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+def _write_job(job: tuple[Part, Path]) -> None:
+    write_shard(*job)

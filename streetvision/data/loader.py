@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
+from streetvision.processes import usable_cores
 
 # Decoded images are kept while all of them take less than this.
 CACHE_BYTES = 2 * 1024**3
@@ -104,7 +104,7 @@ def training_loader(
 
 def loader_workers(wanted: int) -> int:
     """Worker processes beside the training process: on two cores or fewer none pays."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if wanted > 0:
         return wanted
     return 0 if cores <= 2 else min(cores - 1, 16)

@@ -1,17 +1,16 @@
 """From raw shards to the four split files, in two passes.
 
-Pass 1 decodes each row group of each raw shard into a part file, in parallel; a part that is there
-is not made again, which is how an interrupted run resumes. Pass 2 reads only the light columns of
-the parts, finds near-duplicates, groups and splits, then streams the images into the split files.
+Pass 1 (`prepare_parts`) decodes each row group of each raw shard into a part file. Pass 2 reads only the
+light columns of the parts, finds near-duplicates, groups and splits, then streams the images into the
+split files.
 Neither pass holds more than a few hundred images; 512 bytes an image go into finding duplicates.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streetvision.artifacts import write_atomic, write_csv_atomic
-from streetvision.data import decode, duplicates
+from streetvision.data import duplicates
 from streetvision.data.groups import GroupReport, assign_groups
-from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA, SPLITS
+from streetvision.data.prepare_parts import PART_SCHEMA, Part, make_parts
+from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.data.split import SplitResult, split_groups
 from streetvision.errors import UserError
 from streetvision.params import Data
@@ -33,19 +32,8 @@ from streetvision.progress import Progress, no_progress
 
 log = logging.getLogger(__name__)
 
-_READ_ROWS = 8  # raw images in memory at once, a worker
 _WRITE_ROWS = 500
 _MAX_LISTED_GROUPS = 100
-
-# All rows of a raw row group: a quarantined row has a reason and no image.
-_PART_SCHEMA = pa.schema(
-    [
-        *[field.with_nullable(True) for field in SPLIT_SCHEMA if field.name != "fusion"],
-        pa.field("thumbnail", pa.binary(duplicates.THUMBNAIL_SIDE**2)),
-        pa.field("reason", pa.string()),
-    ]
-)
-_COPIED = [name for name in RAW_SCHEMA.names if name not in {"image", "label", "evidence_box"}]
 
 
 def prepare_splits(
@@ -87,7 +75,7 @@ def prepare_splits(
     UserError
         On unreadable shards, repeated ids, too many unusable rows, or too few groups or classes.
     """
-    parts = _make_parts(raw_folder, scratch, data, workers, progress)
+    parts = make_parts(raw_folder, scratch, data, workers, progress)
     rows = _read_rows(parts)
     _check_ids(rows.ids)
     _quarantine_conflicts(rows)
@@ -123,7 +111,7 @@ def prepare_whole(
     UserError
         On unreadable shards, repeated ids, or no usable row.
     """
-    parts = _make_parts(raw_folder, scratch, data, workers, progress)
+    parts = make_parts(raw_folder, scratch, data, workers, progress)
     rows = _read_rows(parts)
     _check_ids(rows.ids)
     _quarantine_conflicts(rows)
@@ -169,174 +157,6 @@ def _group(
     return kept, groups, duplicate_report, group_report
 
 
-# ------------------------------------------------------------------- pass 1: raw shards to parts
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One row group of a raw shard and the file it becomes."""
-
-    shard: Path
-    row_group: int
-    first_row: int  # of the row group, counted in the shard
-    path: Path
-
-
-def _make_parts(
-    raw_folder: Path, scratch: Path, data: Data, workers: int, progress: Progress
-) -> list[_Part]:
-    """Make the missing parts; returns all in raw order."""
-    shards = sorted(raw_folder.glob("*.parquet"))
-    if not shards:
-        raise UserError(f"{raw_folder} holds no *.parquet file; the stage `ingest` makes them")
-    parts = [part for shard in shards for part in _plan(shard, scratch)]
-    missing = [part for part in parts if not part.path.exists()]
-    if len(missing) < len(parts):
-        log.info("resuming: %d of %d parts are there", len(parts) - len(missing), len(parts))
-    work = partial(_make_part, data=data)
-    workers = min(workers or os.cpu_count() or 1, len(missing))
-    done = _in_processes(work, missing, workers) if workers > 1 else map(work, missing)
-    for _ in progress(done, len(missing), "decoding"):
-        pass
-    return parts
-
-
-def _plan(shard: Path, scratch: Path) -> Iterator[_Part]:
-    """List the parts of one shard from its footer."""
-    try:
-        footer = pq.read_metadata(shard)
-        schema = footer.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(shard, error) from error
-    if not schema.remove_metadata().equals(RAW_SCHEMA):
-        wrong = [field.name for field in RAW_SCHEMA if field not in schema]
-        raise UserError(
-            f"{shard} is not in the raw schema (missing or of another type: "
-            f"{', '.join(wrong) or 'none, but columns are added or reordered'}); rerun `ingest`"
-        )
-    first_row = 0
-    for number in range(footer.num_row_groups):
-        yield _Part(shard, number, first_row, scratch / f"{shard.stem}-{number:05d}.arrow")
-        first_row += footer.row_group(number).num_rows
-
-
-def _unreadable(shard: Path, error: Exception) -> UserError:
-    return UserError(f"{shard} cannot be read ({' '.join(str(error).split())}); rerun `ingest`")
-
-
-def _in_processes(
-    work: Callable[[_Part], None], parts: list[_Part], workers: int
-) -> Iterator[None]:
-    """Yield once for every finished part."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    # Not forked: threads of Arrow or of a caller's torch may hold locks at this moment.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield from pool.map(work, parts)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"one of {workers} worker processes was killed, probably for want of memory: "
-            "set hardware.workers to fewer"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Keep to one thread, and die with the parent: an orphan would go on writing to the scratch."""
-    import multiprocessing
-    import threading
-    from multiprocessing.connection import wait
-
-    pa.set_cpu_count(1)
-    parent = multiprocessing.parent_process()
-    if parent is None:  # not started as a worker
-        return
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _make_part(part: _Part, data: Data) -> None:
-    """Decode one row group into its part file."""
-
-    def write(path: Path) -> None:
-        # Without a buffer Arrow reads whole column chunks: gigabytes of large photographs.
-        with (
-            pq.ParquetFile(part.shard, buffer_size=1 << 20) as file,
-            pa.ipc.new_file(path, _PART_SCHEMA) as writer,
-        ):
-            for batch in file.iter_batches(
-                _READ_ROWS, row_groups=[part.row_group], use_threads=False
-            ):
-                writer.write_batch(_prepare_batch(batch, data))
-
-    try:
-        write_atomic(part.path, write)
-    except pa.ArrowException as error:
-        raise _unreadable(part.shard, error) from error
-
-
-def _prepare_batch(batch: pa.RecordBatch, data: Data) -> pa.RecordBatch:
-    """Decode a batch of raw rows into `_PART_SCHEMA`."""
-    images = batch.column("image").flatten()[0]  # the bytes; null where the struct is
-    rows = [
-        _prepare_row(*row, data)
-        for row in zip(
-            images, batch.column("label").to_pylist(), batch.column("evidence_box"), strict=True
-        )
-    ]
-    made = pa.Table.from_pylist(rows, _PART_SCHEMA)
-    columns = [
-        batch.column(name) if name in _COPIED else made.column(name).combine_chunks()
-        for name in _PART_SCHEMA.names
-    ]
-    return pa.record_batch(columns, schema=_PART_SCHEMA)
-
-
-def _prepare_row(image: Any, label: int | None, box: Any, data: Data) -> dict[str, Any]:
-    """Return the new columns of one row, or only the reason why it cannot be used."""
-    if label not in {0, 1}:
-        return {"reason": "label missing" if label is None else "label not 0 or 1"}
-    content = image.as_py() or b""
-    try:
-        decoded = decode.decode_image(
-            content,
-            side_px=data.side_px,
-            square_crop=data.square_crop,
-            max_pixels=data.max_source_pixels,
-        )
-    except decode.UnusableImageError as error:
-        return {"reason": error.reason}
-    evidence = box.as_py()
-    if evidence and data.square_crop:
-        evidence = decode.box_in_central_square(
-            evidence, decoded.original_width, decoded.original_height
-        )
-    as_is = decoded.stored_as_is
-    return {
-        "image": content if as_is else decode.encode_jpeg(decoded.image, data.jpeg_quality),
-        "label": label,
-        "evidence_box": evidence,
-        "width": decoded.image.width,
-        "height": decoded.image.height,
-        "original_width": decoded.original_width,
-        "original_height": decoded.original_height,
-        "thumbnail": duplicates.make_thumbnail(decoded.image).tobytes(),
-    }
-
-
-# ------------------------------------------------------------------- pass 2: parts to splits
-
-
 @dataclass(frozen=True)
 class _Rows:
     """The light columns of all raw rows, in raw order."""
@@ -361,7 +181,7 @@ def _read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
             yield reader.get_batch(number).select(columns)
 
 
-def _read_rows(parts: list[_Part]) -> _Rows:
+def _read_rows(parts: list[Part]) -> _Rows:
     """Collect the light columns of all parts."""
     names = ["id", "source", "group", "label", "latitude", "longitude", "scene_description"]
     columns: dict[str, list[Any]] = {name: [] for name in [*names, "reason"]}
@@ -409,7 +229,7 @@ def _quarantine_conflicts(rows: _Rows) -> None:
             rows.reasons[row] = "label and description in conflict"
 
 
-def _write_quarantine(path: Path, rows: _Rows, parts: list[_Part]) -> None:
+def _write_quarantine(path: Path, rows: _Rows, parts: list[Part]) -> None:
     """Write one line a quarantined row; only the header if there is none."""
     places = [
         (part.shard.name, part.first_row + row)
@@ -442,7 +262,7 @@ def _check_quarantine(rows: _Rows, limit: float, path: Path) -> None:
 
 
 def _write_splits(
-    parts: list[_Part],
+    parts: list[Part],
     split_paths: Mapping[str, Path],
     kept: NDArray[np.int64],
     groups: NDArray[np.object_],
@@ -455,7 +275,7 @@ def _write_splits(
         """Rows of a split with their final group and fusion flag, as they come."""
         first = 0
         for part in progress(parts, len(parts), f"writing {split}"):
-            for batch in _read_batches(part.path, _PART_SCHEMA.names):
+            for batch in _read_batches(part.path, PART_SCHEMA.names):
                 # Positions among the kept rows of this batch's rows.
                 low, high = np.searchsorted(kept, [first, first + batch.num_rows])
                 wanted = low + np.flatnonzero(result.split[low:high] == split)

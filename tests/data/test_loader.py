@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,10 +137,10 @@ def test_a_partial_batch_counts_only_where_it_is_the_only_one(
 
 @pytest.mark.parametrize(
     ("wanted", "cores", "workers"),
-    [(0, 1, 0), (0, 2, 0), (0, 4, 3), (0, 128, 16), (3, 1, 3), (0, None, 0)],
+    [(0, 1, 0), (0, 2, 0), (0, 4, 3), (0, 128, 16), (3, 1, 3)],
 )
 def test_worker_count(
-    wanted: int, cores: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+    wanted: int, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(loader, "usable_cores", lambda: cores)
     assert loader_workers(wanted) == workers

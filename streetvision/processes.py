@@ -1,0 +1,81 @@
+"""Work on all cores: one thread a process, no orphans, one clear error when a worker is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TypeVar
+
+from streetvision.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_processes(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
+    """Yield `work(item)` in the order of `items`.
+
+    `workers` 0 means one a usable core; with one worker, or one item, the work is done in this process.
+
+    Raises
+    ------
+    UserError
+        A worker was killed; what it and the others finished stays.
+    """
+    workers = min(workers or usable_cores(), len(items))
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    # Not forked: threads of Arrow or of a caller's torch may hold locks at this moment.
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_a_process():
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        try:
+            yield from pool.map(work, items)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {workers} worker processes was killed, probably for want of memory: "
+                "rerun with fewer hardware.workers; what is finished is kept"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which in a container are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _one_thread_a_process() -> Iterator[None]:
+    """Let child processes compute in one thread: more would fight over the same cores."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()

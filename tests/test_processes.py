@@ -1,0 +1,57 @@
+"""Work in processes: order, threads, errors, death of a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from streetvision.errors import UserError
+from streetvision.processes import in_processes
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def process_and_threads(_: int) -> tuple[int, str | None]:
+    return os.getpid(), os.environ.get("OMP_NUM_THREADS")
+
+
+def die(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def fail(_: int) -> None:
+    raise UserError("this image is broken")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_results_come_in_order(workers: int) -> None:
+    assert list(in_processes(square, range(20), workers)) == [n * n for n in range(20)]
+    assert list(in_processes(square, [], workers)) == []
+
+
+def test_one_worker_is_this_process_and_two_have_one_thread_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert {pid for pid, _ in in_processes(process_and_threads, range(3), 1)} == {os.getpid()}
+    found = set(in_processes(process_and_threads, range(3), 2))
+    assert os.getpid() not in {pid for pid, _ in found}
+    assert {threads for _, threads in found} == {"1"}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_killed_worker_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match=r"worker processes was killed.*fewer hardware\.workers"):
+        list(in_processes(die, range(4), 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_users_mistake_reaches_the_caller(workers: int) -> None:
+    with pytest.raises(UserError, match="this image is broken"):
+        list(in_processes(fail, range(4), workers))
