@@ -54,11 +54,11 @@ class SyntheticSource(Section):
     kind: Literal["synthetic"]
     name: SourceName = "synthetic"
     images: Count = 14000
-    cities: Count = 300
-    drives_per_city: Count = 3
+    cities: Annotated[Integer, Field(ge=1, le=1500)] = 300
+    drives_per_city: Annotated[Integer, Field(ge=1, le=64)] = 3
     positive_share: OpenFraction = 0.6
-    width_px: Annotated[Integer, Field(ge=32, le=4096)] = 256
-    height_px: Annotated[Integer, Field(ge=32, le=4096)] = 192
+    width_px: Annotated[Integer, Field(ge=64, le=2048)] = 256
+    height_px: Annotated[Integer, Field(ge=64, le=2048)] = 192
 
 
 class FolderSource(Section):

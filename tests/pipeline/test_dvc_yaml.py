@@ -63,9 +63,13 @@ def test_stages_commands_and_flags() -> None:
         assert (REPOSITORY / f"stages/{name}.py").is_file()
         for kind in ("outs", "metrics", "plots"):
             for entry in stage.get(kind, []):
-                flags = next(iter(entry.values())) if isinstance(entry, Mapping) else {}
-                # `persist` turns off the run cache of the whole stage; metrics live in Git.
-                assert flags == ({} if kind == "outs" else {"cache": False}), (name, entry)
+                path, flags = (
+                    next(iter(entry.items())) if isinstance(entry, Mapping) else (entry, {})
+                )
+                # `persist` turns off the run cache of the whole stage; metrics and plots live in Git.
+                in_git = path.startswith("metrics/")
+                assert flags == ({"cache": False} if in_git else {}), (name, entry)
+                assert in_git or kind == "outs", (name, entry)
 
 
 def test_params_are_the_leaves_of_the_schema() -> None:
@@ -96,7 +100,8 @@ def test_paths_are_those_of_the_schema() -> None:
         assert manifest in written or manifest.parent in written, manifest
     known = fixed | {paths.manifest(name) for name in STAGE}
     for stage in STAGE.values():
-        assert {Path(name) for name in names(stage.get("outs", []))} <= known
+        for name in names(stage.get("outs", [])):
+            assert Path(name) in known | {paths.plot(Path(name).name)}
         for name in names(stage.get("metrics", [])):
             assert Path(name) in known | {paths.metric(Path(name).stem)}
         for name in names(stage.get("plots", [])):
@@ -174,7 +179,8 @@ def test_ignore_patterns_are_anchored() -> None:
         assert not ignored(name), f"Git would ignore {name}"
     for stage in STAGE.values():
         for name in names(stage.get("outs", [])):
-            assert ignored(f"{name}" if Path(name).suffix else f"{name}/x"), name
+            probe = name if Path(name).suffix else f"{name}/x"
+            assert ignored(probe) != name.startswith("metrics/"), name
     for name in (".streetvision/runs.jsonl", "data/local/mine.jpg", "stages/__pycache__/x.pyc"):
         assert ignored(name), name
     patterns = (REPOSITORY / ".dvcignore").read_text().split()
