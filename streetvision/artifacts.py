@@ -56,8 +56,9 @@ class ArtifactSchema:
         return self.root / f"data/splits/{name}.arrow"
 
     def embeddings(self, name: str) -> Path:
-        """Cached logits and features of one split."""
-        self.split(name)
+        """Cached logits and features of one split; VAL_TEST is never embedded."""
+        if name not in SPLITS or name == "val_test":
+            raise UserError(f'split "{name}" has no embeddings')
         return self.root / f"data/embeddings/{name}.arrow"
 
     @property
@@ -108,7 +109,7 @@ class ArtifactSchema:
             "sweep": "models/policy",
             "calibrate": "models/policy",
             "export": "models/bundle",
-            "evaluate": "metrics",
+            "evaluate": "models",
         }
         if step not in folder:
             raise UserError(f'step "{step}" is not one of {", ".join(folder)}')

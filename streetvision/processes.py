@@ -37,7 +37,14 @@ def in_processes(work: Callable[[T], R], items: Sequence[T], workers: int) -> It
     with _one_thread_a_process():
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
-            yield from pool.map(work, items)
+            # The processes are started here; those that a Ctrl-C reached while Python starts would
+            # each print a traceback. They inherit the mask, the parent gets its signal afterwards.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                results = pool.map(work, items)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield from results
         except BrokenProcessPool as error:
             raise UserError(
                 f"one of {workers} worker processes was killed, probably for want of memory: "

@@ -28,7 +28,7 @@ CASES = {
     ),
     "mistakes": (
         lambda: plots.plot_mistakes([*PICTURES, Image.new("L", (9, 9))], list("abcdef")),
-        (10.4, 5.9),
+        (8.8, 5.5),
     ),
     "no_mistakes": (lambda: plots.plot_mistakes([], []), (5.0, 1.2)),
     "sweep": (
