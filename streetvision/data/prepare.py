@@ -84,13 +84,15 @@ def prepare_splits(
     kept, groups, duplicate_report, group_report = _group(rows, data)
     result = split_groups(groups, rows.labels[kept], data.fractions, data.fusion_fraction, seed)
     _write_splits(parts, split_paths, kept, groups, result, progress)
-    return {
+    report = _report_files(split_paths, group_report)
+    if report["shared_groups"]:
+        raise RuntimeError(f"{report['shared_groups']} groups cross the splits: a bug in the split")
+    return report | {
         "rows_in": len(rows.ids),
         "rows_kept": len(kept),
         "quarantined": dict(Counter(reason for reason in rows.reasons if reason)),
         "duplicates": vars(duplicate_report),
         "one_class_groups_in": result.one_class_groups,
-        **_report_files(split_paths, group_report),
     }
 
 

@@ -270,10 +270,12 @@ def test_a_file_without_a_hash_is_refused(bundle: Path) -> None:
     assert '"model.safetensors" has no SHA-256' in refusal(bundle)
 
 
-def test_a_link_is_refused(bundle: Path) -> None:
+def test_the_content_behind_a_link_counts(bundle: Path) -> None:
     real = (bundle / "scrc_params.json").rename(bundle.parent / "elsewhere.json")
     (bundle / "scrc_params.json").symlink_to(real)
-    assert "scrc_params.json is missing" in refusal(bundle)
+    read_bundle(bundle)
+    real.write_bytes(real.read_bytes() + b" ")
+    assert "scrc_params.json was changed" in refusal(bundle)
 
 
 @pytest.mark.parametrize("key", REQUIRED)

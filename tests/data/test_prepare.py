@@ -347,3 +347,20 @@ def test_users_mistakes(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "label": [1]}), other / "x.parquet")
     with pytest.raises(UserError, match=r"x\.parquet is not in the raw schema.*image, label"):
         prepare(other, tmp_path / "d")
+
+
+def test_a_split_that_shares_a_group_stops_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streetvision.data import prepare as module
+
+    real = module.split_groups
+
+    def leaking(*arguments: Any) -> Any:
+        result = real(*arguments)
+        result.split[:] = np.resize(np.array(SPLITS, dtype=object), len(result.split))
+        return result
+
+    monkeypatch.setattr(module, "split_groups", leaking)
+    with pytest.raises(RuntimeError, match="groups cross the splits"):
+        prepare(write_raw(tmp_path / "raw", make_rows()), tmp_path)
