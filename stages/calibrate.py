@@ -23,6 +23,7 @@ def calibrate(stage: Stage) -> None:
     policy, report = fit_policy(
         calib.logits, calib.labels, calib.groups,
         params.decision.served_prior, params.decision.n_resamples, params.seed,
+        params.decision.calibrator,
     )  # fmt: skip
     document = scrc_document(policy, report)
     write_json_atomic(paths.scrc_params, document)

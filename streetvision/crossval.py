@@ -192,6 +192,7 @@ def _run_fold(
     policy, _ = fit_policy(
         logits(calib), calib.labels, calib.groups,
         params.decision.served_prior, params.decision.n_resamples, params.seed,
+        params.decision.calibrator,
     )  # fmt: skip
     test = split.select(np.flatnonzero(held_out))
     found = logits(test)

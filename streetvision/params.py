@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -249,6 +250,29 @@ class Decision(Section):
     n_resamples: Annotated[Integer, Field(ge=100)] = Field(
         2000, description="group-bootstrap resamples"
     )
+    calibrator: Literal[
+        "auto", "temperature", "platt", "beta", "quadratic", "isotonic", "pchip", "venn_abers"
+    ] = Field(
+        "platt",
+        description="auto: of platt, beta, quadratic and pchip the one with the lowest log loss out of "
+        "group folds; temperature, isotonic and venn_abers are reported but cannot be deployed",
+    )
+
+    @field_validator("calibrator")
+    @classmethod
+    def _check_deployable(cls, value: str) -> str:
+        if value in _REPORTED_ONLY:
+            reason, instead = _REPORTED_ONLY[value]
+            raise ValueError(f"{reason}, so it is reported but not deployed; use {instead} or auto")
+        return value
+
+
+# Calibrators that no policy may use: why, and the nearest that may.
+_REPORTED_ONLY = {
+    "temperature": ("a temperature alone has no intercept to match the prior with", "platt"),
+    "isotonic": ("an isotonic map is not strictly increasing", "pchip"),
+    "venn_abers": ("a Venn–Abers map is not strictly increasing", "pchip"),
+}
 
 
 class Export(Section):

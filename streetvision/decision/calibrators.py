@@ -1,8 +1,9 @@
-"""Calibrators: maps from logits to log-odds that can be believed, fitted on VAL_CALIB.
+"""What every calibrator is, and Platt scaling: logits to log-odds that can be believed.
 
 A `Calibrator` is fitted to logits and labels and returns a `CalibrationMap`: a pure function of
 logits that can be written to JSON and rebuilt from it. A map works at the prior of the split that
-it was fitted on; moving to the served prior comes after it (`streetvision.decision.policy`).
+it was fitted on; moving to the served prior comes after it (`streetvision.decision.policy`). All
+calibrators are listed, compared and chosen from in `streetvision.decision.choice`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,11 +20,11 @@ from numpy.typing import ArrayLike, NDArray
 from streetvision.decision.inputs import (
     check_keys,
     check_number,
+    check_positive,
     check_scores,
     check_weights,
     sigmoid,
 )
-from streetvision.errors import UserError
 
 FloatArray = NDArray[np.float64]
 
@@ -41,25 +42,42 @@ NEWTON_STEPS = 500
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class CalibrationMap(ABC):
-    """A fitted map from logits [N] to calibrated log-odds [N]."""
+    """A fitted map from logits [N] to calibrated log-odds [N]; its fields are its parameters."""
 
     kind: ClassVar[str]
     #: Whether a larger logit always gets larger log-odds. Others are for reporting only.
     strictly_increasing: ClassVar[bool]
+    #: Whether the mean of a fit is the prior of its split, without which no shift to another prior
+    #: is right. Others are for reporting only.
+    keeps_prior: ClassVar[bool]
 
     @abstractmethod
     def __call__(self, logits: ArrayLike) -> FloatArray:
         """Return the log-odds [N] of logits [N] at the prior of the split that was fitted."""
 
-    @abstractmethod
+    @classmethod
+    def deployable(cls) -> bool:
+        """Whether a policy may use such a map; a report may use any."""
+        return cls.strictly_increasing and cls.keeps_prior
+
     def to_dict(self) -> dict[str, Any]:
         """Return `kind`, `strictly_increasing` and the parameters, ready for JSON."""
+        parameters = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            "kind": self.kind,
+            "strictly_increasing": self.strictly_increasing,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items()},
+        }
 
     @classmethod
-    @abstractmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
         """Return the map that `to_dict` described; UserError names a missing or wrong key."""
+        names = [field.name for field in fields(cls)]
+        check_keys(document, {"kind", "strictly_increasing", *names}, f"the {cls.kind} calibrator")
+        values = {name: document[name] for name in names}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 class Calibrator(ABC):
@@ -97,35 +115,15 @@ class PlattMap(CalibrationMap):
 
     kind: ClassVar[str] = "platt"
     strictly_increasing: ClassVar[bool] = True
+    keeps_prior: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if check_number(self.slope, "the Platt slope") <= 0:
-            raise UserError(f"the Platt slope is {self.slope!r}; it must be > 0")
+        check_positive(self.slope, "the Platt slope")
         check_number(self.intercept, "the Platt intercept")
 
     def __call__(self, logits: ArrayLike) -> FloatArray:
         """Return log-odds [N] of logits [N]."""
         return self.slope * np.asarray(logits, dtype=np.float64) + self.intercept
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return kind, strictly_increasing, slope and intercept."""
-        return {
-            "kind": self.kind,
-            "strictly_increasing": self.strictly_increasing,
-            "slope": self.slope,
-            "intercept": self.intercept,
-        }
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Self:
-        """Return the map of a `to_dict` document; UserError if its parameters are not usable."""
-        check_keys(
-            document, {"kind", "strictly_increasing", "slope", "intercept"}, "the Platt calibrator"
-        )
-        return cls(
-            check_number(document["slope"], "the Platt slope"),
-            check_number(document["intercept"], "the Platt intercept"),
-        )
 
 
 class Platt(Calibrator):
@@ -159,17 +157,9 @@ class Platt(Calibrator):
         RuntimeError
             If the mean calibrated probability misses the prior by more than 1e-6.
         """
-        values, truth = check_scores(logits, labels)
-        weight = check_weights(weights, truth)
-        used = weight > 0
-        values, truth, weight = values[used], truth[used], weight[used]
-
-        centre = float(np.average(values, weights=weight))
-        spread = float(np.sqrt(np.average((values - centre) ** 2, weights=weight)))
-        if spread <= CONSTANT_SPREAD * abs(centre):  # rounding is not a ranking
-            values, spread = np.full_like(values, centre), 1.0
-        scaled = (values - centre) / spread
-        slope = _logistic_slope(scaled, _targets(scaled, truth, weight), weight)
+        values, truth, weight = check_sample(logits, labels, weights)
+        scaled, centre, spread = standardise(values, weight)
+        slope = logistic_slope(scaled, smoothed_targets(scaled, truth, weight), weight)
         if slope < SLOPE_FLOOR:
             _log.warning(
                 "the logits do not rank positives above negatives (slope %.3g): "
@@ -177,13 +167,34 @@ class Platt(Calibrator):
                 slope / spread,
             )
             slope = SLOPE_FLOOR
-        intercept = _intercept(slope * scaled, float(np.average(truth, weights=weight)), weight)
+        intercept = solve_intercept(slope * scaled, truth, weight)
         fitted = PlattMap(slope / spread, intercept - slope * centre / spread)
         check_mean_is_prior(fitted, values, truth, weight)
         return fitted
 
 
-def _targets(scaled: FloatArray, truth: NDArray[np.bool_], weight: FloatArray) -> FloatArray:
+def check_sample(
+    logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None
+) -> tuple[FloatArray, NDArray[np.bool_], FloatArray]:
+    """Return the logits, labels and weights of the images that weigh something; UserError if bad."""
+    values, truth = check_scores(logits, labels)
+    weight = check_weights(weights, truth)
+    used = weight > 0
+    return values[used], truth[used], weight[used]
+
+
+def standardise(values: FloatArray, weight: FloatArray) -> tuple[FloatArray, float, float]:
+    """Return (values - centre) / spread [N], the mean and the standard deviation (1 if constant)."""
+    centre = float(np.average(values, weights=weight))
+    spread = float(np.sqrt(np.average((values - centre) ** 2, weights=weight)))
+    if spread <= CONSTANT_SPREAD * abs(centre):  # rounding is not a ranking
+        values, spread = np.full_like(values, centre), 1.0
+    return (values - centre) / spread, centre, spread
+
+
+def smoothed_targets(
+    scaled: FloatArray, truth: NDArray[np.bool_], weight: FloatArray
+) -> FloatArray:
     """Return the labels [N] as probabilities, smoothed where the logits separate the classes."""
     if scaled[truth].min() < scaled[~truth].max() - NO_OVERLAP:
         return truth.astype(np.float64)
@@ -194,7 +205,7 @@ def _targets(scaled: FloatArray, truth: NDArray[np.bool_], weight: FloatArray) -
     return smoothed
 
 
-def _logistic_slope(x: FloatArray, target: FloatArray, weight: FloatArray) -> float:
+def logistic_slope(x: FloatArray, target: FloatArray, weight: FloatArray) -> float:
     """Return the slope of the maximum-likelihood fit of sigmoid(slope · x + b) to `target`.
 
     0 where the best slope is not positive: the likelihood is concave, so its derivative at 0 tells.
@@ -230,13 +241,15 @@ def _logistic_slope(x: FloatArray, target: FloatArray, weight: FloatArray) -> fl
     raise RuntimeError(f"Platt scaling did not converge in {NEWTON_STEPS} Newton steps")
 
 
-def _intercept(z: FloatArray, prior: float, weight: FloatArray) -> float:
-    """Return b such that the weighted mean of sigmoid(z + b) is `prior`."""
+def solve_intercept(z: FloatArray, target: ArrayLike, weight: FloatArray) -> float:
+    """Return b such that the weighted means of sigmoid(z + b) and of `target` [N] are the same."""
     from scipy.optimize import brentq
     from scipy.special import logit
 
+    prior = float(np.average(np.asarray(target), weights=weight))
     # With b at logit(prior) - max(z) no probability exceeds the prior, and the other way round.
-    low, high = logit(prior) - z.max() - 1, logit(prior) - z.min() + 1
+    margin = max(1.0, 1e-9 * float(np.abs(z).max()))  # for what rounding takes from huge log-odds
+    low, high = logit(prior) - z.max() - margin, logit(prior) - z.min() + margin
     return float(brentq(lambda b: np.average(sigmoid(z + b), weights=weight) - prior, low, high))
 
 
@@ -262,28 +275,3 @@ def check_mean_is_prior(
             f"{fitted.kind}: the mean calibrated probability {mean:.9f} is not the prior "
             f"{prior:.9f} of its split; the map has no fitted intercept or did not converge"
         )
-
-
-_MAPS: dict[str, type[CalibrationMap]] = {PlattMap.kind: PlattMap}
-
-
-def calibration_map_from_dict(document: object) -> CalibrationMap:
-    """Return the map that `CalibrationMap.to_dict` described.
-
-    Raises
-    ------
-    UserError
-        If the kind is unknown, or a key is missing, unknown or unusable.
-    """
-    if not isinstance(document, Mapping) or "kind" not in document:
-        raise UserError(f"the calibrator is {document!r}; an object with a `kind` is needed")
-    kind = document["kind"]
-    if not isinstance(kind, str) or kind not in _MAPS:
-        raise UserError(f"the calibrator's kind {kind!r} is not one of {', '.join(sorted(_MAPS))}")
-    fitted = _MAPS[kind].from_dict(document)
-    if document["strictly_increasing"] is not fitted.strictly_increasing:
-        raise UserError(
-            f"the calibrator's strictly_increasing is {document['strictly_increasing']!r}; "
-            f"{kind} has {fitted.strictly_increasing}"
-        )
-    return fitted

@@ -100,6 +100,27 @@ def check_number(value: Any, name: str) -> float:
     return float(value)
 
 
+def check_positive(value: Any, name: str) -> float:
+    """Return `value` as float; UserError if it is not a finite number > 0."""
+    number = check_number(value, name)
+    if number <= 0:
+        raise UserError(f"{name} is {value!r}; it must be > 0")
+    return number
+
+
+def check_row(value: Any, name: str, *, ascending: bool = False) -> NDArray[np.float64]:
+    """Return the tuple `value` as an array [K]; UserError unless finite numbers, K >= 1.
+
+    With `ascending` each must be larger than the one before.
+    """
+    if not isinstance(value, tuple) or not value:
+        raise UserError(f"{name} is {value!r}; a list of finite numbers is needed")
+    row = np.array([check_number(number, f"a number of {name}") for number in value])
+    if ascending and (np.diff(row) <= 0).any():
+        raise UserError(f"{name} do not ascend; each must be larger than the one before")
+    return row
+
+
 def check_prior(value: Any, name: str) -> float:
     """Return the share of positives `value` as float; UserError unless 0 < value < 1."""
     prior = check_number(value, name)

@@ -11,16 +11,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from streetvision.decision.calibrators import (
-    CalibrationMap,
-    Platt,
+from streetvision.decision.calibrators import CalibrationMap, check_mean_is_prior
+from streetvision.decision.choice import (
+    AUTO,
+    CALIBRATORS,
+    DEPLOYABLE,
+    OutOfFold,
     calibration_map_from_dict,
-    check_mean_is_prior,
+    check_deployable,
+    choose_calibrator,
+    fit_best,
+    group_folds,
+    out_of_fold,
 )
 from streetvision.decision.inputs import (
     check_groups,
@@ -39,7 +47,6 @@ FloatArray = NDArray[np.float64]
 
 # What the subnet's validator rounds at; np.round(0.5) is 0, so positive is p > 0.5.
 DECISION_THRESHOLD = 0.5
-MAX_FOLDS = 5
 REPORTED = ("log_loss", "brier", "ece")
 # A threshold of 0 or 1 has no finite log-odds.
 THRESHOLD_CLIP = 1e-6
@@ -65,6 +72,11 @@ class Policy:
             raise UserError(
                 f"the calibrator {self.calibrator.kind} is not strictly increasing; "
                 "it may be reported but not deployed"
+            )
+        if not self.calibrator.keeps_prior:
+            raise UserError(
+                f"the calibrator {self.calibrator.kind} does not keep the mean at the prior of its "
+                "split; it may be reported but not deployed"
             )
         check_prior(self.calibration_prior, "calibration_prior")
         check_prior(self.served_prior, "served_prior")
@@ -104,6 +116,7 @@ def fit_policy(
     served_prior: float,
     n_resamples: int,
     seed: int,
+    calibrator: str = "platt",
 ) -> tuple[Policy, dict[str, Any]]:
     """Fit the policy on VAL_CALIB and report what it gains out of fold.
 
@@ -121,6 +134,9 @@ def fit_policy(
         Group-bootstrap resamples for the interval of the threshold.
     seed
         Seed of resampling and folds.
+    calibrator
+        A deployable one of `CALIBRATORS`, or auto: the lowest out-of-fold log loss among them
+        (`choose_calibrator`).
 
     Returns
     -------
@@ -129,8 +145,11 @@ def fit_policy(
         bagged MCC-optimal threshold of the calibrated probabilities at the served prior, its
         interval (None below 5 groups, widened below 60: `bagged_median_threshold`) and `shifted`;
         `metrics`: `before` (sigmoid of the logit) and `after` (calibrated out of group folds,
-        threshold not in), each at the `natural` and the `served` prior; None if `n_folds` is 0:
-        some fold would leave a single class to fit on.
+        threshold not in), each at the `natural` and the `served` prior; with auto the choice is
+        made anew in each fold, so that it does not flatter itself. `candidates`: of every
+        calibrator `log_loss`, `brier` and `ece` out of group folds at the natural prior,
+        `deployable`, and `deployed` for the one that the policy uses. `after` and `candidates` are
+        None if `n_folds` is 0: some fold would leave a single class to fit on.
 
     Raises
     ------
@@ -143,7 +162,15 @@ def fit_policy(
     values, truth = check_scores(logits, labels)
     codes, n_groups = check_groups(groups, values.size)
 
-    fitted = Platt().fit(values, truth, codes)
+    if calibrator != AUTO:
+        check_deployable(calibrator)
+    folds = group_folds(truth, codes, seed)
+    estimates = {
+        name: out_of_fold(one.fit, values, truth, codes, folds) for name, one in CALIBRATORS.items()
+    }
+    kind = choose_calibrator(truth, estimates) if calibrator == AUTO else calibrator
+
+    fitted = CALIBRATORS[kind].fit(values, truth, codes)
     check_mean_is_prior(fitted, values, truth)
     at_half = Policy(fitted, float(truth.mean()), served_prior)
 
@@ -157,67 +184,58 @@ def fit_policy(
         policy = Policy(fitted, at_half.calibration_prior, served_prior, -_log_odds(threshold))
         _log.info("threshold %.4f moved to 0.5: its interval excludes 0.5", threshold)
 
-    n_folds, metrics = _out_of_fold(values, truth, codes, served_prior, seed)
+    after = estimates[kind]
+    if calibrator == AUTO:
+        after = out_of_fold(partial(fit_best, seed=seed), values, truth, codes, folds)
     return policy, {
         "n": int(values.size),
         "n_groups": n_groups,
         "calibration_prior": policy.calibration_prior,
         "served_prior": served_prior,
         "threshold": asdict(bagged) | {"shifted": shifted},
-        "n_folds": n_folds,
-        "metrics": metrics,
+        "n_folds": len(folds),
+        "metrics": _before_and_after(values, truth, after, served_prior),
+        "candidates": _candidates(truth, estimates, kind) if folds else None,
     }
 
 
-def _out_of_fold(
-    logits: FloatArray,
-    truth: NDArray[np.bool_],
-    codes: NDArray[np.intp],
-    served_prior: float,
-    seed: int,
-) -> tuple[int, dict[str, Any]]:
-    """Return the number of group folds and the metrics before and after calibration."""
+def _measure(
+    truth: NDArray[np.bool_], probability: FloatArray, weight: FloatArray | None
+) -> dict[str, float]:
+    values = all_metrics(truth, probability, weight)
+    return {name: values[name] for name in REPORTED}
+
+
+def _before_and_after(
+    logits: FloatArray, truth: NDArray[np.bool_], after: OutOfFold | None, served_prior: float
+) -> dict[str, Any]:
+    """Return the metrics of the raw logits and of the calibrated ones, at both priors."""
     weights = prior_weights(truth, served_prior)
 
-    def measure(probability: FloatArray, weight: FloatArray | None) -> dict[str, float]:
-        values = all_metrics(truth, probability, weight)
-        return {name: values[name] for name in REPORTED}
+    def both(natural: FloatArray, served: FloatArray) -> dict[str, dict[str, float]]:
+        return {
+            "natural": _measure(truth, natural, None),
+            "served": _measure(truth, served, weights),
+        }
 
     raw = sigmoid(logits)
-    before = {"natural": measure(raw, None), "served": measure(raw, weights)}
-    folds = _group_folds(truth, codes, seed)
-    if not folds:
-        return 0, {"before": before, "after": None}
-    natural, served = np.empty_like(logits), np.empty_like(logits)
-    for held_out in folds:
-        kept = ~held_out
-        fitted = Platt().fit(logits[kept], truth[kept])
-        fold = Policy(fitted, float(truth[kept].mean()), served_prior)
-        natural[held_out] = sigmoid(fitted(logits[held_out]))
-        served[held_out] = fold.calibrated_probability(logits[held_out])
-    after = {"natural": measure(natural, None), "served": measure(served, weights)}
-    return len(folds), {"before": before, "after": after}
+    if after is None:
+        return {"before": both(raw, raw), "after": None}
+    shift = _log_odds(served_prior) - after.prior_log_odds
+    natural = sigmoid(after.log_odds)
+    return {"before": both(raw, raw), "after": both(natural, sigmoid(after.log_odds + shift))}
 
 
-def _group_folds(
-    truth: NDArray[np.bool_], codes: NDArray[np.intp], seed: int
-) -> list[NDArray[np.bool_]]:
-    """Return masks [N] of up to 5 folds of whole groups; none if a rest would hold one class."""
-    # No more folds than images of a class: every fold should hold some of both.
-    n_folds = min(MAX_FOLDS, int(codes.max()) + 1, int(truth.sum()), int((~truth).sum()))
-    if n_folds < 2:
-        return []
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    folds = []
-    for kept, held in splitter.split(np.zeros(truth.size), truth, codes):
-        if truth[kept].all() or not truth[kept].any():
-            return []
-        mask = np.zeros(truth.size, dtype=np.bool_)
-        mask[held] = True
-        folds.append(mask)
-    return [fold for fold in folds if fold.any()]
+def _candidates(
+    truth: NDArray[np.bool_], estimates: Mapping[str, OutOfFold | None], deployed: str
+) -> dict[str, Any]:
+    """Return what each calibrator scores out of fold, at the natural prior."""
+    return {
+        name: _measure(truth, sigmoid(estimate.log_odds), None)
+        | {"deployable": name in DEPLOYABLE, "deployed": name == deployed}
+        for name, estimate in estimates.items()
+        if estimate is not None
+    }
 
 
 def scrc_document(policy: Policy, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def calibration_metrics(
 ) -> dict[str, Any]:
     """Return the content of `metrics/calibrate.json`.
 
-    `before` and `after` are out of group folds (`after` is left out where folds were impossible).
+    `before`, `after` and `candidates` (every calibrator at the natural prior) are out of group
+    folds; the latter two are left out where folds were impossible.
     `decision` compares the deployed rule with the phase-2 threshold on single-view logits, at the
     served prior; both were chosen on these very images, so it shows agreement and is no estimate.
     """
@@ -70,6 +71,7 @@ def calibration_metrics(
         "served_prior": report["served_prior"],
         "threshold": threshold,
         **{name: values for name, values in report["metrics"].items() if values is not None},
+        **({"candidates": report["candidates"]} if report["candidates"] else {}),
         "decision": {
             "deployed": {name: decided[name] for name in wanted},
             "phase_2_threshold": {name: baseline[name] for name in wanted},

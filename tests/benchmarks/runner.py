@@ -23,6 +23,15 @@ class Result:
     ratio_high: float
 
 
+@dataclass(frozen=True)
+class Table:
+    """Any other result: rows of cells under named columns."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
 def compare(
     name: str,
     against: str,

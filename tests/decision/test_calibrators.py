@@ -21,9 +21,9 @@ from streetvision.decision.calibrators import (
     SLOPE_FLOOR,
     Platt,
     PlattMap,
-    calibration_map_from_dict,
     check_mean_is_prior,
 )
+from streetvision.decision.choice import calibration_map_from_dict
 from streetvision.errors import UserError
 
 Arrays = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -153,7 +153,7 @@ def test_a_mean_that_misses_the_prior_is_an_error(monkeypatch: pytest.MonkeyPatc
     check_mean_is_prior(good, logits, labels)
     with pytest.raises(RuntimeError, match="is not the prior"):
         check_mean_is_prior(PlattMap(good.slope, good.intercept + 1e-4), logits, labels)
-    monkeypatch.setattr(calibrators, "_intercept", lambda *_: 0.0)
+    monkeypatch.setattr(calibrators, "solve_intercept", lambda *_: 0.0)
     with pytest.raises(RuntimeError, match="is not the prior"):
         Platt().fit(logits, labels)
 
@@ -182,7 +182,7 @@ def test_the_document_round_trip_is_exact() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "spline"}, "kind 'spline' is not one of platt"),
+        ({"kind": "spline"}, "kind 'spline' is not one of beta, isotonic, pchip, platt"),
         ({"kind": None}, "kind None"),
         ({"slope": -1.0}, "slope is -1.0"),
         ({"slope": float("nan")}, "slope is nan"),

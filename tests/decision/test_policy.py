@@ -18,6 +18,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from streetvision.decision import policy as policy_module
 from streetvision.decision.calibrators import Platt, PlattMap
+from streetvision.decision.choice import group_folds
 from streetvision.decision.policy import Policy, fit_policy, policy_from_document, scrc_document
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics, prior_weights
@@ -196,7 +197,7 @@ def test_report_is_out_of_fold_and_agrees_with_sklearn(
 
 def test_out_of_fold_means_whole_groups() -> None:
     logits, labels, groups = simulated(3, PRIOR, 7, 30)
-    folds = policy_module._group_folds(labels.astype(bool), groups.astype(np.intp), 0)
+    folds = group_folds(labels.astype(bool), groups, 0)
     assert np.sum(folds, axis=0).tolist() == [1] * labels.size
     for fold in folds:
         assert not set(groups[fold]) & set(groups[~fold])

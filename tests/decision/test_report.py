@@ -106,7 +106,9 @@ def test_calibration_metrics(seed: int, prior: float) -> None:
     assert metrics["groups"] == len(np.unique(groups))
     assert metrics["calibration_prior"] == labels.mean()
     assert metrics["served_prior"] == prior
-    assert set(metrics) >= {"before", "after", "threshold", "folds"}
+    assert set(metrics) >= {"before", "after", "candidates", "threshold", "folds"}
+    for values in metrics["candidates"].values():
+        assert set(values) == {"log_loss", "brier", "ece", "deployable", "deployed"}
     for leaf in flat(metrics):
         assert isinstance(leaf, (int, float, bool))
         assert math.isfinite(leaf)
@@ -122,4 +124,5 @@ def test_what_does_not_exist_is_left_out() -> None:
     assert "low" not in metrics["threshold"]
     assert ("after" in metrics) == (metrics["folds"] > 0)
     assert metrics["folds"] == 0
+    assert "candidates" not in metrics
     assert None not in flat(metrics)
