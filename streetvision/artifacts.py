@@ -110,6 +110,7 @@ class ArtifactSchema:
             "calibrate": "models/policy",
             "export": "models/bundle",
             "evaluate": "models",
+            "challenge": "models",
         }
         if step not in folder:
             raise UserError(f'step "{step}" is not one of {", ".join(folder)}')

@@ -51,7 +51,9 @@ def leave_one_group_out(
     from streetvision.data.sources import plan_source
 
     local_root = paths.root / params.data.local_root
-    config = params.model_dump(mode="json", exclude={"hardware", "evaluate", "export", "sweep"})
+    config = params.model_dump(
+        mode="json", exclude={"hardware", "evaluate", "challenge", "export", "sweep"}
+    )
     inputs = [
         repr(
             plan_source(

@@ -292,6 +292,47 @@ class Evaluate(Section):
     )
 
 
+class Challenge(Section):
+    """What the subnet would pay: VAL_TEST distorted as its validator does.
+
+    Real and synthetic images of the subnet are half and half; synthetic ones cannot be made here, so their
+    share is no parameter.
+    """
+
+    level_0: Fraction = Field(0.25, description="share of challenges that are only cropped")
+    level_1: Fraction = Field(0.25, description="share that are rotated and cropped at random")
+    level_2: Fraction = Field(0.25, description="share with mild distortions besides")
+    level_3: Fraction = Field(0.25, description="share with stronger distortions besides")
+    flip_probability: Fraction = Field(
+        0.0, description="of each axis, from level 1 on; the public validator never flips"
+    )
+    repeats: Annotated[Integer, Field(ge=1, le=100)] = Field(
+        1, description="distorted versions of each image at each level"
+    )
+    n_resamples: Annotated[Integer, Field(ge=100)] = Field(
+        2000, description="group-bootstrap resamples"
+    )
+    simulated_days: Annotated[Integer, Field(ge=2, le=100_000)] = Field(
+        1000, description="days in the picture of the reward's distribution"
+    )
+    challenges_per_day: Annotated[Integer, Field(ge=1, le=10_000)] = Field(
+        300, description="an assumption: validators differ"
+    )
+    rival_accuracy: Fraction = Field(0.95, description="of the miner to beat over a day")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        total = sum(self.level_shares)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the four levels add up to {total:g}, not 1")
+        return self
+
+    @property
+    def level_shares(self) -> tuple[float, float, float, float]:
+        """Share of the challenges of level 0 to 3."""
+        return (self.level_0, self.level_1, self.level_2, self.level_3)
+
+
 class Hardware(Section):
     """What may not change a result, and so never invalidates a stage."""
 
@@ -310,6 +351,7 @@ class Params(Section):
     decision: Decision = Decision()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
+    challenge: Challenge = Challenge()
     hardware: Hardware = Hardware()
 
 

@@ -60,7 +60,7 @@ def test_no_two_artifacts_share_a_path(tmp_path: Path) -> None:
         paths.raw, paths.quarantine, paths.classifier, paths.thresholds, paths.scrc_params,
         paths.scrc_pickle, paths.bundle, paths.metric("a"), paths.plot("a.csv"), paths.run_log,
         *(paths.manifest(step) for step in ("ingest", "prepare", "train", "embed", "sweep")),
-        *(paths.manifest(step) for step in ("calibrate", "export", "evaluate")),
+        *(paths.manifest(step) for step in ("calibrate", "export", "evaluate", "challenge")),
     ]  # fmt: skip
     assert len(set(files)) == len(files)
     assert all(file.is_relative_to(tmp_path) for file in files)

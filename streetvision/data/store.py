@@ -42,6 +42,7 @@ CONTRACT: dict[str, dict[str, Access]] = {
     "train": {"train": Access("fit"), "val_select": Access()},
     "embed": {"train": Access("fusion"), "val_select": Access(), "val_calib": Access()},
     "evaluate": {"val_test": Access()},
+    "challenge": {"val_test": Access()},
     # No stage: `python -m streetvision crossval` divides all data anew in each of its folds.
     "crossval": {"whole": Access()},
 }

@@ -7,7 +7,7 @@ below 5 groups there is no interval.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,67 @@ def group_intervals(
     y, p, index = check_groups(labels, probabilities, groups)
     table = GroupTable.build(y, p, index, served_prior)
     return _intervals([table], served_prior, n_resamples, level, seed, metrics)
+
+
+def statistic_intervals(
+    evaluate: Callable[[Floats, Sequence[str]], dict[str, Floats]],
+    n_groups: int,
+    resting: Mapping[str, int],
+    ranges: Mapping[str, tuple[float, float]],
+    n_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    scales: Mapping[str, str] | None = None,
+) -> dict[str, Interval]:
+    """Intervals of any statistics of groups; one that is undefined for the sample is left out.
+
+    Parameters
+    ----------
+    evaluate
+        From multiplicities [R, G] and names to statistics [R] by name; NaN where one is undefined.
+    n_groups, resting
+        G, and by name how many of the groups a statistic rests on, which decides on the method.
+    ranges
+        Attainable range by name.
+    n_resamples, level, seed
+        As in `group_intervals`.
+    scales
+        By name the scale on which a jackknife interval is symmetric: identity, logit, log or atanh;
+        otherwise that of the metric of this name.
+    """
+    if not 0 < level < 1 or n_resamples < 1:
+        raise UserError(
+            f"level must lie in (0, 1) and n_resamples be at least 1, got {level} and {n_resamples}"
+        )
+    names = list(resting)
+    point = evaluate(np.ones((1, n_groups)), names)
+    boot = [m for m in names if resting[m] >= MIN_GROUPS_BOOTSTRAP]
+    jack = [m for m in names if MIN_GROUPS <= resting[m] < MIN_GROUPS_BOOTSTRAP]
+    samples: dict[str, Floats] = {}
+    if boot:
+        rng = np.random.default_rng(seed)
+        parts = [
+            evaluate(block, boot) for block in resample_multiplicities(n_groups, n_resamples, rng)
+        ]
+        samples |= {m: np.concatenate([part[m] for part in parts]) for m in boot}
+    if jack:
+        samples |= evaluate(1.0 - np.eye(n_groups), jack)
+    intervals = {}
+    for name in names:
+        value = float(point[name][0])
+        if not np.isfinite(value):
+            continue
+        if name in boot:
+            intervals[name] = _percentile_interval(value, samples[name], level, ranges[name])
+        elif name in jack:
+            scale = _scale_of(name) if scales is None else scales[name]
+            intervals[name] = _jackknife_interval(
+                value, samples[name], resting[name], level, ranges[name], scale
+            )
+        else:
+            reason = f"none: rests on {resting[name]} groups, at least {MIN_GROUPS} are needed"
+            intervals[name] = Interval(value, None, None, reason)
+    return intervals
 
 
 def paired_group_interval(
@@ -206,44 +267,19 @@ def _intervals(
     metrics: Sequence[str],
 ) -> dict[str, Interval]:
     """Intervals of one table's metrics, or of the second's minus the first's."""
-    if not 0 < level < 1 or n_resamples < 1:
-        raise UserError(
-            f"level must lie in (0, 1) and n_resamples be at least 1, got {level} and {n_resamples}"
-        )
     has = tables[0].sums[:, :, 0] > 0  # [G, 2]
-    n_groups = len(has)
-    sizes = {m: _n_groups_of(m, has, served_prior) for m in metrics}
-    point = _evaluate(tables, np.ones((1, n_groups)), served_prior, metrics)
-    boot = [m for m in metrics if sizes[m] >= MIN_GROUPS_BOOTSTRAP]
-    jack = [m for m in metrics if MIN_GROUPS <= sizes[m] < MIN_GROUPS_BOOTSTRAP]
-    samples: dict[str, Floats] = {}
-    if boot:
-        rng = np.random.default_rng(seed)
-        parts = [
-            _evaluate(tables, block, served_prior, boot)
-            for block in resample_multiplicities(n_groups, n_resamples, rng)
-        ]
-        samples |= {m: np.concatenate([part[m] for part in parts]) for m in boot}
-    if jack:
-        samples |= _evaluate(tables, 1.0 - np.eye(n_groups), served_prior, jack)
-    intervals = {}
-    for metric in metrics:
-        value = float(point[metric][0])
-        if not np.isfinite(value):
-            continue
-        low, high = METRIC_RANGES[metric]
-        bounds = (low, high) if len(tables) == 1 else (low - high, high - low)
-        scale = _scale_of(metric) if len(tables) == 1 else "identity"
-        if metric in boot:
-            intervals[metric] = _percentile_interval(value, samples[metric], level, bounds)
-        elif metric in jack:
-            intervals[metric] = _jackknife_interval(
-                value, samples[metric], sizes[metric], level, bounds, scale
-            )
-        else:
-            reason = f"none: rests on {sizes[metric]} groups, at least {MIN_GROUPS} are needed"
-            intervals[metric] = Interval(value, None, None, reason)
-    return intervals
+    one = len(tables) == 1
+    differences = {name: (low - high, high - low) for name, (low, high) in METRIC_RANGES.items()}
+    return statistic_intervals(
+        lambda multiplicities, names: _evaluate(tables, multiplicities, served_prior, names),
+        len(has),
+        {metric: _n_groups_of(metric, has, served_prior) for metric in metrics},
+        METRIC_RANGES if one else differences,
+        n_resamples,
+        level,
+        seed,
+        None if one else dict.fromkeys(metrics, "identity"),
+    )
 
 
 def _evaluate(

@@ -295,6 +295,43 @@ def plot_threshold_sweep(
     return figure
 
 
+@_picture
+def plot_challenge_levels(
+    names: Sequence[str], mcc: ArrayLike, low: ArrayLike, high: ArrayLike
+) -> Figure:
+    """MCC of each distortion level [L] with its interval, NaN where there is none."""
+    values, bottom, top = (np.asarray(v, dtype=np.float64) for v in (mcc, low, high))
+    figure, ax = _figure(5.6, 4.2)
+    x = np.arange(len(values))
+    ax.bar(x, values, width=0.6, color=BLUE)
+    ax.errorbar(x, values, yerr=[values - bottom, top - values], fmt="none", color="black",
+                linewidth=1.2, capsize=4)  # fmt: skip
+    for place, value in zip(x, values, strict=True):
+        ax.text(place, 0.02, f"{value:.3f}", ha="center", color="white", fontweight="bold")
+    ax.set_xticks(x, names)
+    ax.set(ylabel="MCC at p > 0.5", title="MCC by distortion level")
+    ax.set_ylim(min(0.0, float(np.nanmin([*values, *bottom]))), 1.0)
+    ax.grid(visible=False, axis="x")
+    return figure
+
+
+@_picture
+def plot_reward(rewards: ArrayLike, expected: float) -> Figure:
+    """Distribution of the reward of one challenge and of a day's mean, of rewards [days, challenges]."""
+    paid = np.asarray(rewards, dtype=np.float64)
+    figure, ax = _figure(5.6, 4.2)
+    edges = np.linspace(0, 1, 41)
+    for values, name, colour in ((paid.ravel(), "one challenge", BLUE),
+                                 (paid.mean(axis=1), "mean of a day", ORANGE)):  # fmt: skip
+        share = np.histogram(values, edges)[0] / len(values)
+        ax.stairs(share, edges, fill=True, alpha=0.6, color=colour, label=name)
+    ax.axvline(expected, color="black", linewidth=1, label=f"expected, {expected:.3f}")
+    ax.set(xlabel="reward", ylabel="share", xlim=(0, 1))
+    ax.set_title(f"Reward over {len(paid):,} days of {paid.shape[1]:,} challenges")
+    ax.legend(loc="best")
+    return figure
+
+
 def _figure(width: float, height: float, **subplots: Any) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 

@@ -93,4 +93,36 @@ def decode() -> Result:
     )
 
 
-CASES = {"sweep": sweep, "bootstrap": bootstrap, "decode": decode}
+def distort() -> Result:
+    """The hardest distortion of a photograph of 1,024 × 768 pixels against torchvision on tensors."""
+    import torch
+    from PIL import Image
+    from torchvision.transforms.v2 import functional
+
+    from streetvision.data.distort import SIDE, Distortion, apply
+
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    photo = Image.fromarray(small).resize((1024, 768), Image.Resampling.BICUBIC)
+    drawn = Distortion(12.0, (100, 50, 600), False, False, 2, 2, 2, 2, 2)
+
+    def other() -> None:
+        image = functional.to_dtype(functional.to_image(photo), torch.float32, scale=True)
+        image = functional.rotate(image, drawn.angle)
+        image = functional.resized_crop(image, 50, 100, 600, 600, [SIDE, SIDE], antialias=True)
+        image = functional.adjust_brightness(functional.adjust_saturation(image, 0.3), 0.725)
+        for side in (SIDE // 3, SIDE):
+            image = functional.resize(image, [side, side], antialias=False)
+        image = functional.gaussian_noise(image, sigma=0.045)
+        image = functional.gaussian_blur(image, [9, 9], [1.5, 1.5])
+        functional.to_pil_image(image)
+
+    return compare(
+        "one distortion of level 3, 1,024 × 768 px, one thread",
+        "torchvision on a float tensor, as a validator",
+        lambda: apply(photo, drawn, rng),
+        other,
+    )
+
+
+CASES = {"sweep": sweep, "bootstrap": bootstrap, "decode": decode, "distort": distort}

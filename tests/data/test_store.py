@@ -23,7 +23,9 @@ from streetvision.data.store import (
 )
 from streetvision.errors import UserError
 
-STAGES = ("ingest", "prepare", "train", "embed", "sweep", "calibrate", "export", "evaluate")
+STAGES = (
+    "ingest", "prepare", "train", "embed", "sweep", "calibrate", "export", "evaluate", "challenge",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -46,7 +48,7 @@ def test_what_each_split_may_be_used_for() -> None:
         "train": {"train", "embed"},
         "val_select": {"train", "embed"},
         "val_calib": {"embed"},
-        "val_test": {"evaluate"},
+        "val_test": {"evaluate", "challenge"},
     }
 
 

@@ -179,6 +179,7 @@ def test_weights_of_another_architecture(project: Project) -> None:
         ("calibrate", ["data/embeddings/val_calib.arrow", "`embed`"]),
         ("export", ["model.safetensors", "`train`", "scrc_params.json", "`calibrate`"]),
         ("evaluate", ["models/bundle/bundle.json", "`export`"]),
+        ("challenge", ["models/bundle/bundle.json", "`export`"]),
     ],
 )
 def test_stage_before_its_turn(light: Project, stage: str, words: list[str]) -> None:

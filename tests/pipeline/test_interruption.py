@@ -61,7 +61,7 @@ def test_killed_in_three_stages_and_the_same_bytes(project: Project, reproduced:
         left = [path for path in scratch.glob(f"*/{pattern}") if path.name[0] != "."]
         assert left, f"{stage} was through before it was killed: this shows nothing"
     done = project.dvc("repro")
-    assert stages_run(done.stdout)[-1] == "evaluate"
+    assert set(stages_run(done.stdout)[-2:]) == {"evaluate", "challenge"}
     assert "resuming from the checkpoint" in done.stderr
     assert project.hashes(written) == reproduced.hashes(written)
     assert list((project / ".streetvision/scratch").glob("*/*/")) == []

@@ -1,0 +1,246 @@
+"""The images of a challenge: the four distortion levels of Subnet 72's validator, written anew.
+
+Level 0 is a centre crop. Level 1 rotates and takes a random square crop. Levels 2 and 3 add colour and
+sharpness distortions, each at a strength of its own. Source: behaviour of the public validator
+(natixnetwork/streetvision-subnet, commit 28a1755), to within one grey level: it interpolates in
+floating point and with OpenCV, here it is Pillow, NumPy and SciPy.
+
+What is drawn for an image depends on seed, image id, level and repetition alone, never on order or workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streetvision.errors import UserError
+from streetvision.processes import in_processes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIDE = 224  # pixels of a challenge
+LEVELS = (0, 1, 2, 3)
+MAX_ANGLE = 20.0  # degrees
+MIN_AREA = 0.2  # smallest crop, as a share of the image
+JPEG_QUALITY = 75  # Pillow's default
+# Parameter of each distortion by strength 1, 2; strength 0 leaves the image as it is.
+SATURATION = (0.4, 0.3)  # factor on chroma
+CONTRAST = (0.85, 0.725)  # factor on all channels
+RESAMPLING = (2, 3)  # down and up again by
+NOISE = (0.001, 0.002)  # variance, of a range of 1
+BLUR = (7, 9)  # kernel in pixels, sigma a sixth of it
+# Strengths are drawn evenly from 0 to this, by level; order: SATURATION, CONTRAST, RESAMPLING, NOISE, BLUR.
+MAX_STRENGTHS = {0: (0,) * 5, 1: (0,) * 5, 2: (1, 1, 1, 0, 0), 3: (2,) * 5}
+_CROP_TRIES = 10  # sizes drawn until one fits; then the largest central square
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+# Noise is added to Y, Cb, Cr at broadcast scale (219 and 224 of 255 steps), then seen in R, G, B.
+_NOISE_TO_RGB = (
+    np.diag([255 / 219, 255 / 224, 255 / 224])
+    @ np.array([[1, 1, 1], [0, -0.344, 1.773], [1.403, -0.714, 0]])
+).astype(np.float32) * 255
+_CHUNK = 32  # images a unit of work
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """What is drawn for one image.
+
+    `angle` in degrees, counter-clockwise; `crop` is left, top and side in pixels of the rotated image;
+    the last five are strengths 0, 1 or 2.
+    """
+
+    angle: float
+    crop: tuple[int, int, int]
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+    saturation: int = 0
+    contrast: int = 0
+    resampling: int = 0
+    noise: int = 0
+    blur: int = 0
+
+
+class Task(NamedTuple):
+    """A stored image to distort, once at each of `levels`, `repeats` times."""
+
+    id: str
+    data: bytes
+
+
+def challenge_rng(seed: int, image_id: str, level: int, repeat: int = 0) -> np.random.Generator:
+    """Generator of one challenge, a function of its arguments alone."""
+    number = int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big")
+    return np.random.default_rng([seed, number, level, repeat])
+
+
+def draw(
+    level: int, size: tuple[int, int], rng: np.random.Generator, flip_probability: float = 0.0
+) -> Distortion:
+    """Draw the distortion of an image of `size` (width, height) pixels; UserError for an unknown level.
+
+    The public validator lists flips but never makes them; `flip_probability`, for each axis and from
+    level 1 on, is for those that do.
+    """
+    if level not in LEVELS:
+        raise UserError(f"distortion level must be one of {LEVELS}, got {level}")
+    width, height = size
+    short = min(size)
+    if level == 0:
+        return Distortion(0.0, (round((width - short) / 2), round((height - short) / 2), short))
+    angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE)
+    sides = np.round(np.sqrt(rng.uniform(MIN_AREA, 1, _CROP_TRIES) * width * height)).astype(int)
+    fitting = sides[(sides > 0) & (sides <= short)]
+    place = rng.random(2)
+    crop = ((width - short) // 2, (height - short) // 2, short)
+    if len(fitting):
+        side = int(fitting[0])
+        left, top = (int(u * (n - side + 1)) for u, n in zip(place, size, strict=True))
+        crop = (left, top, side)
+    flips = rng.random(2) < flip_probability
+    strengths = rng.integers(0, np.array(MAX_STRENGTHS[level]) + 1)
+    return Distortion(
+        float(angle), crop, bool(flips[0]), bool(flips[1]), *(int(s) for s in strengths)
+    )
+
+
+def apply(image: Image, distortion: Distortion, rng: np.random.Generator) -> Image:
+    """Distort an RGB image to 224 × 224 pixels; `rng` makes the noise."""
+    from PIL import Image as PILImage
+
+    nearest, bilinear = PILImage.Resampling.NEAREST, PILImage.Resampling.BILINEAR
+    if distortion.angle:
+        image = image.rotate(distortion.angle, nearest)
+    left, top, side = distortion.crop
+    image = image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), bilinear)
+    if distortion.flip_horizontal:
+        image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+    if distortion.flip_vertical:
+        image = image.transpose(PILImage.Transpose.FLIP_TOP_BOTTOM)
+    pixels = np.asarray(image)
+    if distortion.saturation:
+        pixels = saturate(pixels, SATURATION[distortion.saturation - 1])
+    if distortion.contrast:
+        factor = np.float32(CONTRAST[distortion.contrast - 1])
+        pixels = (np.arange(256, dtype=np.float32) * factor).astype(np.uint8)[pixels]
+    if distortion.resampling:
+        pixels = down_and_up(pixels, RESAMPLING[distortion.resampling - 1])
+    if distortion.noise:
+        pixels = add_noise(pixels, NOISE[distortion.noise - 1], rng)
+    if distortion.blur:
+        pixels = blur(pixels, BLUR[distortion.blur - 1])
+    return PILImage.fromarray(pixels)
+
+
+def saturate(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
+    """Scale the chroma of [H, W, 3] round grey; luma stays."""
+    luma = (pixels @ _LUMA)[..., None]
+    # Between the pixel and its grey, so in range; the margin keeps grey from being cut to one below.
+    mixed: NDArray[np.uint8] = (luma + factor * (pixels - luma) + 1e-3).astype(np.uint8)
+    return mixed
+
+
+def down_and_up(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """Resize [H, W, 3] to `1 / factor` and back, bilinear without a filter against aliasing."""
+    height, width, _ = pixels.shape
+    small = _bilinear(pixels, height // factor, width // factor)
+    return _bilinear(small, height, width)
+
+
+def _bilinear(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Sample [H, W, 3] between its pixel centres; Pillow's resizing would filter when it reduces."""
+    found = pixels.astype(np.float32)
+    for axis, wanted in ((0, height), (1, width)):
+        n = pixels.shape[axis]
+        place = np.clip((np.arange(wanted, dtype=np.float32) + 0.5) * n / wanted - 0.5, 0, n - 1)
+        below = np.minimum(place.astype(np.int64), max(n - 2, 0))
+        above = np.minimum(below + 1, n - 1)
+        weight = np.expand_dims(place - below, (1, 2) if axis == 0 else (0, 2)).astype(np.float32)
+        low, high = found.take(below, axis), found.take(above, axis)
+        found = low + weight * (high - low)
+    return np.rint(found).astype(np.uint8)
+
+
+def add_noise(
+    pixels: NDArray[np.uint8], variance: float, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Add white Gaussian noise to Y, Cb and Cr of [H, W, 3], each of `variance` (of a range of 1)."""
+    noise = rng.standard_normal(pixels.shape, dtype=np.float32)
+    noisy = pixels + noise @ (_NOISE_TO_RGB * np.float32(np.sqrt(variance)))
+    cut: NDArray[np.uint8] = np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
+    return cut
+
+
+def blur(pixels: NDArray[np.uint8], kernel: int) -> NDArray[np.uint8]:
+    """Gaussian blur of [H, W, 3] with a kernel of odd size, sigma a sixth of it, borders mirrored."""
+    from scipy.ndimage import gaussian_filter1d
+
+    found = pixels.astype(np.float32)
+    for axis in (0, 1):
+        found = gaussian_filter1d(found, kernel / 6, axis=axis, mode="mirror", radius=kernel // 2)
+    return np.rint(found).astype(np.uint8)
+
+
+def distort(
+    image: Image, level: int, rng: np.random.Generator, flip_probability: float = 0.0
+) -> Image:
+    """Draw a distortion of `level` and apply it: RGB, 224 × 224 pixels."""
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return apply(image, draw(level, image.size, rng, flip_probability), rng)
+
+
+def challenge_jpeg(
+    image: Image, level: int, rng: np.random.Generator, flip_probability: float = 0.0
+) -> bytes:
+    """The distorted image as a challenge carries it: a JPEG of Pillow's default quality."""
+    buffer = io.BytesIO()
+    distort(image, level, rng, flip_probability).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def challenge_jpegs(
+    tasks: Sequence[Task],
+    levels: Sequence[int],
+    repeats: int,
+    seed: int,
+    flip_probability: float = 0.0,
+    workers: int = 1,
+) -> Iterator[bytes]:
+    """Yield a JPEG for each task, in it for each level, in it for each repeat; on all cores.
+
+    `workers` as in `in_processes`; it changes no byte.
+    """
+    chunks = [tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK)]
+    work = partial(
+        _distort_chunk, levels=tuple(levels), repeats=repeats, seed=seed,
+        flip_probability=flip_probability,
+    )  # fmt: skip
+    for made in in_processes(work, chunks, workers):
+        yield from made
+
+
+def _distort_chunk(
+    tasks: Sequence[Task], levels: Sequence[int], repeats: int, seed: int, flip_probability: float
+) -> list[bytes]:
+    from PIL import Image as PILImage
+
+    made = []
+    for task in tasks:
+        with PILImage.open(io.BytesIO(task.data), formats=("JPEG",)) as stored:
+            image = stored.convert("RGB")
+        made += [
+            challenge_jpeg(
+                image, level, challenge_rng(seed, task.id, level, repeat), flip_probability
+            )
+            for level in levels
+            for repeat in range(repeats)
+        ]
+    return made
