@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -35,7 +35,6 @@ class Stage:
     name: str
     params: Params
     paths: ArtifactSchema
-    log: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         """The parameters that determine this stage's result: those that `dvc.yaml` tracks for it."""
@@ -89,7 +88,7 @@ def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> Non
         paths = ArtifactSchema(root)
         params = load_params(root / "params.yaml")
         paths.ensure_dirs()
-        with run_log(paths.run_log, name) as entry:
-            body(Stage(name, params, paths, entry))
+        with run_log(paths.run_log, name):
+            body(Stage(name, params, paths))
 
     sys.exit(guarded(name, main))

@@ -77,7 +77,7 @@ class Preprocessing:
 
         mean = torch.tensor(self.mean, device=batch.device).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.std, device=batch.device).view(1, 3, 1, 1) * 255
-        # Channels last: on a CPU convolutions run up to 1.6 times faster in training, 1.9 in inference.
+        # Channels last: on a CPU convolutions run up to 1.6 times faster in training, 1.8 in inference.
         return ((batch.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
