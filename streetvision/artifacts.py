@@ -29,7 +29,8 @@ from streetvision.errors import UserError
 
 # The libraries whose versions can change a result.
 RECORDED_LIBRARIES = (
-    "numpy", "pillow", "pyarrow", "scikit-learn", "scipy", "timm", "torch", "torchvision", "lightning",
+    "lightning", "numpy", "peft", "pillow", "pyarrow", "scikit-learn", "scipy", "timm", "torch",
+    "torchvision",
 )  # fmt: skip
 
 
@@ -60,6 +61,11 @@ class ArtifactSchema:
         if name not in SPLITS or name == "val_test":
             raise UserError(f'split "{name}" has no embeddings')
         return self.root / f"data/embeddings/{name}.arrow"
+
+    @property
+    def explora(self) -> Path:
+        """Folder with the adapted backbone, its adapter and `config.json`."""
+        return self.root / "models/explora"
 
     @property
     def classifier(self) -> Path:
@@ -104,6 +110,8 @@ class ArtifactSchema:
         folder = {
             "ingest": "data/raw",
             "prepare": "data/splits",
+            "explora": "models/explora",
+            "probe": "models",
             "train": "models/classifier",
             "embed": "data/embeddings",
             "sweep": "models/policy",

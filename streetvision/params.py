@@ -171,18 +171,131 @@ class Data(Section):
         }
 
 
-# --------------------------------------------------------------------------- train, embed
+# --------------------------------------------------------------------------- explora, train, embed
+
+
+class Lora(Section):
+    """Low-rank adapters (PEFT): W + alpha / rank · BA; arXiv 2106.09685."""
+
+    rank: Count = 8
+    alpha: Annotated[Number, Field(gt=0)] = 16.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="before A")
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        ["auto"],
+        description="ends of module names; auto: attention and MLP of a ViT, else 1×1 convolutions",
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank); arXiv 2312.03732")
+
+
+class TrainLora(Lora):
+    """The adapters of `train`, which may also start from the principal singular vectors."""
+
+    init: Literal["default", "pissa"] = Field(
+        "default", description="pissa: arXiv 2404.02948, for linear layers only"
+    )
+
+
+class Compile(Section):
+    """`torch.compile`, of `explora` and `train`; eager with a warning where it is impossible."""
+
+    enabled: bool = False
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
+    fullgraph: bool = False
+    dynamic: bool = False
+    stance: Literal["default", "force_eager", "eager_on_recompile", "fail_on_recompile"] = "default"
+
+
+class Explora(Section):
+    """Phase 4a: self-supervised adaptation of `train.backbone` to TRAIN's images; arXiv 2406.10973."""
+
+    enabled: bool = Field(False, description="false passes the backbone through")
+    objective: Literal["simclr", "byol", "swav", "byol_swav"] = "simclr"
+    lora: Lora = Lora()
+    unfreeze_blocks: Annotated[Integer, Field(ge=0)] = Field(
+        1, description="last blocks trained in full beside the adapters"
+    )
+    train_norms: bool = Field(False, description="train the affine norm parameters, too")
+    temperature: Annotated[Number, Field(gt=0, le=1)] = Field(
+        0.1, description="of simclr and swav; 0.07 to 0.2 is usual"
+    )
+    projection_hidden: Count = 256
+    projection_dim: Count = 128
+    teacher_decay: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.99, description="of byol's EMA teacher, a step"
+    )
+    prototypes: Annotated[Integer, Field(ge=2)] = Field(64, description="of swav")
+    sinkhorn_epsilon: Annotated[Number, Field(gt=0)] = 0.05
+    sinkhorn_iterations: Count = 3
+    crop_min_area: Annotated[Number, Field(gt=0, le=1)] = 0.2
+    flip_probability: Fraction = 0.5
+    colour_jitter: Fraction = Field(
+        0.4, description="range of brightness, contrast and saturation; hue a quarter of it"
+    )
+    jitter_probability: Fraction = 0.8
+    grey_probability: Fraction = 0.2
+    blur_probability: Fraction = 0.5
+    epochs: Count = 2
+    batch_size: Annotated[Integer, Field(ge=2)] = Field(
+        128, description="images of a contrastive batch, over all ranks"
+    )
+    accumulate_batches: Count = Field(1, description="batches a step; adds no negatives")
+    gradient_cache_chunks: Count = Field(
+        1, description="chunks that a batch passes the backbone in; the gradient stays the same"
+    )
+    learning_rate: Annotated[Number, Field(gt=0)] = 0.001
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.05
+    warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(0.1, description="of all steps")
+    gradient_clip: Annotated[Number, Field(ge=0)] = Field(1.0, description="norm; 0 turns it off")
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.gradient_cache_chunks:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"gradient_cache_chunks {self.gradient_cache_chunks}"
+            )
+        return self
+
+
+class Probe(Section):
+    """Linear probes of the backbone before and after `explora`."""
+
+    inverse_l2: Annotated[Number, Field(gt=0)] = Field(
+        0.1, description="C of the logistic regression on standardised features"
+    )
+    max_images: Count = Field(4000, description="TRAIN images the probes are fitted on, at most")
+    n_resamples: Annotated[Integer, Field(ge=100)] = Field(
+        2000, description="group-bootstrap resamples"
+    )
+
+
+# Families whose weights are matrices: only these have a PiSSA initialisation.
+_LINEAR_FAMILIES = ("vit_", "deit", "eva", "beit", "street_vit")
 
 
 class Train(Section):
     """Phase 1: the classifier."""
 
+    # What is trained, from where.
     backbone: str = Field("street_resnet", description="timm name or one of ours")
     weights: str = Field("none", description="none, hub, or a local .safetensors/.pth file")
-    trainable: Literal["full", "head"] = "full"
+    init_from_explora: bool = Field(True, description="start from what `explora` wrote")
+    backbone_checkpoint: str = Field(
+        "none", description="or from this .safetensors/.pth file; none turns it off"
+    )
+    head: Literal["linear", "mlp"] = "linear"
+    head_hidden: Count = Field(256, description="width of the mlp head")
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="before the head")
+    trainable: Literal["full", "head", "last_n_blocks", "lora", "dora"] = "full"
+    last_n_blocks: Count = Field(1, description="of the backbone, for that choice of trainable")
+    lora: TrainLora = TrainLora()
     freeze_norm: bool = Field(
         False, description="keep BatchNorm statistics fixed (folded backbones)"
     )
+    # The input.
     height_px: Annotated[Integer, Field(ge=16, le=2048)] = Field(
         96, description="input height, pixels"
     )
@@ -192,36 +305,90 @@ class Train(Section):
     fit: Literal["letterbox", "crop"] = Field(
         "letterbox", description="how other shapes meet the input"
     )
+    # Augmentation.
     crop_min_area: Annotated[Number, Field(gt=0, le=1)] = Field(
         0.6, description="smallest share of the area a training crop keeps"
     )
     flip_probability: Fraction = 0.5
     colour_jitter: Fraction = Field(0.2, description="range of brightness, contrast and saturation")
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="before the head")
+    augmentation: Literal["none", "trivial_augment", "augmix"] = "none"
+    trivial_augment_bins: Annotated[Integer, Field(ge=2)] = 31
+    augmix_severity: Annotated[Integer, Field(ge=1, le=10)] = 3
+    augmix_width: Count = 3
+    augmix_alpha: Annotated[Number, Field(gt=0)] = 1.0
+    erasing_probability: Fraction = 0.0
+    mixup_alpha: Annotated[Number, Field(ge=0)] = Field(0.0, description="0 turns it off")
+    cutmix_alpha: Annotated[Number, Field(ge=0)] = Field(
+        0.0, description="0 turns it off; with mixup_alpha, each batch draws one of the two"
+    )
+    challenge_probability: Fraction = Field(
+        0.0, description="share of images that are distorted as the subnet's validator does instead"
+    )
+    challenge_levels: Annotated[
+        list[Annotated[Number, Field(ge=0)]], Field(min_length=4, max_length=4)
+    ] = Field([0.25, 0.25, 0.25, 0.25], description="shares of the distortion levels 0 to 3")
+    augmentation_gate: Annotated[Integer, Field(ge=0)] = Field(
+        0, description="seeds to compare with and without augmentation first; 0 skips the gate"
+    )
+    # Loss.
+    loss: Literal["ce", "weighted_ce", "focal"] = "ce"
+    focal_gamma: Annotated[Number, Field(ge=0)] = 2.0
+    focal_alpha: Annotated[
+        list[Annotated[Number, Field(gt=0)]], Field(min_length=2, max_length=2)
+    ] = Field([1.0, 1.0], description="weight of no roadwork, of roadwork")
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    balanced_sampler: bool = Field(False, description="draw both classes equally often")
+    # Optimisation.
     epochs: Count = 10
-    batch_size: Annotated[Integer, Field(ge=2)] = 32
+    batch_size: Annotated[Integer, Field(ge=2)] = Field(32, description="over all ranks")
+    accumulate_batches: Count = Field(1, description="batches a step")
+    optimiser: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: hidden matrices by Muon, the rest by AdamW"
+    )
     learning_rate: Annotated[Number, Field(gt=0)] = 0.003
     head_learning_rate_factor: Annotated[Number, Field(gt=0)] = Field(
         1.0, description="the head's learning rate over that of the backbone"
     )
+    layer_decay: Annotated[Number, Field(gt=0, le=1)] = Field(
+        1.0, description="factor on the learning rate from each block to the one below"
+    )
     weight_decay: Annotated[Number, Field(ge=0)] = 0.05
     warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(0.15, description="of all steps")
     gradient_clip: Annotated[Number, Field(ge=0)] = Field(1.0, description="norm; 0 turns it off")
-    choose_epoch: Literal["best_mcc", "last"] = Field(
+    grokfast: bool = Field(False, description="amplify slow gradients; arXiv 2405.20233")
+    grokfast_alpha: Annotated[Number, Field(ge=0, lt=1)] = Field(0.98, description="EMA's decay")
+    grokfast_lambda: Annotated[Number, Field(ge=0)] = Field(2.0, description="EMA's weight")
+    weight_average: Literal["none", "ema", "swa"] = "none"
+    ema_decay: Annotated[Number, Field(ge=0, lt=1)] = Field(0.999, description="a step")
+    swa_start_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.75, description="of all steps, from where on swa averages"
+    )
+    choose_epoch: Literal["best_mcc", "best_log_loss", "last"] = Field(
         "best_mcc",
-        description="on VAL_SELECT at p > 0.5; last where VAL_SELECT is too small to choose on",
+        description="on VAL_SELECT; last where VAL_SELECT is too small to choose on",
     )
     patience_epochs: Annotated[Integer, Field(ge=0)] = Field(
-        0,
-        description="stop after so many epochs without a better VAL_SELECT MCC; 0 never stops early",
+        0, description="stop after so many epochs without a better one; 0 never stops early"
     )
     precision: Literal["fp32", "bf16"] = "bf16"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.patience_epochs and self.choose_epoch == "last":
-            raise ValueError("patience_epochs needs choose_epoch best_mcc, got last")
+            raise ValueError("patience_epochs needs choose_epoch best_mcc or best_log_loss")
+        if self.loss == "weighted_ce" and self.balanced_sampler:
+            raise ValueError("weighted_ce and balanced_sampler would both balance the classes")
+        if self.init_from_explora and self.backbone_checkpoint != "none":
+            raise ValueError("backbone_checkpoint needs init_from_explora false")
+        if abs(sum(self.challenge_levels) - 1) > 1e-6:
+            total = sum(self.challenge_levels)
+            raise ValueError(f"challenge_levels add up to {total:g}, not 1")
+        peft = self.trainable in {"lora", "dora"}
+        if peft and self.lora.init == "pissa" and not self.backbone.startswith(_LINEAR_FAMILIES):
+            raise ValueError(
+                f"lora.init pissa exists for linear layers only, and {self.backbone} is not known "
+                f"to have them ({', '.join(_LINEAR_FAMILIES)}…); use default"
+            )
         return self
 
 
@@ -338,6 +505,11 @@ class Hardware(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Annotated[Integer, Field(ge=0)] = Field(0, description="processes; 0 = one a core")
+    devices: Count = Field(1, description="devices a node; on a CPU, processes")
+    nodes: Count = 1
+    checkpoint_minutes: Annotated[Number, Field(gt=0)] = Field(
+        10.0, description="between two checkpoints within an epoch"
+    )
 
 
 class Params(Section):
@@ -345,7 +517,10 @@ class Params(Section):
 
     seed: Annotated[Integer, Field(ge=0, le=2**31 - 1)] = 7
     data: Data = Data()
+    explora: Explora = Explora()
+    probe: Probe = Probe()
     train: Train = Train()
+    compile: Compile = Compile()
     embed: Embed = Embed()
     sweep: Sweep = Sweep()
     decision: Decision = Decision()

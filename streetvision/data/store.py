@@ -39,6 +39,11 @@ class Access:
 
 # stage → split → access. `fit` is TRAIN without its fusion part, `fusion` that part alone.
 CONTRACT: dict[str, dict[str, Access]] = {
+    "explora": {
+        "train": Access("fit", labels=False),
+        "val_select": Access(labels=False),
+    },
+    "probe": {"train": Access("fit"), "val_select": Access()},
     "train": {"train": Access("fit"), "val_select": Access()},
     "embed": {"train": Access("fusion"), "val_select": Access(), "val_calib": Access()},
     "evaluate": {"val_test": Access()},
