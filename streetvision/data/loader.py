@@ -2,56 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
+from streetvision.errors import UserError
 from streetvision.processes import usable_cores
 
 # Decoded images are kept while all of them take less than this.
 CACHE_BYTES = 2 * 1024**3
+# epoch, row, and how often the row has been drawn in this epoch before
+Key = tuple[int, int, int]
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """A fresh seeded permutation each epoch; yields (epoch, row), so that a row knows its epoch.
+class EpochSampler(Sampler[list[Key]]):
+    """The batches of an epoch: a fresh seeded permutation, or draws that balance the classes.
 
-    Lightning calls `set_epoch` before each epoch but the first of a resumed run, where it calls it too late.
+    A batch is that of the whole job; each rank gets its part of it, so that the ranks together see what one
+    alone would. The last partial batch is dropped unless it is the only one.
+
+    Parameters
+    ----------
+    size: images
+    batch_size: images of a batch, over all ranks
+    labels: with labels [size], rows are drawn with replacement, both classes equally often in expectation
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, labels: NDArray[np.int64] | None = None
+    ) -> None:
         self.size = size
+        self.batch_size = batch_size
         self.seed = seed
+        self.labels = labels
         self.epoch = 0
+        self.start = 0
+        self.rank, self.ranks = 0, 1
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of the next iteration."""
-        self.epoch = epoch
+    def shard(self, rank: int, ranks: int) -> None:
+        """Yield the part of `rank` out of `ranks` from now on.
+
+        Raises
+        ------
+        UserError
+            A batch cannot be divided equally.
+        """
+        if self.batch_size % ranks or (ranks > 1 and self.size < self.batch_size):
+            raise UserError(
+                f"a batch of {min(self.size, self.batch_size)} images cannot be divided among {ranks} "
+                f"devices; batch_size must be a multiple of {ranks} and not exceed the "
+                f"{self.size} images"
+            )
+        self.rank, self.ranks = rank, ranks
+
+    def seek(self, epoch: int, batches: int = 0) -> None:
+        """Let the next iteration be that of `epoch`, without its first `batches`."""
+        self.epoch, self.start = epoch, batches
 
     def __len__(self) -> int:
-        return self.size
+        """Batches of a whole epoch, wherever it is entered: so Lightning counts."""
+        return max(1, self.size // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        return iter([(self.epoch, int(row)) for row in order])
+    def __iter__(self) -> Iterator[list[Key]]:
+        rows = self._rows()
+        seen: dict[int, int] = {}
+        keys = []
+        for row in rows.tolist():
+            seen[row] = seen.get(row, -1) + 1
+            keys.append((self.epoch, row, seen[row]))
+        part = self.batch_size // self.ranks
+        for batch in range(self.start, len(self)):
+            first = batch * self.batch_size + self.rank * part
+            yield keys[first : first + part]
+
+    def _rows(self) -> NDArray[np.int64]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        if self.labels is None:
+            return generator.permutation(self.size)
+        counts = np.bincount(self.labels, minlength=2)
+        chances = 1 / (counts[self.labels] * np.count_nonzero(counts))
+        return generator.choice(self.size, self.size, p=chances)
 
 
-class TrainingImages(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Augmented uint8 inputs [3, H, W] with labels as float32; decoded images are cached where they fit."""
+class _Images:
+    """Inputs uint8 [3, H, W] of a split; decoded images are cached where they fit."""
 
-    def __init__(self, split: Split, preprocessing: Preprocessing, augment: Any, seed: int) -> None:
+    def __init__(self, split: Split, preprocessing: Preprocessing, seed: int) -> None:
         self.split = split
         self.preprocessing = preprocessing
-        self.augment = augment
         self.seed = seed
-        self.labels = torch.from_numpy(split.labels.astype(np.float32))
         size = len(split) * preprocessing.height * preprocessing.width * 3
         self.cache = (
-            torch.stack([self._decode(row) for row in range(len(split))])
+            torch.stack([_decode(split, preprocessing, row) for row in range(len(split))])
             if size <= CACHE_BYTES
             else None
         )
@@ -59,17 +108,58 @@ class TrainingImages(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        epoch, row = key
-        image = self._decode(row) if self.cache is None else self.cache[row]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + row) % 2**63)
-            image = self.augment(image)
-        return image, self.labels[row]
+    def input(self, row: int) -> torch.Tensor:
+        """The input of one row before augmentation."""
+        if self.cache is None:
+            return _decode(self.split, self.preprocessing, row)
+        return self.cache[row]
 
-    def _decode(self, row: int) -> torch.Tensor:
-        array = self.preprocessing.apply(self.split.image(row))
-        return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    def seeded(self, key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Call `make` with torch's generator seeded by `key`; the generator is put back."""
+        epoch, row, repeat = key
+        with torch.random.fork_rng(devices=[]):
+            number = (self.seed * 1_000_003 + epoch) * 1_000_003 + row
+            torch.manual_seed((number + repeat * 2**48) % 2**63)
+            return make()
+
+
+class TrainingImages(_Images, Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Augmented uint8 inputs [3, H, W] with labels as float32.
+
+    Parameters
+    ----------
+    augment: input [3, H, W] → the same shape; random by torch's generator
+    """
+
+    def __init__(
+        self, split: Split, preprocessing: Preprocessing, augment: Transform, seed: int
+    ) -> None:
+        super().__init__(split, preprocessing, seed)
+        self.augment = augment
+        self.labels = torch.from_numpy(split.labels.astype(np.float32))
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+        image = self.seeded(key, lambda: self.augment(self.input(key[1])))
+        return image, self.labels[key[1]]
+
+
+class PairImages(_Images, Dataset[torch.Tensor]):
+    """Two random views of each image, uint8 [2, 3, H, W]; no labels.
+
+    Parameters
+    ----------
+    view: input [3, H, W] → one view [3, H, W]; random by torch's generator
+    """
+
+    def __init__(
+        self, split: Split, preprocessing: Preprocessing, view: Transform, seed: int
+    ) -> None:
+        super().__init__(split, preprocessing, seed)
+        self.view = view
+
+    def __getitem__(self, key: Key) -> torch.Tensor:
+        image = self.input(key[1])
+        return self.seeded(key, lambda: torch.stack([self.view(image), self.view(image)]))
 
 
 class EvaluationImages(Dataset[torch.Tensor]):
@@ -83,22 +173,34 @@ class EvaluationImages(Dataset[torch.Tensor]):
         return len(self.split)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        array = self.preprocessing.apply(self.split.image(row))
-        return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+        return _decode(self.split, self.preprocessing, row)
+
+
+def _decode(split: Split, preprocessing: Preprocessing, row: int) -> torch.Tensor:
+    array = preprocessing.apply(split.image(row))
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
 def training_loader(
-    images: TrainingImages, batch_size: int, seed: int, workers: int
-) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-    """Shuffled batches; the last partial one is dropped unless it is the only one."""
+    images: TrainingImages | PairImages,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    *,
+    balance: NDArray[np.int64] | None = None,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """Batches in the order of an `EpochSampler`, which is the loader's `batch_sampler`.
+
+    `batch_size` counts the images of all ranks; `balance` are the labels to balance by.
+    """
     return DataLoader(
         images,
-        batch_size=batch_size,
-        sampler=EpochSampler(len(images), seed),
-        drop_last=len(images) >= batch_size,
+        batch_sampler=EpochSampler(len(images), batch_size, seed, balance),
         num_workers=workers,
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers > 0 else None,
+        pin_memory=pin_memory,
     )
 
 
