@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from streetvision.params import Train
+    from streetvision.params import Explora, Train
 
 
 @dataclass(frozen=True)
@@ -88,23 +88,70 @@ def central_crop(image: Image, width: int, height: int) -> Image:
 
 
 def training_transform(train: Train) -> Any:
-    """Random crop, flip and colour jitter on uint8 tensors [3, H, W]; the output has the input size."""
+    """What training does to an image: uint8 [3, H, W] to uint8 of the input size, random by torch.
+
+    Crop, flip and colour jitter, then `train.augmentation`, then erasing.
+    """
     import torch
     from torchvision.transforms import v2
 
+    from streetvision.data.colour import ColourJitter
+
     steps: list[Any] = []
     if train.crop_min_area < 1:
-        aspect = train.width_px / train.height_px
-        steps.append(
-            v2.RandomResizedCrop(
-                (train.height_px, train.width_px),
-                scale=(train.crop_min_area, 1.0),
-                ratio=(aspect * 3 / 4, aspect * 4 / 3),
-                antialias=True,
-            )
-        )
+        steps.append(_random_crop(train.height_px, train.width_px, train.crop_min_area))
     if train.flip_probability > 0:
         steps.append(v2.RandomHorizontalFlip(train.flip_probability))
     if train.colour_jitter > 0:
-        steps.append(v2.ColorJitter(*[train.colour_jitter] * 3))
+        steps.append(ColourJitter(*[train.colour_jitter] * 3))
+    if train.augmentation == "trivial_augment":
+        steps.append(v2.TrivialAugmentWide(num_magnitude_bins=train.trivial_augment_bins))
+    elif train.augmentation == "augmix":
+        steps.append(
+            v2.AugMix(
+                severity=train.augmix_severity,
+                mixture_width=train.augmix_width,
+                alpha=train.augmix_alpha,
+            )
+        )
+    if train.erasing_probability > 0:
+        steps.append(v2.RandomErasing(train.erasing_probability))
     return v2.Compose(steps) if steps else torch.nn.Identity()
+
+
+def contrastive_transform(explora: Explora, height: int, width: int) -> Any:
+    """One strong view as SimCLR's: uint8 [3, H, W] to uint8 [3, `height`, `width`], random by torch.
+
+    Crop, flip, colour jitter, grey, blur (Chen et al. 2020, arXiv 2002.05709, appendix A); the blur's
+    kernel spans a tenth of the shorter side, its sigma is drawn from 0.1 to 2 pixels.
+    """
+    from torchvision.transforms import v2
+
+    from streetvision.data.colour import ColourJitter, GaussianBlur
+
+    jitter = explora.colour_jitter
+    kernel = max(3, round(min(height, width) / 10) | 1)
+    return v2.Compose(
+        [
+            _random_crop(height, width, explora.crop_min_area),
+            v2.RandomHorizontalFlip(explora.flip_probability),
+            v2.RandomApply(
+                [ColourJitter(jitter, jitter, jitter, jitter / 4)], explora.jitter_probability
+            ),
+            v2.RandomGrayscale(explora.grey_probability),
+            v2.RandomApply([GaussianBlur(kernel, (0.1, 2.0))], explora.blur_probability),
+        ]
+    )
+
+
+def _random_crop(height: int, width: int, min_area: float) -> Any:
+    """A random part of at least `min_area`, about the input's aspect ratio, at the input's size."""
+    from torchvision.transforms import v2
+
+    aspect = width / height
+    return v2.RandomResizedCrop(
+        (height, width),
+        scale=(min_area, 1.0),
+        ratio=(aspect * 3 / 4, aspect * 4 / 3),
+        antialias=True,
+    )

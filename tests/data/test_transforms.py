@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
-from streetvision.data.transforms import Preprocessing, central_crop, training_transform
+from streetvision.data.transforms import (
+    Preprocessing,
+    central_crop,
+    contrastive_transform,
+    training_transform,
+)
 from streetvision.errors import UserError
-from streetvision.params import Train
+from streetvision.params import Explora, Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE = Preprocessing(32, 48, "letterbox", square_crop=False, mean=MEAN, std=STD)
@@ -183,3 +191,145 @@ def test_each_part_of_the_augmentation_is_its_own_switch() -> None:
     # Jitter changes colours pixel by pixel and monotonically enough to keep what is where.
     correlation = np.corrcoef(jittered.flatten().numpy(), image.flatten().numpy())[0, 1]
     assert 0.7 < correlation < 0.99999
+
+
+def textured(height: int = 32, width: int = 48, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (1, 3, 8, 8), generator=generator).float()
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+    return (0.9 * smooth + 25 * torch.rand(smooth.shape, generator=generator)).to(torch.uint8)
+
+
+def seeded(transform: Callable[[Any], Any], image: torch.Tensor, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    found = transform(image)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def test_the_default_augmentation_is_torchvisions() -> None:
+    train = Train(height_px=32, width_px=48, crop_min_area=0.5, colour_jitter=0.3)
+    theirs = v2.Compose(
+        [
+            v2.RandomResizedCrop((32, 48), scale=(0.5, 1), ratio=(1.5 * 3 / 4, 1.5 * 4 / 3)),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.3, 0.3, 0.3),
+        ]
+    )
+    ours, image = training_transform(train), textured()
+    for seed in range(20):
+        assert torch.equal(seeded(ours, image, seed), seeded(theirs, image, seed))
+
+
+STRONG: dict[str, dict[str, Any]] = {
+    "trivial_augment": {"augmentation": "trivial_augment"},
+    "two bins": {"augmentation": "trivial_augment", "trivial_augment_bins": 2},
+    "augmix": {"augmentation": "augmix"},
+    "wide augmix": {
+        "augmentation": "augmix", "augmix_severity": 10, "augmix_width": 1, "augmix_alpha": 0.2,
+    },
+    "erasing": {"erasing_probability": 1.0},
+    "all": {"augmentation": "trivial_augment", "erasing_probability": 0.5, "colour_jitter": 0.5},
+}  # fmt: skip
+
+
+def transforms() -> dict[str, Any]:
+    made = {
+        name: training_transform(Train(height_px=32, width_px=48, **changes))
+        for name, changes in STRONG.items()
+    }
+    return made | {"contrastive": contrastive_transform(Explora(), 32, 48)}
+
+
+@pytest.mark.parametrize("name", [*STRONG, "contrastive"])
+def test_augmentation_is_a_function_of_torchs_seed_alone(name: str) -> None:
+    transform, image = transforms()[name], textured()
+    before = image.clone()
+    outputs = []
+    for seed in range(40):
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        states = np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
+        output = seeded(transform, image, seed)
+        assert (np.random.get_state()[1].tolist(), random.getstate()) == states  # type: ignore[index]  # noqa: NPY002
+        np.random.seed(seed + 1)  # noqa: NPY002
+        random.seed(seed + 1)
+        assert torch.equal(seeded(transforms()[name], image, seed), output)
+        assert output.shape == image.shape
+        assert output.dtype == torch.uint8
+        outputs.append(output)
+    assert torch.equal(image, before)
+    assert len({tuple(output.flatten().tolist()) for output in outputs}) > 35
+
+
+def test_erasing_blackens_a_rectangle_and_comes_last() -> None:
+    train = Train(
+        height_px=32, width_px=48, crop_min_area=1.0, flip_probability=0.0, colour_jitter=0.3,
+        erasing_probability=1.0,
+    )  # fmt: skip
+    plain = training_transform(train.model_copy(update={"erasing_probability": 0.0}))
+    for seed in range(20):
+        image = textured() // 2 + 100
+        output = seeded(training_transform(train), image, seed)
+        changed = (output != seeded(plain, image, seed)).any(0)
+        left, right, top, bottom = bounds(changed.numpy())
+        assert (output[:, top:bottom, left:right] == 0).all()
+        assert 0.015 < (right - left) * (bottom - top) / (32 * 48) < 0.36
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(16, 64), st.integers(16, 64), st.integers(16, 64), st.integers(0, 10**6))
+def test_a_contrastive_view_has_the_size_asked_for(
+    height: int, width: int, side: int, seed: int
+) -> None:
+    view = seeded(contrastive_transform(Explora(), height, width), textured(side, side), seed)
+    assert view.shape == (3, height, width)
+    assert view.dtype == torch.uint8
+
+
+OFF: dict[str, Any] = {
+    "crop_min_area": 1.0, "flip_probability": 0.0, "jitter_probability": 0.0,
+    "grey_probability": 0.0, "blur_probability": 0.0,
+}  # fmt: skip
+
+
+def view(image: torch.Tensor, seed: int = 0, **changes: Any) -> torch.Tensor:
+    _, height, width = image.shape
+    return seeded(contrastive_transform(Explora(**OFF | changes), height, width), image, seed)
+
+
+def test_each_part_of_the_contrastive_view_is_its_own_switch() -> None:
+    image = textured(40, 40)
+    plain = view(image)
+    assert torch.equal(view(image, flip_probability=1.0), plain.flip(2))
+    grey = view(image, grey_probability=1.0)
+    assert torch.equal(grey[0], grey[1])
+    assert torch.equal(grey[1], grey[2])
+    assert not torch.equal(plain[0], plain[1])
+    jittered = view(image, jitter_probability=1.0, colour_jitter=0.8)
+    assert not torch.equal(jittered, plain)
+    assert torch.equal(view(image, jitter_probability=1.0, colour_jitter=0.0), plain)
+    assert view(image, blur_probability=1.0).float().diff().abs().mean() < 0.8 * (
+        plain.float().diff().abs().mean()
+    )
+
+
+@pytest.mark.parametrize(("size", "kernel"), [((16, 16), 3), ((96, 128), 11), ((224, 224), 23)])
+def test_contrastive_view_is_the_same_as_of_torchvisions_own_parts(
+    size: tuple[int, int], kernel: int
+) -> None:
+    aspect = size[1] / size[0]
+    theirs = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.2, 1), ratio=(aspect * 3 / 4, aspect * 4 / 3)),
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], 0.5),
+        ]
+    )
+    ours, image = contrastive_transform(Explora(), *size), textured(*size)
+    for seed in range(12):
+        difference = seeded(ours, image, seed).int() - seeded(theirs, image, seed).int()
+        assert difference.abs().max() <= 4
+        assert (difference != 0).float().mean() < 0.02
