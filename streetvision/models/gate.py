@@ -1,0 +1,121 @@
+"""The augmentation gate: whether training with augmentation costs MCC on VAL_SELECT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from streetvision.errors import UserError
+from streetvision.evaluation.bootstrap import check_groups, statistic_intervals
+from streetvision.evaluation.metrics import Floats, GroupTable, all_metrics_batch
+
+MARGIN = 0.03  # loss of MCC that is put up with
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What augmentation did to MCC, with minus without.
+
+    `delta` is the mean over seeds and `delta_std` the standard deviation between them (NaN for one
+    seed); `low` and `high` bound the mean, paired over groups, and are None where `method` says why.
+    """
+
+    verdict: Verdict
+    delta: float
+    low: float | None
+    high: float | None
+    method: str
+    seeds: tuple[int, ...]
+    delta_std: float
+
+
+def gate_verdict(low: float, high: float, margin: float = MARGIN) -> Verdict:
+    """Judge an interval of (with minus without): pass above -`margin`, fail wholly below it."""
+    if low >= -margin:
+        return "pass"
+    return "fail" if high < -margin else "inconclusive"
+
+
+def augmentation_gate(
+    run: Callable[[bool, int], NDArray[np.float64]],
+    labels: ArrayLike,
+    groups: ArrayLike,
+    seeds: Sequence[int],
+    margin: float = MARGIN,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> GateResult:
+    """Train with and without augmentation for each seed, and compare MCC paired over groups.
+
+    Each resample of groups gives the mean over seeds of the difference in MCC; the method of the
+    interval is that of `streetvision.evaluation.bootstrap`. The seeds are taken as they are: the
+    interval says nothing about others, `delta_std` does.
+
+    Parameters
+    ----------
+    run
+        From (with augmentation, seed) to the probabilities [N] of VAL_SELECT.
+    labels, groups
+        [N] in {0, 1} and [N] of any sortable type, of VAL_SELECT.
+    seeds
+        At least one.
+    margin
+        Loss of MCC that is put up with.
+    n_resamples, level
+        Bootstrap resamples and coverage in (0, 1).
+
+    Raises
+    ------
+    UserError
+        No seeds, or VAL_SELECT has one class only.
+    """
+    if not seeds:
+        raise UserError("the augmentation gate needs at least one seed")
+    pairs: list[tuple[GroupTable, GroupTable]] = []
+    for seed in seeds:
+        tables = []
+        for augmented in (False, True):
+            y, p, index = check_groups(labels, run(augmented, seed), groups)
+            tables.append(GroupTable.build(y, p, index, None))
+        pairs.append((tables[0], tables[1]))
+    # [G, 2]: which groups hold negatives and positives.
+    has = pairs[0][0].sums[:, :, 0] > 0
+    if not has.any(axis=0).all():
+        raise UserError("VAL_SELECT has images of one class only; the augmentation gate needs both")
+
+    def differences(multiplicities: Floats) -> Floats:
+        """Δ MCC, [seeds, R]."""
+        mcc = [
+            [all_metrics_batch(t, multiplicities, None, ["mcc"])["mcc"] for t in pair]
+            for pair in pairs
+        ]
+        return np.array([augmented - plain for plain, augmented in mcc])
+
+    found = statistic_intervals(
+        lambda multiplicities, _: {"mcc": differences(multiplicities).mean(axis=0)},
+        len(has),
+        {"mcc": int(has.sum(axis=0).min())},
+        {"mcc": (-2.0, 2.0)},
+        n_resamples,
+        level,
+        scales={"mcc": "identity"},
+    )["mcc"]
+    per_seed = differences(np.ones((1, len(has))))[:, 0]
+    verdict: Verdict = "inconclusive"
+    if found.low is not None and found.high is not None:
+        verdict = gate_verdict(found.low, found.high, margin)
+    return GateResult(
+        verdict=verdict,
+        delta=found.value,
+        low=found.low,
+        high=found.high,
+        method=found.method,
+        seeds=tuple(seeds),
+        delta_std=float(per_seed.std(ddof=1)) if len(per_seed) > 1 else float("nan"),
+    )
