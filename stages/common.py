@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -18,8 +18,10 @@ import yaml
 from streetvision.artifacts import (
     ArtifactSchema,
     create_step_manifest,
+    main_process,
     run_log,
     scratch_folder,
+    scratch_path,
     sha256_file,
     write_json_atomic,
 )
@@ -45,9 +47,15 @@ class Stage:
 
     @contextmanager
     def scratch(self, config: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Path]:
-        """Yield a folder that survives a crash, keyed by parameters, data and code."""
+        """Yield a folder that survives a crash, keyed by parameters, data and code.
+
+        The ranks of a training job share that of the first one.
+        """
         code = code_sha256(f"stages.{self.name}", self.paths.root)
         key = {"config": config, "data": data, "code": code}
+        if not main_process():
+            yield scratch_path(self.paths.scratch, self.name, key)
+            return
         with scratch_folder(self.paths.scratch, self.name, key) as folder:
             yield folder
 
@@ -79,16 +87,15 @@ def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> Non
     """Run `body` as the program `python -m stages.<name>`; a user's mistake ends in one line, exit code 2."""
     parser = argparse.ArgumentParser(prog=f"python -m stages.{name}", description=description)
     parser.parse_args()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format=f"{name}: %(message)s", force=True
-    )
+    level = logging.INFO if main_process() else logging.ERROR
+    logging.basicConfig(level=level, stream=sys.stderr, format=f"{name}: %(message)s", force=True)
     root = Path.cwd()
 
     def main() -> None:
         paths = ArtifactSchema(root)
         params = load_params(root / "params.yaml")
         paths.ensure_dirs()
-        with run_log(paths.run_log, name):
+        with run_log(paths.run_log, name) if main_process() else nullcontext():
             body(Stage(name, params, paths))
 
     sys.exit(guarded(name, main))

@@ -338,6 +338,20 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
         yield
 
 
+def main_process() -> bool:
+    """Whether this is the first rank of a training job, the one that writes files and speaks.
+
+    Lightning, torchrun and SLURM number the processes they start in the environment.
+    """
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def scratch_path(parent: Path, step: str, key: Mapping[str, Any]) -> Path:
+    """The folder that `scratch_folder` yields, for a process that shares it with the one that holds it."""
+    return parent / step / config_hash(key)[:16]
+
+
 @contextmanager
 def scratch_folder(parent: Path, step: str, key: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a folder for checkpoints and parts, keyed by what determines the result.
@@ -350,7 +364,7 @@ def scratch_folder(parent: Path, step: str, key: Mapping[str, Any]) -> Iterator[
     home.mkdir(parents=True, exist_ok=True)
     busy = f"another process is still running stage `{step}` in {home}; wait for it or stop it"
     with exclusive(home / "lock", busy):
-        folder = home / config_hash(key)[:16]
+        folder = scratch_path(parent, step, key)
         for other in home.iterdir():
             if other.is_dir() and other != folder:
                 shutil.rmtree(other)
