@@ -24,41 +24,56 @@ CONFIG = "config.json"
 
 
 class RoadworkClassifier(nn.Module):
-    """A backbone with a linear head of one logit (log-odds of roadwork).
+    """A backbone with a head of one logit (log-odds of roadwork).
 
     Parameters
     ----------
     backbone: images [B, 3, H, W] → features [B, D]; has `num_features` = D
-    dropout: probability, before the head
+    dropout: probability, before the last layer
+    head_hidden: width of a GELU layer before the last one; None makes the head linear
     """
 
-    def __init__(self, backbone: nn.Module, dropout: float = 0.0) -> None:
+    def __init__(
+        self, backbone: nn.Module, dropout: float = 0.0, head_hidden: int | None = None
+    ) -> None:
         super().__init__()
+        width = int(backbone.num_features)  # type: ignore[arg-type]
         self.backbone = backbone
+        self.hidden: nn.Module = nn.Identity()
+        if head_hidden is not None:
+            self.hidden = nn.Sequential(nn.Linear(width, head_hidden), nn.GELU())
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(int(backbone.num_features), 1)  # type: ignore[arg-type]
+        self.head = nn.Linear(width if head_hidden is None else head_hidden, 1)
         nn.init.zeros_(self.head.bias)
         nn.init.normal_(self.head.weight, std=0.01)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits [B] in float32 and features [B, D]."""
         features = self.backbone(images)
-        return self.head(self.dropout(features)).squeeze(1).float(), features
+        return self.head(self.dropout(self.hidden(features))).squeeze(1).float(), features
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Rebuilds model and preprocessing; `backbone` is a timm name, `arguments` its keyword arguments."""
+    """Rebuilds model and preprocessing.
+
+    Attributes
+    ----------
+    backbone, arguments: timm name and keyword arguments
+    head_hidden: width of the head's hidden layer, None without one
+    """
 
     backbone: str
     arguments: dict[str, Any]
     preprocessing: Preprocessing
+    head_hidden: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
             "backbone": self.backbone,
             "arguments": self.arguments,
+            "head_hidden": self.head_hidden,
             "preprocessing": self.preprocessing.to_dict(),
         }
 
@@ -67,13 +82,16 @@ class ClassifierConfig:
         """Rebuild from `to_dict`; raises `UserError` where a key is missing."""
         try:
             preprocessing = Preprocessing.from_dict(document["preprocessing"])
-            return cls(document["backbone"], document["arguments"], preprocessing)
+            # Configurations from before there was a choice have a linear head.
+            hidden = document.get("head_hidden")
+            return cls(document["backbone"], document["arguments"], preprocessing, hidden)
         except KeyError as error:
             raise UserError(f"classifier config: {error} is missing") from error
 
     def build(self) -> RoadworkClassifier:
         """The architecture with random weights."""
-        return RoadworkClassifier(build_backbone(self.backbone, self.arguments))
+        backbone = build_backbone(self.backbone, self.arguments)
+        return RoadworkClassifier(backbone, head_hidden=self.head_hidden)
 
 
 def save_classifier(model: RoadworkClassifier, config: ClassifierConfig, folder: Path) -> None:
@@ -130,7 +148,7 @@ def score(
         logits.append(outcome[0].float().cpu().numpy())
         features.append(outcome[1].float().cpu().numpy().astype(np.float16))
     if not logits:
-        width = model.head.in_features
+        width = int(model.backbone.num_features)  # type: ignore[arg-type]
         return np.zeros(0, np.float32), np.zeros((0, width), np.float16)
     return np.concatenate(logits), np.concatenate(features)
 
