@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from streetvision.data.augment import ChallengeAugmentation
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
@@ -114,12 +115,15 @@ class _Images:
             return _decode(self.split, self.preprocessing, row)
         return self.cache[row]
 
+    def key_seed(self, key: Key) -> int:
+        """Seed of whatever is random about the image drawn as `key`."""
+        epoch, row, repeat = key
+        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + row + repeat * 2**48) % 2**63
+
     def seeded(self, key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Call `make` with torch's generator seeded by `key`; the generator is put back."""
-        epoch, row, repeat = key
         with torch.random.fork_rng(devices=[]):
-            number = (self.seed * 1_000_003 + epoch) * 1_000_003 + row
-            torch.manual_seed((number + repeat * 2**48) % 2**63)
+            torch.manual_seed(self.key_seed(key))
             return make()
 
 
@@ -129,18 +133,30 @@ class TrainingImages(_Images, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     Parameters
     ----------
     augment: input [3, H, W] → the same shape; random by torch's generator
+    challenge: made from the stored image, for a share of the draws, instead of any augmentation
     """
 
     def __init__(
-        self, split: Split, preprocessing: Preprocessing, augment: Transform, seed: int
+        self,
+        split: Split,
+        preprocessing: Preprocessing,
+        augment: Transform,
+        seed: int,
+        challenge: ChallengeAugmentation | None = None,
     ) -> None:
         super().__init__(split, preprocessing, seed)
         self.augment = augment
+        self.challenge = challenge
         self.labels = torch.from_numpy(split.labels.astype(np.float32))
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
-        image = self.seeded(key, lambda: self.augment(self.input(key[1])))
-        return image, self.labels[key[1]]
+        row = key[1]
+        generator = self.challenge and self.challenge.chosen(self.key_seed(key))
+        if self.challenge and generator:
+            image = _tensor(self.challenge(self.split.image(row), generator))
+        else:
+            image = self.seeded(key, lambda: self.augment(self.input(row)))
+        return image, self.labels[row]
 
 
 class PairImages(_Images, Dataset[torch.Tensor]):
@@ -177,8 +193,12 @@ class EvaluationImages(Dataset[torch.Tensor]):
 
 
 def _decode(split: Split, preprocessing: Preprocessing, row: int) -> torch.Tensor:
-    array = preprocessing.apply(split.image(row))
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return _tensor(preprocessing.apply(split.image(row)))
+
+
+def _tensor(image: NDArray[np.uint8]) -> torch.Tensor:
+    """Input [H, W, 3] as a tensor [3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def training_loader(
