@@ -165,11 +165,8 @@ def _run_fold(
     from streetvision.data.split import split_groups
     from streetvision.decision.policy import fit_policy
     from streetvision.models.classifier import pick_device
-    from streetvision.models.training import (
-        build_classifier,
-        fit_classifier,
-        predict_logits,
-    )
+    from streetvision.models.selection import predict_logits
+    from streetvision.models.training import build_classifier, train_classifier
 
     held_out = split.groups == group
     rest = np.flatnonzero(~held_out)
@@ -177,18 +174,18 @@ def _run_fold(
     fractions = {role: share / sum(shares.values()) for role, share in shares.items()}
     roles = split_groups(split.groups[rest], split.labels[rest], fractions, 0.0, params.seed).split
     parts = {role: split.select(rest[roles == role]) for role in ROLES}
-    model, config = build_classifier(params.train, params.data.square_crop, params.seed, root)
     folder = scratch / f"train-{group}".replace("/", "_")
-    result = fit_classifier(
-        model, config, params.train, parts["train"], parts["val_select"], seed=params.seed,
-        scratch=folder, device=params.hardware.device, workers=params.hardware.workers,
+    result = train_classifier(
+        lambda chosen, seed: build_classifier(chosen, params.data.square_crop, seed, root),
+        params.train, parts["train"], parts["val_select"], seed=params.seed, scratch=folder,
+        hardware=params.hardware, compile_settings=params.compile,
     )  # fmt: skip
     device = pick_device(params.hardware.device)
-    trained = result.model.to(device)
+    trained, preprocessing = result.model.to(device), result.config.preprocessing
 
     def logits(part: Split) -> NDArray[np.float64]:
-        images = EvaluationImages(part, config.preprocessing)
-        return predict_logits(trained, images, config.preprocessing, device).astype(np.float64)
+        images = EvaluationImages(part, preprocessing)
+        return predict_logits(trained, images, preprocessing, device).astype(np.float64)
 
     calib = parts["val_calib"]
     policy, _ = fit_policy(

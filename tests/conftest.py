@@ -19,7 +19,7 @@ from PIL import Image
 
 from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.data.store import open_split
-from streetvision.params import Train
+from streetvision.params import Hardware, Train
 
 torch.set_num_threads(1)
 
@@ -142,7 +142,7 @@ def trained(
         model, config, tiny_train,
         open_split("train", "train", tiny_splits["train"]),
         open_split("train", "val_select", tiny_splits["val_select"]),
-        seed=7, scratch=folder / "scratch", device="cpu",
+        seed=7, scratch=folder / "scratch", hardware=Hardware(device="cpu"),
     )  # fmt: skip
     save_classifier(result.model, config, folder / "classifier")
     calib = open_split("embed", "val_calib", tiny_splits["val_calib"])

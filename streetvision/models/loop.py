@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -278,7 +280,7 @@ def compiled(module: nn.Module, settings: Compile) -> Callable[..., Any]:
     the first call cannot be compiled, one warning is logged and the module runs as it is.
     """
     if not settings.enabled:
-        return module
+        return module.__call__
     function = torch.compile(
         module.forward, mode=settings.mode, fullgraph=settings.fullgraph, dynamic=settings.dynamic
     )
@@ -319,6 +321,12 @@ def _check_devices(
     task: lightning.LightningModule, device: torch.device, settings: LoopSettings
 ) -> None:
     """Refuse what cannot train together; BatchNorm shares its statistics where it can."""
+    started = int(os.environ.get("WORLD_SIZE", settings.ranks))
+    if started != settings.ranks:
+        raise UserError(
+            f"{started} processes were started, but params.yaml asks for hardware.devices × "
+            f"hardware.nodes = {settings.ranks}"
+        )
     if device.type == "cuda" and settings.hardware.devices > torch.cuda.device_count():
         raise UserError(
             f"params.yaml: hardware.devices is {settings.hardware.devices}, "
@@ -336,6 +344,70 @@ def _check_devices(
     from timm.layers import convert_sync_batchnorm  # unlike torch's, it keeps timm's activations
 
     convert_sync_batchnorm(task)
+
+
+def describe(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    images_at_once: int,
+    images_a_step: int,
+    extra_bytes: int = 0,
+) -> dict[str, int]:
+    """What a step of training `model` costs, from its architecture alone: no device, no data.
+
+    One forward and backward pass of two images [3, H, W] = `shape` is traced on the meta device.
+    Floating-point operations are those of matrix products, convolutions and attention, a multiplication
+    and an addition being two. The peak of memory is, in FP32,
+
+        4 B · parameters + 4 B · trained (gradients) + 8 B · trained (AdamW) + activations + `extra_bytes`,
+
+    activations being what autograd keeps for `images_at_once`; what libraries take on top is not in it.
+
+    Parameters
+    ----------
+    model: images [B, 3, H, W] → a tensor, or a tuple whose first tensor is what the loss needs
+    """
+    count = 2
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    try:
+        flops, kept = _trace(model, torch.zeros(count, *shape, device="meta"))
+    except (NotImplementedError, RuntimeError):  # something in it needs numbers
+        flops, kept = _trace(model, torch.zeros(count, *shape))
+    return {
+        "parameters": total,
+        "trainable_parameters": trained,
+        "flops_per_step": flops * images_a_step // count,
+        "peak_memory_bytes": 4 * total
+        + 12 * trained
+        + kept * images_at_once // count
+        + extra_bytes,
+    }
+
+
+def _trace(model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
+    """Floating-point operations and bytes kept for the backward pass of one step on `images`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(model).to(images.device)
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}  # storages stay referenced, or their addresses would be used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with (
+        torch.random.fork_rng(devices=[]),
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        outcome = model(images)
+        (outcome[0] if isinstance(outcome, tuple) else outcome).sum().backward()
+    return int(counter.get_total_flops()), sum(storage.nbytes() for storage in kept.values())
 
 
 def _duration(seconds: float) -> str:

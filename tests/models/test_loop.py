@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from streetvision.data.loader import EpochSampler, Key
-from streetvision.errors import UserError
-from streetvision.models import loop
 from streetvision.models.loop import (
     AtomicCheckpoints,
     LoopSettings,
-    compiled,
     epoch_loss,
     precision,
     run_loop,
 )
-from streetvision.params import Compile, Hardware
+from streetvision.params import Hardware
 from tests.models.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -187,3 +183,24 @@ def test_two_ranks_train_like_one(tmp_path: Path) -> None:
 
 def train_two(scratch: Path) -> Any:
     return train(scratch, devices=2, dropout=0.0, accumulate=2)
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path) -> None:
+    plugin = AtomicCheckpoints()
+    path = tmp_path / "last.ckpt"
+    plugin.save_checkpoint({"epoch": 1}, path)
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        plugin.save_checkpoint({"epoch": 2, "broken": lambda: None}, path)
+    assert torch.load(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bf16_falls_back_where_the_device_cannot(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert precision("bf16", CPU) == "32-true"
+    assert "no BF16" in caplog.text
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert precision("bf16", CPU) == "bf16-mixed"
+    assert precision("fp32", CPU) == "32-true"

@@ -13,25 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from sklearn.metrics import log_loss, matthews_corrcoef
 
 from streetvision.data.loader import EvaluationImages
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
-from streetvision.models import training
-from streetvision.models.training import (
-    AtomicCheckpoints,
-    ClassifierTask,
-    TrainingResult,
-    build_classifier,
-    fit_classifier,
-    predict_logits,
-    warmup_cosine,
-)
-from streetvision.params import Train
+from streetvision.models import selection
+from streetvision.models.selection import predict_logits
+from streetvision.models.task import ClassifierTask
+from streetvision.models.training import TrainingResult, build_classifier, fit_classifier
+from streetvision.params import Hardware, Train
 
 State = dict[str, torch.Tensor]
 Fit = Callable[..., TrainingResult]
@@ -52,7 +44,7 @@ def fit(tmp_path: Path, tiny_train: Train, tiny_splits: dict[str, Path]) -> Fit:
             model, config, train,
             open_split("train", "train", tiny_splits["train"]),
             open_split("train", "val_select", tiny_splits["val_select"]),
-            seed=seed, scratch=folder, device="cpu", workers=workers,
+            seed=seed, scratch=folder, hardware=Hardware(device="cpu", workers=workers),
         )  # fmt: skip
 
     return run
@@ -112,7 +104,9 @@ import os, pickle, signal, sys
 from pathlib import Path
 import torch
 from streetvision.data.store import open_split
-from streetvision.models.training import EpochSelection, build_classifier, fit_classifier
+from streetvision.models.selection import EpochSelection
+from streetvision.models.training import build_classifier, fit_classifier
+from streetvision.params import Hardware
 torch.set_num_threads(1)
 train, splits, scratch = pickle.loads(bytes.fromhex(sys.argv[1]))
 real = EpochSelection.on_train_epoch_end
@@ -124,7 +118,8 @@ EpochSelection.on_train_epoch_end = killing
 model, config = build_classifier(train, False, 7, Path())
 fit_classifier(
     model, config, train, open_split("train", "train", splits["train"]),
-    open_split("train", "val_select", splits["val_select"]), seed=7, scratch=scratch, device="cpu",
+    open_split("train", "val_select", splits["val_select"]), seed=7, scratch=scratch,
+    hardware=Hardware(device="cpu"),
 )
 """
 
@@ -162,16 +157,6 @@ def test_a_run_killed_after_its_last_epoch_does_not_train_again(
     steps = count_steps(monkeypatch)
     assert_same(whole, fit("scratch"))
     assert steps == []
-
-
-def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path) -> None:
-    plugin = AtomicCheckpoints()
-    path = tmp_path / "last.ckpt"
-    plugin.save_checkpoint({"epoch": 1}, path)
-    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        plugin.save_checkpoint({"epoch": 2, "broken": lambda: None}, path)
-    assert torch.load(path) == {"epoch": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_interrupt_stays_an_interrupt(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,13 +197,13 @@ def test_the_best_epoch_is_returned(fit: Fit, tiny_splits: dict[str, Path]) -> N
 def record_weights(monkeypatch: pytest.MonkeyPatch) -> list[State]:
     """The weights that VAL_SELECT was scored with, epoch by epoch."""
     epochs: list[State] = []
-    real = training.predict_logits
+    real = selection.predict_logits
 
-    def recording(model: Any, *rest: Any) -> Any:
+    def recording(model: Any, *rest: Any, **more: Any) -> Any:
         epochs.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return real(model, *rest)
+        return real(model, *rest, **more)
 
-    monkeypatch.setattr(training, "predict_logits", recording)
+    monkeypatch.setattr(selection, "predict_logits", recording)
     return epochs
 
 
@@ -226,7 +211,7 @@ def script_mcc(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Let VAL_SELECT's MCC be `values`, epoch by epoch."""
     left = iter(values)
     scores = {"log_loss": 0.5, "accuracy": 0.5}
-    monkeypatch.setattr(training, "all_metrics", lambda *_: scores | {"mcc": next(left)})
+    monkeypatch.setattr(selection, "all_metrics", lambda *_: scores | {"mcc": next(left)})
 
 
 @pytest.mark.parametrize(
@@ -351,14 +336,6 @@ def test_gradients_are_clipped_with_a_fused_optimiser(
     assert {t.dtype for t in state(result).values()} == {torch.float32, torch.int64}
 
 
-def test_bf16_falls_back_where_the_device_cannot(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert training._precision("bf16", "cpu") == "32-true"
-    assert "no BF16" in caplog.text
-
-
 # --------------------------------------------------------------------------- mistakes
 
 
@@ -376,7 +353,7 @@ def test_one_class_alone_is_refused(
             model, config, tiny_train,
             open_split("train", "train", paths["train"]),
             open_split("train", "val_select", paths["val_select"]),
-            seed=7, scratch=tmp_path, device="cpu",
+            seed=7, scratch=tmp_path, hardware=Hardware(device="cpu"),
         )  # fmt: skip
 
 
@@ -391,51 +368,9 @@ def test_a_loss_that_is_no_number_is_told_and_leaves_no_checkpoint(
 def test_weights_that_break_in_the_last_step_are_told_too(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any, images: Any, *_: Any) -> Any:
+    def broken(model: Any, images: Any, *_: Any, **__: Any) -> Any:
         return np.full(len(images), np.nan, np.float32)
 
-    monkeypatch.setattr(training, "predict_logits", broken)
+    monkeypatch.setattr(selection, "predict_logits", broken)
     with pytest.raises(UserError, match=r"last step broke the weights; lower train.learning_rate"):
         fit()
-
-
-# --------------------------------------------------------------------------- schedule
-
-
-def torch_schedule(steps: int, warmup: int) -> list[float]:
-    """The same from torch's closed forms: linear warm-up, then cosine annealing."""
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    schedulers = torch.optim.lr_scheduler
-    linear = schedulers.LinearLR(optimizer, 1 / warmup, 1.0, max(1, warmup - 1))
-    factors = []
-    for _ in range(min(warmup, steps)):
-        factors.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        linear.step()
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    cosine = schedulers.CosineAnnealingLR(optimizer, max(1, steps - warmup))
-    for _ in range(steps - warmup):
-        factors.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        cosine.step()
-    return factors
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 120), st.floats(0, 0.99))
-def test_the_schedule_is_torchs(steps: int, fraction: float) -> None:
-    factor = warmup_cosine(steps, fraction)
-    found = [factor(step) for step in range(steps)]
-    warmup = max(1, round(steps * fraction))
-    np.testing.assert_allclose(found, torch_schedule(steps, warmup), atol=1e-9)
-    assert all(0 < value <= 1 for value in found)
-    assert max(found) == 1
-    assert factor(steps + 5) == pytest.approx(0, abs=1e-12)
-
-
-def test_the_learning_rate_ends_near_zero(fit: Fit) -> None:
-    rates = [row["learning_rate"] for row in fit(epochs=4, warmup_fraction=0.25).history]
-    assert rates[0] == pytest.approx(0.01)
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(0, abs=1e-9)
