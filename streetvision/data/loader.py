@@ -118,7 +118,9 @@ class _Images:
     def key_seed(self, key: Key) -> int:
         """Seed of whatever is random about the image drawn as `key`."""
         epoch, row, repeat = key
-        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + row + repeat * 2**48) % 2**63
+        # torch's generator on a CPU takes the lowest 32 bits alone, so `repeat` must reach them.
+        number = (self.seed * 1_000_003 + epoch) * 1_000_003 + row
+        return (number + repeat * 2_654_435_761) % 2**63
 
     def seeded(self, key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Call `make` with torch's generator seeded by `key`; the generator is put back."""

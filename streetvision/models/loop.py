@@ -165,11 +165,12 @@ class Bookkeeping(Checkpoint):  # type: ignore[misc]
     ) -> None:
         """Let dropout depend on seed, batch and rank alone.
 
-        Loaders draw from the same generator, and not as often in a resumed run or with workers.
+        Loaders draw from the same generator, and not as often in a resumed run or with workers. Of the seed
+        a CPU's generator takes the lowest 32 bits.
         """
         del pl_module, batch
         number = trainer.current_epoch * trainer.num_training_batches + batch_idx
-        torch.manual_seed(self.settings.seed * 1_000_003 + number + trainer.global_rank * 2**52)
+        torch.manual_seed(self.settings.seed * 1_000_003 + number + trainer.global_rank * 2_654_435_761)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streetvision.data import loader
+from streetvision.data.augment import ChallengeAugmentation
 from streetvision.data.loader import (
     EpochSampler,
     EvaluationImages,
+    PairImages,
     TrainingImages,
     loader_workers,
     training_loader,
 )
 from streetvision.data.store import Split, open_split
 from streetvision.data.transforms import Preprocessing, training_transform
+from streetvision.errors import UserError
 from streetvision.params import Train
 
 HALF = (0.5, 0.5, 0.5)
@@ -40,46 +43,98 @@ def images(split: Split, seed: int = 7) -> TrainingImages:
 def epoch_of(split: Split, epoch: int, workers: int, seed: int = 7) -> list[torch.Tensor]:
     """All batches of one epoch: images, then labels."""
     batches = training_loader(images(split, seed), 16, seed, workers)
-    assert isinstance(batches.sampler, EpochSampler)
-    batches.sampler.set_epoch(epoch)
+    assert isinstance(batches.batch_sampler, EpochSampler)
+    batches.batch_sampler.seek(epoch)
     return [part for batch in batches for part in batch]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 2**31 - 1), st.integers(0, 100))
-def test_an_epoch_is_a_permutation_of_its_seed(size: int, seed: int, epoch: int) -> None:
-    def rows() -> list[int]:
-        sampler = EpochSampler(size, seed)
-        sampler.set_epoch(epoch)
-        found = list(sampler)
-        assert {number for number, _ in found} == {epoch}
-        assert len(sampler) == size
-        return [row for _, row in found]
+def rows_of(sampler: EpochSampler, epoch: int) -> list[list[int]]:
+    """Rows of each batch of an epoch."""
+    sampler.seek(epoch)
+    found = list(sampler)
+    assert {key[0] for batch in found for key in batch} <= {epoch}
+    assert len(sampler) == len(found)
+    return [[row for _, row, _ in batch] for batch in found]
 
-    assert sorted(rows()) == list(range(size))
-    assert rows() == rows()
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31 - 1), st.integers(0, 100))
+def test_an_epoch_is_a_permutation_of_its_seed(
+    size: int, batch_size: int, seed: int, epoch: int
+) -> None:
+    batches = rows_of(EpochSampler(size, batch_size, seed), epoch)
+    rows = [row for batch in batches for row in batch]
+    assert len(set(rows)) == len(rows) == size - (size % batch_size if size > batch_size else 0)
+    assert set(rows) <= set(range(size))
+    assert {len(batch) for batch in batches} == {min(size, batch_size)}
+    assert rows_of(EpochSampler(size, batch_size, seed), epoch) == batches
 
 
 def test_epochs_and_seeds_have_different_orders() -> None:
-    orders = set()
-    for seed in range(4):
-        for epoch in range(4):
-            sampler = EpochSampler(50, seed)
-            sampler.set_epoch(epoch)
-            orders.add(tuple(row for _, row in sampler))
+    orders = {
+        str(rows_of(EpochSampler(50, 10, seed), epoch)) for seed in range(4) for epoch in range(4)
+    }
     assert len(orders) == 16
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_together_see_the_batch_of_one(ranks: int, balance: bool) -> None:
+    labels = np.arange(50) % 5 // 4 if balance else None
+    whole = EpochSampler(50, 8, 7, labels)
+    whole.seek(3)
+    parts = []
+    for rank in range(ranks):
+        sampler = EpochSampler(50, 8, 7, labels)
+        sampler.shard(rank, ranks)
+        sampler.seek(3)
+        parts.append(list(sampler))
+    for number, batch in enumerate(whole):
+        assert [key for part in parts for key in part[number]] == batch
+
+
+@pytest.mark.parametrize(("size", "batch_size", "ranks"), [(50, 8, 3), (6, 8, 2)])
+def test_a_batch_that_cannot_be_divided_is_refused(size: int, batch_size: int, ranks: int) -> None:
+    with pytest.raises(UserError, match=f"cannot be divided among {ranks} devices"):
+        EpochSampler(size, batch_size, 7).shard(0, ranks)
+
+
+def test_an_epoch_is_entered_anywhere() -> None:
+    sampler = EpochSampler(50, 8, 7, np.arange(50) % 2)
+    sampler.seek(2)
+    whole = list(sampler)
+    for start in range(len(whole)):
+        sampler.seek(2, start)
+        assert list(sampler) == whole[start:]
+        assert len(sampler) == len(whole)
+
+
+def test_balanced_draws_have_both_classes_equally_often() -> None:
+    labels = (np.arange(3000) % 10 == 0).astype(np.int64)
+    sampler = EpochSampler(3000, 30, 7, labels)
+    keys = [key for batch in sampler for key in batch]
+    share = labels[[row for _, row, _ in keys]].mean()
+    assert abs(share - 0.5) < 4 * 0.5 / 3000**0.5
+    # Within a class all are drawn alike, and a row drawn again is another key.
+    positives = np.bincount([row for _, row, _ in keys if labels[row]], minlength=3000)[::10]
+    assert 3.5 < positives.mean() < 6.5
+    assert positives.min() == 0 or positives.min() < positives.mean()
+    assert len(set(keys)) == len(keys)
+    assert {repeat for _, _, repeat in keys} == set(range(max(positives)))
+    assert rows_of(EpochSampler(3000, 30, 7, labels), 1) != rows_of(sampler, 0)
 
 
 def test_an_image_depends_on_seed_epoch_and_row_alone(split: Split) -> None:
     data = images(split)
-    keys = [(epoch, row) for epoch in range(2) for row in range(10)]
+    keys = [(epoch, row, repeat) for epoch in range(2) for row in range(10) for repeat in range(2)]
     forward = {key: data[key][0] for key in keys}
     torch.manual_seed(123)
     backward = {key: images(split)[key][0] for key in reversed(keys)}
     for key in keys:
         assert torch.equal(forward[key], backward[key])
-    assert not torch.equal(forward[0, 3], forward[1, 3])
-    assert not torch.equal(forward[0, 3], images(split, seed=8)[0, 3][0])
+    assert not torch.equal(forward[0, 3, 0], forward[1, 3, 0])
+    assert not torch.equal(forward[0, 3, 0], forward[0, 3, 1])
+    assert not torch.equal(forward[0, 3, 0], images(split, seed=8)[0, 3, 0][0])
 
 
 def test_augmentation_leaves_the_global_generator_alone(split: Split) -> None:
@@ -87,7 +142,7 @@ def test_augmentation_leaves_the_global_generator_alone(split: Split) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    _ = data[0, 0]
+    _ = data[0, 0, 0]
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -106,7 +161,7 @@ def test_the_cache_changes_nothing(split: Split, monkeypatch: pytest.MonkeyPatch
     assert cached.cache is not None
     assert direct.cache is None
     for row in (0, 5):
-        assert torch.equal(cached[2, row][0], direct[2, row][0])
+        assert torch.equal(cached[2, row, 0][0], direct[2, row, 0][0])
 
 
 def test_labels_follow_their_images(split: Split) -> None:
@@ -114,12 +169,12 @@ def test_labels_follow_their_images(split: Split) -> None:
     evaluation = EvaluationImages(split, PREPROCESSING)
     assert len(plain) == len(evaluation) == len(split)
     for row in range(len(split)):
-        image, label = plain[0, row]
+        image, label = plain[0, row, 0]
         assert torch.equal(image, evaluation[row])
         assert label == split.labels[row]
         pixels = torch.from_numpy(np.asarray(split.image(row)).copy())
         assert torch.equal(image, pixels.permute(2, 0, 1))
-    assert plain[0, 0][1].dtype == torch.float32
+    assert plain[0, 0, 0][1].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -133,6 +188,42 @@ def test_a_partial_batch_counts_only_where_it_is_the_only_one(
     batches = training_loader(images(split), batch_size, 7, 0)
     assert [len(labels) for _, labels in batches] == sizes
     assert len(batches) == len(sizes)
+
+
+def test_pairs_are_two_views_without_labels(tiny_splits: dict[str, Path]) -> None:
+    split = open_split("explora", "train", tiny_splits["train"])
+    pairs = PairImages(split, PREPROCESSING, AUGMENT, 7)
+    pair = pairs[1, 4, 0]
+    assert pair.shape == (2, 3, 32, 48)
+    assert pair.dtype == torch.uint8
+    assert not torch.equal(pair[0], pair[1])
+    torch.manual_seed(3)
+    assert torch.equal(pairs[1, 4, 0], pair)
+    assert not torch.equal(pairs[2, 4, 0], pair)
+    batches = list(training_loader(pairs, 16, 7, 0))
+    assert {batch.shape for batch in batches} == {torch.Size((16, 2, 3, 32, 48))}
+
+
+def test_challenges_are_made_of_stored_images(
+    tmp_path: Path, write_split: Callable[..., Path]
+) -> None:
+    path = write_split(tmp_path / "train.arrow", 40, size=(96, 64))
+    split = open_split("train", "train", path)
+    train = Train(
+        height_px=32, width_px=48, challenge_probability=0.5, challenge_levels=[0, 0, 0, 1]
+    )
+    challenge = ChallengeAugmentation(train, PREPROCESSING)
+    data = TrainingImages(split, PREPROCESSING, torch.nn.Identity(), 7, challenge)
+    evaluation = EvaluationImages(split, PREPROCESSING)
+    changed = 0
+    for row in range(40):
+        image, label = data[0, row, 0]
+        assert image.shape == (3, 32, 48)
+        assert image.dtype == torch.uint8
+        assert label == split.labels[row]
+        assert torch.equal(data[0, row, 0][0], image)
+        changed += not torch.equal(image, evaluation[row])
+    assert 8 <= changed <= 32
 
 
 @pytest.mark.parametrize(

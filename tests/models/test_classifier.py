@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,32 @@ def test_equal_weights_give_equal_files(tmp_path: Path, trained: Trained) -> Non
     save_classifier(model, found, tmp_path)
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / name).read_bytes() == (trained.classifier / name).read_bytes()
+
+
+def test_a_head_with_a_hidden_layer(tmp_path: Path) -> None:
+    wide = replace(config(), head_hidden=5)
+    torch.manual_seed(0)
+    model = wide.build().eval()
+    assert model.head.in_features == 5
+    save_classifier(model, wide, tmp_path)
+    again, found = load_classifier(tmp_path)
+    assert found == wide
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        logits, features = again(images)
+        hidden = torch.nn.functional.gelu(
+            features @ model.hidden[0].weight.T + model.hidden[0].bias
+        )
+        torch.testing.assert_close(logits, hidden @ model.head.weight[0] + model.head.bias)
+    assert features.shape == (2, 64)
+    assert score(again, found.preprocessing, [], 4, CPU)[1].shape == (0, 64)
+
+
+def test_a_configuration_without_the_head_has_a_linear_one(saved: Path) -> None:
+    document = json.loads((saved / CONFIG).read_text())
+    assert document.pop("head_hidden") is None
+    (saved / CONFIG).write_text(json.dumps(document))
+    assert load_classifier(saved)[1].head_hidden is None
 
 
 @pytest.fixture
