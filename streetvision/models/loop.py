@@ -170,7 +170,9 @@ class Bookkeeping(Checkpoint):  # type: ignore[misc]
         """
         del pl_module, batch
         number = trainer.current_epoch * trainer.num_training_batches + batch_idx
-        torch.manual_seed(self.settings.seed * 1_000_003 + number + trainer.global_rank * 2_654_435_761)
+        torch.manual_seed(
+            self.settings.seed * 1_000_003 + number + trainer.global_rank * 2_654_435_761
+        )
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -299,9 +301,7 @@ def compiled(module: nn.Module, settings: Compile) -> Callable[..., Any]:
             if state["stance"] != early or not _is_compiler_error(error):
                 raise
             state["eager"] = True
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("torch.compile is impossible here, training runs eagerly: %s", reason)
             return module(*arguments)
         state["stance"] = settings.stance

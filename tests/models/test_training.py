@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,65 @@ import torch
 from safetensors.torch import save_file
 from sklearn.metrics import log_loss, matthews_corrcoef
 
-from streetvision.data.loader import EvaluationImages
+from streetvision.data.loader import EvaluationImages, TrainingImages
 from streetvision.data.store import open_split
+from streetvision.data.transforms import training_transform
 from streetvision.errors import UserError
-from streetvision.models import selection
-from streetvision.models.selection import predict_logits
+from streetvision.models import gate, selection, training
+from streetvision.models.peft import merge_adapters
+from streetvision.models.selection import WeightAverage, predict_logits
 from streetvision.models.task import ClassifierTask
-from streetvision.models.training import TrainingResult, build_classifier, fit_classifier
-from streetvision.params import Hardware, Train
+from streetvision.models.training import (
+    TrainingResult,
+    build_classifier,
+    fit_classifier,
+    train_classifier,
+)
+from streetvision.params import Compile, Hardware, Train, TrainLora
+from tests.models.ranks import run_ranks
 
 State = dict[str, torch.Tensor]
 Fit = Callable[..., TrainingResult]
 # Everything random is on, and the optimiser has momentum: whatever a resume forgets, shows.
 RESUMED = {"epochs": 3, "dropout": 0.3, "label_smoothing": 0.1}
+# 48 images, batches of 8, steps of 2 batches.
+EPOCH_BATCHES = 6
+EVERYTHING = RESUMED | {
+    "backbone": "street_vit", "trainable": "full", "head": "mlp", "head_hidden": 8,
+    "batch_size": 8, "accumulate_batches": 2, "optimiser": "muon", "grokfast": True,
+    "layer_decay": 0.8, "weight_average": "ema", "ema_decay": 0.8, "swa_start_fraction": 0.3,
+    "balanced_sampler": True, "mixup_alpha": 0.4, "cutmix_alpha": 0.4, "loss": "focal",
+    "augmentation": "trivial_augment", "challenge_probability": 0.3, "learning_rate": 0.003,
+    "choose_epoch": "best_log_loss",
+}  # fmt: skip
 
 
 @pytest.fixture
-def fit(tmp_path: Path, tiny_train: Train, tiny_splits: dict[str, Path]) -> Fit:
+def fit(
+    tmp_path: Path,
+    tiny_train: Train,
+    tiny_splits: dict[str, Path],
+    write_split: Callable[..., Path],
+) -> Fit:
     """Train on the tiny splits with some parameters changed; `scratch` names a folder."""
 
-    def run(scratch: str = "", seed: int = 7, workers: int = 0, **changes: Any) -> TrainingResult:
+    def run(
+        scratch: str = "", seed: int = 7, workers: int = 0, minutes: float = 10,
+        labels: list[int] | None = None, **changes: Any,
+    ) -> TrainingResult:  # fmt: skip
         train = tiny_train.model_copy(update=changes)
         model, config = build_classifier(train, square_crop=False, seed=seed, root=tmp_path)
         folder = tmp_path / (scratch or f"fresh-{len(list(tmp_path.iterdir()))}")
         folder.mkdir(exist_ok=True)
+        path = tiny_splits["train"]
+        if labels is not None:
+            path = write_split(folder / "train.arrow", labels=labels)
         return fit_classifier(
             model, config, train,
-            open_split("train", "train", tiny_splits["train"]),
+            open_split("train", "train", path),
             open_split("train", "val_select", tiny_splits["val_select"]),
-            seed=seed, scratch=folder, hardware=Hardware(device="cpu", workers=workers),
+            seed=seed, scratch=folder,
+            hardware=Hardware(device="cpu", workers=workers, checkpoint_minutes=minutes),
         )  # fmt: skip
 
     return run
@@ -78,11 +109,27 @@ def test_one_seed_gives_one_result_whatever_the_workers(fit: Fit) -> None:
     assert fit(seed=8, dropout=0.3).history != first.history
 
 
-@pytest.mark.parametrize("step", [0, 3, 4, 8])
+def test_with_everything_on_one_seed_gives_one_result(fit: Fit) -> None:
+    first = fit(**EVERYTHING)
+    torch.manual_seed(99)
+    assert_same(first, fit(**EVERYTHING, workers=2))
+
+
+@pytest.mark.parametrize(
+    ("step", "minutes", "options"),
+    [
+        (0, 10, RESUMED),
+        (4, 10, RESUMED),
+        (8, 10, RESUMED),
+        (4, 1e-9, RESUMED),
+        (8, 1e-9, EVERYTHING),
+        (16, 1e-9, EVERYTHING | {"weight_average": "swa", "trainable": "dora"}),
+    ],
+)
 def test_a_failed_run_goes_on_to_the_same_result(
-    step: int, fit: Fit, monkeypatch: pytest.MonkeyPatch
+    step: int, minutes: float, options: Any, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = fit(**RESUMED)
+    whole = fit(**options)
     real = ClassifierTask.training_step
     steps = []
 
@@ -94,9 +141,13 @@ def test_a_failed_run_goes_on_to_the_same_result(
 
     monkeypatch.setattr(ClassifierTask, "training_step", failing)
     with pytest.raises(RuntimeError, match="power cut"):
-        fit("scratch", **RESUMED)
+        fit("scratch", minutes=minutes, **options)
     monkeypatch.setattr(ClassifierTask, "training_step", real)
-    assert_same(whole, fit("scratch", **RESUMED))
+    steps.clear()
+    steps_again = count_steps(monkeypatch)
+    assert_same(whole, fit("scratch", **options))
+    if minutes < 1:
+        assert len(steps_again) < EPOCH_BATCHES * (options["epochs"] - step // EPOCH_BATCHES)
 
 
 KILLED = """
@@ -278,6 +329,304 @@ def test_local_weights_are_where_training_starts(
         assert torch.equal(tensor, backbone[name])
     with pytest.raises(UserError, match=r"yours.pth does not exist"):
         fit(weights="yours.pth")
+
+
+VIT_LAYERS = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
+CONVOLUTIONS = ("conv1.weight", "conv2.weight")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "part", "trained"),
+    [
+        ("street_vit", {"trainable": "last_n_blocks", "last_n_blocks": 2}, None),
+        ("street_resnet_tiny", {"trainable": "last_n_blocks"}, None),
+        ("street_vit", {"trainable": "lora"}, VIT_LAYERS),
+        ("street_vit", {"trainable": "dora"}, VIT_LAYERS),
+        (
+            "street_vit",
+            {"trainable": "lora", "lora": TrainLora(init="pissa", rslora=True)},
+            VIT_LAYERS,
+        ),
+        ("street_resnet_tiny", {"trainable": "lora"}, CONVOLUTIONS),
+    ],
+)
+def test_what_is_trained_changes_and_nothing_else(
+    backbone: str, part: dict[str, Any], trained: tuple[str, ...] | None, fit: Fit,
+    tiny_train: Train, tmp_path: Path,
+) -> None:  # fmt: skip
+    before = initial(tiny_train.model_copy(update={"backbone": backbone}))
+    for name, tensor in before.items():
+        if name.endswith(
+            "bn2.weight"
+        ):  # a fresh residual branch is multiplied by 0: nothing to adapt
+            tensor.fill_(1.0)
+    weights = {n.removeprefix("backbone."): t for n, t in before.items() if "backbone." in n}
+    save_file(weights, tmp_path / "start.safetensors")
+    result = fit(backbone=backbone, weights="start.safetensors", **part)
+    after = state(result)
+    assert after.keys() == before.keys()
+    last = ("blocks.2.", "blocks.3.", "fc_norm.", "layer4.")
+    for name, tensor in after.items():
+        own = name.removeprefix("backbone.")
+        if trained is None:
+            expected = own.startswith(last)
+        else:
+            expected = own.startswith(("blocks.", "layer")) and own.endswith(trained)
+        changed = not torch.allclose(tensor, before[name], atol=1e-6)
+        assert changed == (expected or own.startswith("head.")), name
+    share = result.metrics["trainable_parameters"] / result.metrics["parameters"]
+    assert 0 < share < 0.95
+    assert ("merge" in result.metrics) == (trained is not None)
+    if trained is not None:
+        assert result.metrics["merge"]["logit_difference"] < 1e-4
+
+
+def test_a_merge_that_changes_the_logits_is_refused(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(backbone: torch.nn.Module) -> torch.nn.Module:
+        merge_adapters(backbone)
+        with torch.no_grad():
+            backbone.get_submodule("blocks.3.mlp.fc2").weight.mul_(3)
+        return backbone
+
+    monkeypatch.setattr(training, "merge_adapters", broken)
+    with pytest.raises(UserError, match="merging the adapters changes a logit"):
+        fit(backbone="street_vit", trainable="lora", epochs=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": "focal"}, {"loss": "weighted_ce"}, {"optimiser": "muon"}, {"grokfast": True},
+        {"mixup_alpha": 1.0}, {"layer_decay": 0.5}, {"accumulate_batches": 2}, {"head": "mlp"},
+        {"balanced_sampler": True}, {"augmentation": "augmix"}, {"weight_average": "ema"},
+    ],
+)  # fmt: skip
+def test_each_choice_trains_and_makes_a_difference(change: dict[str, Any], fit: Fit) -> None:
+    labels = [0] * 12 + [1] * 36
+    base = {"backbone": "street_vit", "epochs": 1}
+    result = fit(**base, **change, labels=labels)
+    assert np.isfinite(result.history[0]["train_loss"])
+    assert result.history != fit(**base, labels=labels).history
+
+
+def test_training_starts_from_the_adapted_backbone_or_a_checkpoint(
+    tiny_train: Train, tmp_path: Path
+) -> None:
+    other, _ = build_classifier(tiny_train, square_crop=False, seed=8, root=tmp_path)
+    backbone = other.backbone.state_dict()
+    save_file(backbone, tmp_path / "backbone.safetensors")
+
+    def built(adapted: Path | None = None, **changes: Any) -> State:
+        train = tiny_train.model_copy(update=changes)
+        model, _ = build_classifier(train, False, 7, tmp_path, adapted)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    fresh = built()
+    loaded = built(tmp_path)
+    for name, tensor in backbone.items():
+        assert torch.equal(loaded[f"backbone.{name}"], tensor)
+    assert torch.equal(loaded["head.weight"], fresh["head.weight"])
+    options = {"init_from_explora": False, "backbone_checkpoint": "backbone.safetensors"}
+    for one, again in ((built(None, **options), loaded), (built(tmp_path, **options), loaded),
+                       (built(tmp_path, init_from_explora=False), fresh)):  # fmt: skip
+        assert all(torch.equal(one[name], again[name]) for name in again)
+
+
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """Of each optimiser step, before they are clipped."""
+    found: list[list[torch.Tensor]] = []
+    real = ClassifierTask.configure_gradient_clipping
+
+    def spying(task: ClassifierTask, *rest: Any, **more: Any) -> None:
+        found.append([p.grad.clone() for p in task.parameters() if p.grad is not None])
+        real(task, *rest, **more)
+
+    monkeypatch.setattr(ClassifierTask, "configure_gradient_clipping", spying)
+    return found
+
+
+def test_accumulated_batches_have_the_gradient_of_one(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gradients(monkeypatch)
+    whole = fit(backbone="street_vit", epochs=1, batch_size=16)
+    parts = fit(backbone="street_vit", epochs=1, batch_size=4, accumulate_batches=4)
+    assert len(found) == 6
+    for one, other in zip(found[0], found[3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-3)
+
+
+def test_an_incomplete_accumulation_is_a_step_of_the_schedule(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gradients(monkeypatch)
+    result = fit(batch_size=4, accumulate_batches=5)  # 12 batches: 5, 5 and 2
+    assert len(found) == 2 * 3
+    assert result.history[0]["learning_rate"] > 0
+    assert result.history[1]["learning_rate"] == pytest.approx(0, abs=1e-12)
+
+
+# --------------------------------------------------------------------------- averaged weights
+
+
+def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[State]:
+    """The weights after each optimiser step."""
+    found: list[State] = []
+    real = WeightAverage.on_train_batch_end
+
+    def spying(self: WeightAverage, trainer: Any, task: Any, *rest: Any) -> None:
+        if trainer.global_step != len(found):
+            found.append({n: t.clone() for n, t in task.model.state_dict().items()})
+        real(self, trainer, task, *rest)
+
+    monkeypatch.setattr(WeightAverage, "on_train_batch_end", spying)
+    return found
+
+
+def assert_saved_is_evaluated(result: TrainingResult, path: Path) -> None:
+    images = EvaluationImages(open_split("train", "val_select", path), result.config.preprocessing)
+    logits = predict_logits(result.model, images, result.config.preprocessing, torch.device("cpu"))
+    np.testing.assert_allclose(logits, result.select_logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_the_exponential_average(
+    decay: float, fit: Fit, tiny_splits: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = record_steps(monkeypatch)
+    result = fit(
+        weight_average="ema", ema_decay=decay, choose_epoch="last", accumulate_batches=2,
+        batch_size=8,
+    )  # fmt: skip
+    assert len(steps) == 6
+    factors = [decay ** (len(steps) - 1 - step) for step in range(len(steps))]
+    for name, tensor in state(result).items():
+        if tensor.is_floating_point():
+            wanted = sum(f * s[name].double() for f, s in zip(factors, steps, strict=True))
+            torch.testing.assert_close(tensor.double(), wanted / sum(factors), rtol=1e-5, atol=1e-6)
+    assert_saved_is_evaluated(result, tiny_splits["val_select"])
+
+
+def test_the_stochastic_average(
+    fit: Fit, tiny_train: Train, tiny_splits: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = record_steps(monkeypatch)
+    options = {"weight_average": "swa", "swa_start_fraction": 0.5, "choose_epoch": "last"}
+    result = fit(**options, epochs=4, batch_size=16)
+    assert len(steps) == 12
+    found = state(result)
+    for name, parameter in result.model.named_parameters():
+        wanted = torch.stack([step[name].double() for step in steps[6:]]).mean(0)
+        torch.testing.assert_close(parameter.detach().double(), wanted, rtol=1e-5, atol=1e-6)
+    # The statistics are those of TRAIN, as the last epoch showed it, under these weights.
+    split = open_split("train", "train", tiny_splits["train"])
+    preprocessing = result.config.preprocessing
+    images = TrainingImages(split, preprocessing, training_transform(tiny_train), 7)
+    batches = [
+        preprocessing.normalise(
+            torch.stack([images[3, row, 0][0] for row in range(start, start + 16)])
+        )
+        for start in range(0, 48, 16)
+    ]
+    torch.optim.swa_utils.update_bn(batches, result.model)
+    for name, tensor in state(result).items():
+        torch.testing.assert_close(tensor, found[name], rtol=1e-4, atol=1e-5)
+    mean = "backbone.layer4.0.bn1.running_mean"
+    assert not torch.allclose(found[mean], steps[-1][mean], atol=0.01)
+    result.model.load_state_dict(found)
+    assert_saved_is_evaluated(replace(result, model=result.model.eval()), tiny_splits["val_select"])
+
+
+def test_an_average_chooses_and_stops_by_what_it_scores(
+    fit: Fit, tiny_splits: dict[str, Path]
+) -> None:
+    result = fit(weight_average="ema", ema_decay=0.7, choose_epoch="best_log_loss", epochs=4)
+    losses = [row["val_loss"] for row in result.history]
+    assert result.metrics["chosen_epoch"] == int(np.argmin(losses))
+    assert_saved_is_evaluated(result, tiny_splits["val_select"])
+
+
+# --------------------------------------------------------------------------- the gate
+
+
+def test_the_gate_decides_and_is_resumed(
+    tmp_path: Path, tiny_train: Train, tiny_splits: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = [open_split("train", n, tiny_splits[n]) for n in ("train", "val_select")]
+    steps = count_steps(monkeypatch)
+
+    def run(scratch: str, low: float, **changes: Any) -> TrainingResult:
+        real = gate.augmentation_gate
+
+        def judged(*arguments: Any, **more: Any) -> Any:
+            found = real(*arguments, **more)
+            return replace(
+                found, low=low, high=low + 0.01, verdict=gate.gate_verdict(low, low + 0.01)
+            )
+
+        monkeypatch.setattr(training, "augmentation_gate", judged)
+        steps.clear()
+        return train_classifier(
+            lambda train, seed: build_classifier(train, False, seed, tmp_path),
+            tiny_train.model_copy(update=changes), *splits, seed=7, scratch=tmp_path / scratch,
+            hardware=Hardware(device="cpu"), compile_settings=Compile(),
+        )  # fmt: skip
+
+    noisy = {"mixup_alpha": 0.5, "erasing_probability": 0.5}
+    plain, augmented = run("plain", 0), run("augmented", 0, **noisy)
+    assert len(steps) == 6
+    failed = run("gated", -0.2, **noisy, augmentation_gate=2)
+    assert len(steps) == 4 * 6
+    found = failed.metrics.pop("gate")
+    assert (found["verdict"], found["augmented"], found["seeds"]) == ("fail", False, 2)
+    assert_same(plain, failed)
+    passed = run("gated", 0.0, **noisy, augmentation_gate=2)
+    assert steps == []
+    assert passed.metrics.pop("gate")["augmented"]
+    assert_same(augmented, passed)
+    with pytest.raises(UserError, match="none is on"):
+        run("nothing", 0.0, augmentation_gate=2)
+
+
+# --------------------------------------------------------------------------- several devices
+
+
+def train_as_rank(paths: dict[str, Path], train: Train, scratch: Path, devices: int) -> Any:
+    torch.set_num_threads(1)
+    model, config = build_classifier(train, False, 7, scratch)
+    result = fit_classifier(
+        model, config, train, open_split("train", "train", paths["train"]),
+        open_split("train", "val_select", paths["val_select"]), seed=7, scratch=scratch,
+        hardware=Hardware(device="cpu", devices=devices),
+    )  # fmt: skip
+    return result.history, state(result), result.select_logits
+
+
+def test_two_ranks_train_like_one(
+    tiny_train: Train, tiny_splits: dict[str, Path], tmp_path: Path
+) -> None:
+    train = tiny_train.model_copy(
+        update={"backbone": "street_vit", "weight_average": "ema", "accumulate_batches": 2}
+    )
+    history, weights, logits = train_as_rank(tiny_splits, train, tmp_path / "alone", 1)
+    both = run_ranks(train_as_rank, tiny_splits, train, tmp_path / "both", 2, folder=tmp_path)
+    for other_history, other_weights, other_logits in both:
+        for row, other in zip(history, other_history, strict=True):
+            assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
+        for name, tensor in weights.items():
+            difference = other_weights[name].double() - tensor.double()
+            # AdamW divides rounding by rounding where a gradient is about 0.
+            assert difference.abs().max() < 1e-4, name
+            assert difference.norm() <= 1e-5 * (1 + tensor.double().norm()), name
+        np.testing.assert_allclose(other_logits, logits, rtol=1e-3, atol=1e-4)
+    for name, tensor in both[0][1].items():
+        assert torch.equal(tensor, both[1][1][name]), name
+
+
+# --------------------------------------------------------------------------- optimiser, precision
 
 
 def test_decay_and_learning_rate_of_each_parameter(
