@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
+from streetvision.params import Train
 
 log = logging.getLogger(__name__)
 Triple = tuple[float, float, float]
@@ -116,6 +118,30 @@ def build_backbone(
             ) from error
         raise UserError(f"backbone {timm_name} cannot be built: {error}") from error
     return model
+
+
+def initial_backbone(
+    train: Train, square_crop: bool, seed: int, root: Path, weights: Path | None = None
+) -> tuple[nn.Module, str, dict[str, Any], Preprocessing]:
+    """Build `train.backbone` with the weights in the file `weights`, else with `train.weights`.
+
+    Random weights are those of `seed`, whoever asks; relative weight files lie below `root`.
+
+    Returns
+    -------
+    backbone, timm name, its arguments, preprocessing
+    """
+    name, arguments, mean, std = resolve(train.backbone, train.height_px, train.width_px)
+    if weights is None and train.weights not in {"none", "hub"}:
+        weights = root / train.weights
+    torch.manual_seed(seed)
+    backbone = build_backbone(name, arguments, weights is None and train.weights == "hub")
+    if weights is not None:
+        load_weights(backbone, weights)
+    preprocessing = Preprocessing(
+        train.height_px, train.width_px, train.fit, square_crop, mean, std
+    )
+    return backbone, name, arguments, preprocessing
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

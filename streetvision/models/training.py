@@ -24,7 +24,7 @@ from streetvision.data.loader import (
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing, training_transform
 from streetvision.errors import UserError
-from streetvision.models.backbone import build_backbone, load_weights, resolve
+from streetvision.models.backbone import initial_backbone
 from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier, pick_device
 from streetvision.models.gate import augmentation_gate
 from streetvision.models.loop import CHECKPOINT, LoopSettings, describe, run_loop
@@ -72,23 +72,16 @@ def build_classifier(
     With `train.init_from_explora` the backbone's weights are those in the folder `adapted`, where one is
     given; else those of `train.backbone_checkpoint` or `train.weights`.
     """
-    name, arguments, mean, std = resolve(train.backbone, train.height_px, train.width_px)
-    file: Path | None = None
+    weights: Path | None = None
     if train.init_from_explora and adapted is not None:
-        file = adapted / "backbone.safetensors"
+        weights = adapted / "backbone.safetensors"
     elif train.backbone_checkpoint != "none":
-        file = root / train.backbone_checkpoint
-    elif train.weights not in {"none", "hub"}:
-        file = root / train.weights
-    torch.manual_seed(seed)
-    backbone = build_backbone(name, arguments, pretrained=file is None and train.weights == "hub")
-    if file is not None:
-        load_weights(backbone, file)
+        weights = root / train.backbone_checkpoint
+    backbone, name, arguments, preprocessing = initial_backbone(
+        train, square_crop, seed, root, weights
+    )
     hidden = train.head_hidden if train.head == "mlp" else None
     model = RoadworkClassifier(backbone, train.dropout, hidden)
-    preprocessing = Preprocessing(
-        train.height_px, train.width_px, train.fit, square_crop, mean, std
-    )
     return model, ClassifierConfig(name, arguments, preprocessing, hidden)
 
 
