@@ -210,10 +210,12 @@ class Bookkeeping(Checkpoint):  # type: ignore[misc]
 
     def _gathered(self) -> torch.Tensor:
         """Losses [ranks, batches]."""
-        mine = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        device = self.trainer.strategy.root_device
+        losses = [loss.to(device) for loss in self.losses]  # some may come from a checkpoint
+        mine = torch.stack(losses) if losses else torch.zeros(0, device=device)
         if self.trainer.world_size == 1:
             return mine.cpu()[None]
-        gathered = self.trainer.strategy.all_gather(mine.to(self.trainer.strategy.root_device))
+        gathered = self.trainer.strategy.all_gather(mine)
         return cast("torch.Tensor", gathered).cpu()
 
     def _mean(self) -> float:
