@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, cast
 
@@ -27,9 +27,10 @@ from streetvision.params import Explora
 Pair = tuple[Tensor, Tensor]  # the first and the second view of the same N images, row by row
 
 # Embeddings have collapsed where they fill fewer directions than this (RankMe) …
-COLLAPSE_RANK = 2.0
-# … or scatter less than this around their mean; 1 is evenly over the sphere, 0 all in one point.
-COLLAPSE_SPREAD = 0.1
+COLLAPSE_RANK = 1.5
+# … or scatter less than this around their mean; 1 is evenly over the sphere, 0 all in one point. An untrained
+# net has about 0.1, which is why training is slow at first.
+COLLAPSE_SPREAD = 0.03
 
 
 # --------------------------------------------------------------------------- ranks
@@ -352,29 +353,28 @@ def teacher_decay(first: float, step: int, steps: int) -> float:
     return 1 - (1 - first) * (1 + math.cos(math.pi * min(1.0, step / max(1, steps)))) / 2
 
 
-def cached_features(backbone: nn.Module, images: Tensor, chunks: int) -> Tensor:
+def cached_features(backbone: Callable[[Tensor], Tensor], images: Tensor, chunks: int) -> Tensor:
     """Features [N, F] of images [N, 3, H, W], of which one chunk's activations at a time are in memory.
 
     The gradient cache of Gao et al. 2021 (arXiv 2101.06983): all chunks pass without keeping activations, the
     loss sees the features of the whole batch, and in its backward pass each chunk passes again, with the same
-    dropout masks. The gradient is that of the whole batch. That is what activation checkpointing with
-    chunks as segments does, so torch does it here.
-
-    Raises
-    ------
-    UserError
-        A BatchNorm takes its statistics from the batch: it would see chunks, and each of them twice.
+    dropout masks. The gradient is that of the whole batch. This is activation checkpointing with chunks as
+    segments, so torch does it. BatchNorm must not take statistics from the batch: `refuse_batch_statistics`.
     """
     if chunks == 1:
-        return cast("Tensor", backbone(images))
+        return backbone(images)
+    parts = [checkpoint(backbone, chunk, use_reentrant=False) for chunk in images.chunk(chunks)]
+    return torch.cat(parts)
+
+
+def refuse_batch_statistics(backbone: nn.Module) -> None:
+    """Raise `UserError` where a BatchNorm in training mode would see chunks, and each of them twice."""
     for name, module in backbone.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise UserError(
                 "params.yaml: explora.gradient_cache_chunks above 1 would change the batch statistics of "
                 f"{name}; set train.freeze_norm or take a backbone without BatchNorm"
             )
-    parts = [checkpoint(backbone, chunk, use_reentrant=False) for chunk in images.chunk(chunks)]
-    return torch.cat(parts)
 
 
 # --------------------------------------------------------------------------- measures of a learned space

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from streetvision.errors import UserError
 from streetvision.models.backbone import ARCHITECTURES, build_backbone
@@ -32,6 +32,7 @@ from streetvision.models.selfsupervised import (
     move_average,
     nt_xent,
     rankme,
+    refuse_batch_statistics,
     sinkhorn,
     spread,
     swav_loss,
@@ -39,6 +40,7 @@ from streetvision.models.selfsupervised import (
     uniformity,
 )
 from streetvision.params import Explora
+from tests.models.ranks import run_ranks
 
 OBJECTIVES = get_args(Explora.model_fields["objective"].annotation)
 
@@ -297,61 +299,47 @@ def test_the_gradient_cache_refuses_batch_statistics() -> None:
     tiny = ARCHITECTURES["street_resnet_tiny"]
     backbone = build_backbone(tiny.timm_name, tiny.arguments)
     with pytest.raises(UserError, match=r"gradient_cache_chunks .*freeze_norm"):
-        cached_features(backbone.train(), noise(4, 3, 32, 32), 2)
+        refuse_batch_statistics(backbone.train())
+    refuse_batch_statistics(backbone.eval())
     images = noise(4, 3, 32, 32)
-    expected = backbone.eval()(images)
+    expected = backbone(images)
     torch.testing.assert_close(cached_features(backbone, images, 2), expected, rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- ranks
 
 
-RANK = """
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-torch.set_num_threads(1)
-rank, folder, tests = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-sys.path.insert(0, tests)
-from test_selfsupervised import OBJECTIVES, Student, gradients, noise
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-images = noise(16, 2, 3, 2, 2)[rank * 8 : rank * 8 + 8]
-found = {}
-for objective in OBJECTIVES:
-    for chunks in (1, 2):
-        student = Student(objective)
-        parallel = DistributedDataParallel(student)
-        loss = parallel(images, chunks)
-        loss.backward()
-        dist.all_reduce(loss)
-        found[objective, chunks] = (loss.detach() / 2, gradients(student))
-torch.save(found, folder / f"{rank}.pt")
-dist.destroy_process_group()
-"""
+def gradients_of_a_rank() -> dict[tuple[str, int], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Loss over all ranks and DDP's gradients on one half of the images, by objective and chunks."""
+    dist.init_process_group("gloo")
+    start = 8 * dist.get_rank()
+    found = {}
+    for objective in OBJECTIVES:
+        for chunks in (1, 2):
+            student = Student(objective)
+            parallel = DistributedDataParallel(student)
+            loss = parallel(noise(16, 2, 3, 2, 2)[start : start + 8], chunks)
+            loss.backward()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            found[objective, chunks] = (total / 2, gradients(student))
+    dist.destroy_process_group()
+    return found
 
 
 def test_two_ranks_have_the_gradient_of_one_with_the_whole_batch(tmp_path: Path) -> None:
-    here = str(Path(__file__).parent)
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path), here])
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=110) for process in ranks] == [0, 0]
-    found: list[dict[Any, Any]] = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for objective in OBJECTIVES:
+    ranks = run_ranks(gradients_of_a_rank, folder=tmp_path)
+    for objective, chunks in ranks[0]:
         student = Student(objective)
         expected_loss = student(noise(16, 2, 3, 2, 2))
         expected_loss.backward()
         expected = gradients(student)
-        for chunks in (1, 2):
-            for result in found:
-                loss, gradient = result[objective, chunks]
-                torch.testing.assert_close(loss, expected_loss.detach())
-                assert gradient.keys() == expected.keys()
-                for name, value in gradient.items():
-                    torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+        for rank in ranks:
+            loss, gradient = rank[objective, chunks]
+            torch.testing.assert_close(loss, expected_loss.detach())
+            assert gradient.keys() == expected.keys()
+            for name, value in gradient.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- measures
