@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import write_csv_atomic, write_json_atomic
+from streetvision.artifacts import main_process, write_csv_atomic, write_json_atomic
 
 
 def explora(stage: Stage) -> None:
-    """Images of TRAIN without its fusion part → `models/explora`; watched on images of VAL_SELECT."""
+    """Images of TRAIN without its fusion part → `models/explora`; watched on images of VAL_SELECT.
+
+    With several devices every rank runs this; the first one writes.
+    """
     from streetvision.data.store import open_split
     from streetvision.models.backbone import initial_backbone
-    from streetvision.models.pretraining import HISTORY_COLUMNS, adapt_backbone, save_adaptation
+    from streetvision.models.monitor import HISTORY_COLUMNS
+    from streetvision.models.pretraining import adapt_backbone, save_adaptation
 
     params, paths = stage.params, stage.paths
     inputs = {name: paths.split(name) for name in ("train", "val_select")}
@@ -26,6 +30,8 @@ def explora(stage: Stage) -> None:
             seed=params.seed, scratch=scratch, hardware=params.hardware,
             compile_settings=params.compile,
         )  # fmt: skip
+        if not main_process():
+            return
         document = {
             "backbone": name, "arguments": arguments, "preprocessing": preprocessing.to_dict(),
         }  # fmt: skip
