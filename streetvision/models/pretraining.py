@@ -136,8 +136,8 @@ def adapt_backbone(
     last = monitor.history[-1]
     metrics |= {
         "method": method,
-        "trainable_parameters": cost.pop("trainable_parameters"),
-        "cost": cost,
+        "trainable_parameters": cost["trainable_parameters"],
+        "cost": {key: cost[key] for key in ("flops_per_step", "peak_memory_bytes")},
         "train_images": len(fit_split),
         "epochs": explora.epochs,
         "train_loss": last["train_loss"],
