@@ -224,16 +224,17 @@ class Bookkeeping(Checkpoint):  # type: ignore[misc]
     def _tell(self, trainer: Any, done: int) -> None:
         """Say after ten batches how long it will take, then once a minute how far it is."""
         now = time.monotonic()
-        if self.batches == 0:
-            self.started = now  # the first batch is slow: caches, compilation
         self.batches += 1
+        if self.batches == 1:
+            self.started = now  # the first batch is slow (caches, compilation) and measures nothing
+            return
         first = self.batches == 10
         if not first and now - self.line < LINE_SECONDS:
             return
         self.line = now
         of_epoch = trainer.num_training_batches
         left = (trainer.max_epochs - trainer.current_epoch) * of_epoch - done
-        seconds = (now - self.started) / max(1, self.batches - 1)
+        seconds = (now - self.started) / (self.batches - 1)
         if first:
             log.info("about %s for the %d batches that are left", _duration(left * seconds), left)
             return
