@@ -84,9 +84,14 @@ def adapt_backbone(
     Raises
     ------
     UserError
-        Adapters or blocks do not fit the backbone, a gradient cache with BatchNorm statistics from the
-        batch, the loss is not finite, or merging changes the features.
+        A split of one image, adapters or blocks that do not fit the backbone, a gradient cache with
+        BatchNorm statistics from the batch, a loss that is not finite, or a merge that changes features.
     """
+    for split in (fit_split, monitor_split):
+        if len(split) < 2:
+            raise UserError(
+                f"{split.name} holds one image; learning to tell images apart needs two"
+            )
     adapting = explora.enabled and pretrained
     backbone.to(memory_format=torch.channels_last)
     if adapting:

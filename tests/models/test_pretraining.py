@@ -387,6 +387,14 @@ def test_a_loss_that_is_not_finite_is_one_clear_line(adapt: Adapt) -> None:
         adapt(learning_rate=1e30, gradient_clip=0.0, objective="byol")
 
 
+def test_one_image_is_too_few(
+    tiny_splits: dict[str, Path], write_split: Callable[..., Path], tmp_path: Path
+) -> None:
+    alone = write_split(tmp_path / "val_select.arrow", 1)
+    with pytest.raises(UserError, match="val_select holds one image"):
+        adapt_splits({**tiny_splits, "val_select": alone}, tmp_path / "scratch")
+
+
 def test_targets_that_do_not_exist_are_refused(adapt: Adapt) -> None:
     with pytest.raises(UserError, match="attn"):
         adapt(lora=Lora(targets=["nowhere"]))
