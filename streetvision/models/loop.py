@@ -201,7 +201,9 @@ class Bookkeeping(Checkpoint):  # type: ignore[misc]
     def _due(self, trainer: Any) -> bool:
         due = time.monotonic() - self.saved >= self.settings.hardware.checkpoint_minutes * 60
         if trainer.world_size > 1:  # all save, or none
-            due = trainer.strategy.reduce_boolean_decision(due, all=False)
+            flag = torch.tensor(int(due), device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            due = bool(flag)
         return due
 
     def _save(self, trainer: Any) -> None:

@@ -133,11 +133,9 @@ train(scratch, die_at, **options)
 @pytest.mark.parametrize(
     ("die_at", "options", "left"),
     [
-        (2, {}, 13),
         (5, {}, 10),
         (9, {"workers": 2}, 6),
         (8, {"accumulate": 2}, 8),
-        (5, {"accumulate": 2}, 10),
     ],
 )
 def test_a_killed_run_goes_on_at_its_last_optimiser_step(
