@@ -103,29 +103,15 @@ def mixed_groups(split: Split) -> list[str]:
 
 def frozen_features(params: Params, split: Split, root: Path) -> NDArray[np.float32]:
     """Features [N, D] of the untrained-on backbone for the global view of each image."""
-    from streetvision.models.classifier import pick_device, score_split
+    from streetvision.models.classifier import pick_device
+    from streetvision.models.probe import backbone_features
     from streetvision.models.training import build_classifier
 
     model, config = build_classifier(params.train, params.data.square_crop, params.seed, root)
     device = pick_device(params.hardware.device)
-    model.to(device).eval()
-    _, features = score_split(model, config.preprocessing, split, params.embed.batch_size, device)
-    return features.astype(np.float32)
-
-
-def baseline_probabilities(
-    features: NDArray[np.float32], labels: NDArray[np.int64], held_out: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Balanced logistic regression on standardised features, fitted on the rest, for the held-out rows."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=5000)
+    return backbone_features(
+        model.backbone, config.preprocessing, split, params.embed.batch_size, device
     )
-    model.fit(features[~held_out], labels[~held_out])
-    return np.asarray(model.predict_proba(features[held_out])[:, 1], dtype=np.float64)
 
 
 def _prepared(params: Params, local_root: Path, scratch: Path) -> Path:
@@ -165,6 +151,7 @@ def _run_fold(
     from streetvision.data.split import split_groups
     from streetvision.decision.policy import fit_policy
     from streetvision.models.classifier import pick_device
+    from streetvision.models.probe import linear_probe
     from streetvision.models.selection import predict_logits
     from streetvision.models.training import build_classifier, train_classifier
 
@@ -200,7 +187,9 @@ def _run_fold(
         "ids": test.ids.tolist(),
         "logit": found.tolist(),
         "pipeline": policy.deployed_probability(found).tolist(),
-        "baseline": baseline_probabilities(features, split.labels, held_out).tolist(),
+        "baseline": linear_probe(
+            features[~held_out], split.labels[~held_out], features[held_out]
+        ).tolist(),
         "images": {role: len(part) for role, part in parts.items()},
         "groups": {role: len(set(part.groups)) for role, part in parts.items()},
     }

@@ -121,20 +121,6 @@ def test_folds_see_nothing_of_the_held_out_group_and_resume(
     assert f"**{report['pipeline']['mcc']:.3f}" in text
 
 
-def test_the_baseline_is_logistic_regression_fitted_on_the_rest() -> None:
-    rng = np.random.default_rng(1)
-    labels = np.arange(60) % 2
-    features = rng.normal(labels[:, None], 1.0, (60, 3)).astype(np.float32)
-    held_out = np.arange(60) < 20
-    changed = features.copy()
-    changed[:20] += 5  # the held-out rows are only read
-    first = crossval.baseline_probabilities(features, labels, held_out)
-    flipped = np.where(held_out, 1 - labels, labels)
-    assert np.array_equal(first, crossval.baseline_probabilities(features, flipped, held_out))
-    assert (crossval.baseline_probabilities(changed, labels, held_out) > first).all()
-    assert ((first > 0.5) == labels[:20]).mean() > 0.7
-
-
 def test_too_few_groups(params: Params, project: Path, tmp_path: Path) -> None:
     rows = (project / "labels.csv").read_text().splitlines()
     few = [row for row in rows if row.endswith(("group", "g0", "g1", "g2", "g5"))]

@@ -1,0 +1,154 @@
+"""Linear probes: against scikit-learn by hand, what the report says, and a backbone that got better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import matthews_corrcoef
+
+from streetvision.data.store import Split, open_split
+from streetvision.errors import UserError
+from streetvision.models.backbone import build_backbone, resolve
+from streetvision.models.probe import (
+    PASSTHROUGH,
+    linear_probe,
+    probe_backbones,
+    probe_report,
+    probe_rows,
+)
+from streetvision.params import Probe, Train
+
+Floats = NDArray[np.float64]
+
+
+def test_the_probe_is_balanced_logistic_regression_on_standardised_features() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(90) < 0.3).astype(np.int64)
+    scales = [1, 40, 0.01]
+    features = (rng.normal(labels[:, None], 1.5, (90, 3)) * scales + 7).astype(np.float32)
+    fit, read = features[:60], features[60:]
+    mean, deviation = fit.mean(axis=0), fit.std(axis=0)
+    share = labels[:60].mean()
+    weights = np.where(labels[:60] == 1, 0.5 / share, 0.5 / (1 - share))
+    slow = LogisticRegression(C=0.2, max_iter=5000)
+    slow.fit((fit - mean) / deviation, labels[:60], sample_weight=weights)
+    expected = slow.predict_proba((read - mean) / deviation)[:, 1]
+    found = linear_probe(fit, labels[:60], read, 0.2)
+    assert np.allclose(found, expected, atol=1e-3)
+    assert not np.allclose(found, linear_probe(fit, labels[:60], read, 5.0), atol=1e-3)
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(UserError, match="needs both classes; its 8 images"):
+        linear_probe(np.ones((8, 2), np.float32), np.ones(8, np.int64), np.ones((1, 2), np.float32))
+
+
+def test_rows_are_a_seeded_draw_without_repetition() -> None:
+    rows = probe_rows(100, 30, 3)
+    assert len(set(rows.tolist())) == 30
+    assert (np.diff(rows) > 0).all()
+    assert np.array_equal(rows, probe_rows(100, 30, 3))
+    assert not np.array_equal(rows, probe_rows(100, 30, 4))
+    assert probe_rows(20, 30, 3).tolist() == list(range(20))
+
+
+def probabilities(labels: NDArray[np.int64], wrong: float, seed: int) -> Floats:
+    """Decisions of which a share is wrong."""
+    flipped = np.random.default_rng(seed).random(len(labels)) < wrong
+    return np.where(labels.astype(bool) ^ flipped, 0.9, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "wrong", "finding"),
+    [
+        (80, (0.4, 0.1), "adaptation helps"),
+        (80, (0.1, 0.4), "adaptation harms"),
+        (80, (0.2, 0.2), "inconclusive"),
+        (10, (0.4, 0.05), "adaptation helps"),
+        (4, (0.4, 0.1), "no interval"),
+    ],
+)
+def test_report(groups: int, wrong: tuple[float, float], finding: str) -> None:
+    labels = np.arange(800) % 2
+    names = np.array([f"g{row // 2 % groups}" for row in range(800)], dtype=object)
+    before, after = (probabilities(labels, share, seed) for seed, share in enumerate(wrong))
+    report = probe_report(before, after, labels, names, "explora", n_resamples=500, seed=0)
+    assert report["finding"].startswith(finding)
+    difference = report["difference"]
+    assert report["before"]["mcc"] == pytest.approx(matthews_corrcoef(labels, before > 0.5))
+    assert report["after"]["mcc"] == pytest.approx(matthews_corrcoef(labels, after > 0.5))
+    assert difference["mcc"] == pytest.approx(report["after"]["mcc"] - report["before"]["mcc"])
+    assert report["read_groups"] == groups
+    if groups < 5:
+        assert difference["low"] is None
+        assert difference["interval_method"].startswith("none: rests on 4 groups")
+    else:
+        assert difference["low"] < difference["mcc"] < difference["high"]
+        method = "group_bootstrap_percentile" if groups >= 60 else "group_jackknife_t"
+        assert difference["interval_method"] == method
+        assert (difference["sign_flip_p"] < 0.05) == (finding != "inconclusive")
+
+
+@pytest.fixture
+def splits(write_split: Callable[..., Path], tmp_path: Path) -> dict[str, Split]:
+    """TRAIN and VAL_SELECT of easy images."""
+    sizes = {"train": 60, "val_select": 48}
+    return {
+        name: open_split("probe", name, write_split(tmp_path / f"{name}.arrow", n, seed=seed))
+        for seed, (name, n) in enumerate(sizes.items())
+    }
+
+
+def run(splits: dict[str, Split], train: Train, adapted: Path, method: str) -> dict[str, object]:
+    return probe_backbones(
+        train, Probe(max_images=50, n_resamples=100), False, splits["train"], splits["val_select"],
+        adapted, method, seed=7, root=adapted.parent, batch_size=16, device="cpu",
+    )  # fmt: skip
+
+
+def test_before_is_the_starting_backbone_and_after_the_adapted_one(
+    splits: dict[str, Split], tiny_train: Train, tmp_path: Path
+) -> None:
+    name, arguments, _, _ = resolve(tiny_train.backbone, tiny_train.height_px, tiny_train.width_px)
+    torch.manual_seed(7)
+    start = build_backbone(name, arguments)
+    save_file(start.state_dict(), tmp_path / "start.safetensors")
+    # Every weight zero: features that tell nothing.
+    dead = {key: torch.zeros_like(value) for key, value in start.state_dict().items()}
+    save_file(dead, tmp_path / "dead.safetensors")
+
+    same = run(splits, tiny_train, tmp_path / "start.safetensors", "explora")
+    assert same["before"] == same["after"], "random weights are not those of the seed"
+    worse = run(splits, tiny_train, tmp_path / "dead.safetensors", "explora")
+    assert worse["before"] == same["before"]
+    assert worse["after"]["mcc"] == 0  # type: ignore[index]
+    assert worse["before"]["mcc"] > 0  # type: ignore[index]
+    assert worse["fit_images"] == 50
+    # `train.weights` is where the backbone starts, when it is given.
+    weighted = tiny_train.model_copy(update={"weights": "dead.safetensors"})
+    assert run(splits, weighted, tmp_path / "start.safetensors", "x")["after"] == same["before"]
+
+
+def test_passthrough_computes_once_and_says_so(
+    splits: dict[str, Split], tiny_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streetvision.models import probe
+
+    calls = []
+    plain = probe.backbone_features
+    monkeypatch.setattr(
+        probe, "backbone_features", lambda *args: calls.append(1) or plain(*args)
+    )  # fmt: skip
+    report = run(splits, tiny_train, tmp_path / "not-read", PASSTHROUGH)
+    assert len(calls) == 2
+    assert report["before"] == report["after"]
+    assert report["difference"]["mcc"] == 0  # type: ignore[index]
+    assert report["difference"]["sign_flip_p"] == 1  # type: ignore[index]
+    assert "one and the same" in str(report["finding"])
