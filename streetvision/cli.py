@@ -52,6 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     crossval.add_argument(
         "--output", type=Path, help="folder for crossval.json and predictions.csv"
     )
+    evidence = add("evidence", _evidence, "measure what each part adds, over seeds; resumable")
+    evidence.add_argument("what", choices=["training"])
+    evidence.add_argument("--out", type=Path, help="default: docs/evidence/<what>.md")
+    evidence.add_argument("--data", default="all", help="synthetic, photos or all")
+    evidence.add_argument("--size", default="cpu", help="smoke, cpu or large")
+    evidence.add_argument("--seeds", type=int, default=3, help="runs of each variant on each fold")
+    evidence.add_argument("--workers", type=int, default=0, help="processes; 0 = one a core")
+    evidence.add_argument("--variants", help="only these, separated by commas")
+    evidence.add_argument("--scratch", type=Path, help="finished runs; a rerun goes on from them")
+    evidence.add_argument("--list", action="store_true", help="what would be run, and how long")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     return guarded(f"streetvision {options.command}", lambda: options.run(options))
@@ -127,3 +137,32 @@ def _crossval(options: argparse.Namespace) -> None:
     else:
         raise UserError(f"{root} holds no {PARAMS}; run this in the project's folder")
     _say(render(leave_one_group_out(params, ArtifactSchema(root), options.output)))
+
+
+def _evidence(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import ArtifactSchema
+    from streetvision.evidence.report import write_evidence
+    from streetvision.evidence.training import listing, run_all
+    from streetvision.evidence.variants import comparisons, named
+    from streetvision.processes import usable_cores
+
+    if options.seeds < 1 or options.workers < 0:
+        raise UserError("--seeds must be at least 1, --workers at least 0")
+    root, workers = Path.cwd(), options.workers or usable_cores()
+    names = options.variants.split(",") if options.variants else None
+    chosen = named(comparisons(options.size), options.data, names)
+    scratch = options.scratch or ArtifactSchema(root).scratch / "evidence" / options.what
+    out = options.out or root / f"docs/evidence/{options.what}.md"
+    if options.list:
+        _say(listing(chosen, options.seeds, root, scratch, workers))
+        return
+    tables = run_all(chosen, options.seeds, root, scratch, workers)
+    write_evidence(tables, out, _command(options), workers)
+    _say(f"{out} is written; its runs are in {scratch}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line that makes the same document."""
+    text = f"python -m streetvision evidence {options.what} --data {options.data} --size {options.size}"
+    text += f" --seeds {options.seeds}"
+    return text + (f" --variants {options.variants}" if options.variants else "")

@@ -19,7 +19,7 @@ from streetvision.evaluation.bootstrap import (
     paired_group_interval,
 )
 from streetvision.evaluation.metrics import all_metrics
-from streetvision.models.backbone import build_backbone, load_weights, resolve
+from streetvision.models.backbone import initial_backbone, load_weights
 from streetvision.models.classifier import RoadworkClassifier, pick_device, score_split
 from streetvision.params import Probe, Train
 
@@ -134,14 +134,7 @@ def probe_backbones(
     Probes are fitted on `fit_split` (both on the same rows) and read on `read_split`. `method` is how
     `adapted` came about; after `passthrough` it is the same backbone, whose features are computed once.
     """
-    name, arguments, mean, std = resolve(train.backbone, train.height_px, train.width_px)
-    preprocessing = Preprocessing(
-        train.height_px, train.width_px, train.fit, square_crop, mean, std
-    )
-    torch.manual_seed(seed)
-    backbone = build_backbone(name, arguments, pretrained=train.weights == "hub")
-    if train.weights not in {"none", "hub"}:
-        load_weights(backbone, root / train.weights)
+    backbone, _, _, preprocessing = initial_backbone(train, square_crop, seed, root)
     fit_split = fit_split.select(probe_rows(len(fit_split), probe.max_images, seed))
     place = pick_device(device)
 

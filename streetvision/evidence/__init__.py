@@ -1,0 +1,1 @@
+"""What each part adds, measured: tables written by commands that are kept."""
