@@ -12,9 +12,10 @@ from streetvision.artifacts import write_json_atomic
 from tests.benchmarks.calibrators import calibrators
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.runner import Table
+from tests.benchmarks.training import gpu, memory
 
 # What is measured in something else than seconds prints a table of its own.
-TABLES = {"calibrators": calibrators}
+TABLES = {"calibrators": calibrators, "memory": memory, "gpu": gpu}
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ import io
 import numpy as np
 
 from tests.benchmarks.runner import Result, compare
+from tests.benchmarks.training import explora, train
 
 
 def sweep() -> Result:
@@ -125,4 +126,7 @@ def distort() -> Result:
     )
 
 
-CASES = {"sweep": sweep, "bootstrap": bootstrap, "decode": decode, "distort": distort}
+CASES = {
+    "sweep": sweep, "bootstrap": bootstrap, "decode": decode, "distort": distort, "train": train,
+    "explora": explora,
+}  # fmt: skip
