@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
 from streetvision.evidence.data import Fold
 from streetvision.params import Params
+
+if TYPE_CHECKING:
+    from streetvision.models.training import TrainingResult
 
 # These sections cannot change a run.
 _UNUSED = {
@@ -93,20 +96,52 @@ def run_variant(params: Params, fold: Fold, root: Path, scratch: Path) -> Outcom
         The parameters do not fit together, or training diverged.
     """
     from streetvision.models.classifier import pick_device
-    from streetvision.models.training import build_classifier, fit_classifier
 
-    model, config = build_classifier(params.train, params.data.square_crop, params.seed, root)
-    result = fit_classifier(
-        model, config, params.train, fold.open("train", "train"), fold.open("val_select", "train"),
-        seed=params.seed, scratch=scratch / "train", device=params.hardware.device,
-        workers=params.hardware.workers,
-    )  # fmt: skip
+    adapted = _adapt(params, fold, root, scratch) if params.explora.enabled else None
+    result = train(params, fold, root, scratch / "train", adapted)
     trained = result.model.to(pick_device(params.hardware.device))
     select, test = (
-        _score(trained, config.preprocessing, fold, name, params)
+        _score(trained, result.config.preprocessing, fold, name, params)
         for name in ("val_select", "val_test")
     )
     return Outcome(select, test, int(result.metrics["trainable_parameters"]))
+
+
+def train(
+    params: Params, fold: Fold, root: Path, scratch: Path, adapted: Path | None = None
+) -> TrainingResult:
+    """What the stage `train` does, on one fold."""
+    from streetvision.models.training import build_classifier, fit_classifier
+
+    model, config = build_classifier(
+        params.train, params.data.square_crop, params.seed, root, adapted
+    )
+    return fit_classifier(
+        model, config, params.train, fold.open("train", "train"), fold.open("val_select", "train"),
+        seed=params.seed, scratch=scratch, hardware=params.hardware,
+        compile_settings=params.compile,
+    )  # fmt: skip
+
+
+def _adapt(params: Params, fold: Fold, root: Path, scratch: Path) -> Path:
+    """What the stage `explora` does, on one fold; the folder of the adapted backbone."""
+    from streetvision.models.backbone import initial_backbone
+    from streetvision.models.pretraining import adapt_backbone, save_adaptation
+
+    folder = scratch / "adapted"
+    if (folder / "config.json").is_file():  # written last
+        return folder
+    backbone, _, _, preprocessing = initial_backbone(
+        params.train, params.data.square_crop, params.seed, root
+    )
+    result = adapt_backbone(
+        backbone, params.explora, fold.open("train", "explora"), fold.open("val_select", "explora"),
+        preprocessing, pretrained=params.train.weights != "none",
+        freeze_norm=params.train.freeze_norm, seed=params.seed, scratch=scratch / "explora",
+        hardware=params.hardware, compile_settings=params.compile,
+    )  # fmt: skip
+    save_adaptation(result, {}, folder)
+    return folder
 
 
 def _score(

@@ -17,7 +17,7 @@ import numpy as np
 from streetvision.artifacts import config_hash, exclusive, write_atomic
 from streetvision.evidence.data import READ, Fold, make_distorted, plan_folds, prepare_folds
 from streetvision.evidence.report import Table
-from streetvision.evidence.runs import Run, finish, read_lines, results_file
+from streetvision.evidence.runs import Run, finish, read_lines, results_file, train
 from streetvision.evidence.variants import Comparison, Variant, every_run
 from streetvision.imports import code_sha256
 from streetvision.params import Params
@@ -84,25 +84,22 @@ def pretrain(pretraining: Pretraining, scratch: Path) -> None:
     """Train the backbone with labels on its own scenes and save it, unless that is done."""
     from safetensors.torch import save_file
 
-    from streetvision.models.training import build_classifier, fit_classifier
-
     if pretraining.weights.is_file():
         return
     log.info("pretraining %s on other scenes", pretraining.params.train.backbone)
-    params, fold = pretraining.params, pretraining.fold
-    model, config = build_classifier(params.train, params.data.square_crop, params.seed, scratch)
-    result = fit_classifier(
-        model, config, params.train, fold.open("train", "train"), fold.open("val_select", "train"),
-        seed=params.seed, scratch=scratch / "running" / pretraining.weights.stem,
-        device=params.hardware.device, workers=params.hardware.workers,
-    )  # fmt: skip
+    result = train(
+        pretraining.params,
+        pretraining.fold,
+        scratch,
+        scratch / "running" / pretraining.weights.stem,
+    )
     state = {k: v.contiguous() for k, v in result.model.backbone.state_dict().items()}
     write_atomic(pretraining.weights, lambda path: save_file(state, path))
 
 
 def _prepare(plans: Sequence[Plan], root: Path, scratch: Path, workers: int) -> None:
     """Data, weights and distorted images, before any run needs them."""
-    from streetvision.models.training import build_classifier
+    from streetvision.models.backbone import initial_backbone
 
     distorted = []
     for each in plans:
@@ -115,8 +112,8 @@ def _prepare(plans: Sequence[Plan], root: Path, scratch: Path, workers: int) -> 
             )
             pretrain(pretraining, scratch)
         run = each.runs[0]
-        _, config = build_classifier(params.train, params.data.square_crop, 0, run.root)
-        distorted += [(fold, name, config.preprocessing) for fold in each.folds for name in READ]
+        *_, preprocessing = initial_backbone(params.train, params.data.square_crop, 0, run.root)
+        distorted += [(fold, name, preprocessing) for fold in each.folds for name in READ]
     made = in_processes(make_distorted, distorted, workers)
     for _ in progress(made, len(distorted), "distorting"):
         pass

@@ -124,7 +124,7 @@ PARTS = (
 )
 
 # A run may not depend on which epoch looked best on the images that the variants are compared on.
-_FAIR: Changes = {"choose_epoch": "last", "init_from_explora": False}
+_FAIR: Changes = {"choose_epoch": "last"}
 
 
 def _synthetic(images: int, cities: int, **other: Any) -> Changes:

@@ -21,6 +21,7 @@ from streetvision.data.loader import PairImages, loader_workers, training_loader
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing, contrastive_transform
 from streetvision.errors import UserError
+from streetvision.models.backbone import PASSTHROUGH
 from streetvision.models.classifier import pick_device
 from streetvision.models.loop import LoopSettings, describe, run_loop
 from streetvision.models.monitor import COLLAPSE_RULE, Monitor, Row
@@ -31,7 +32,6 @@ from streetvision.params import Compile, Explora, Hardware
 
 log = logging.getLogger(__name__)
 
-PASSTHROUGH = "passthrough"
 # Largest difference of merged and unmerged features, relative to the largest feature, on this many images.
 MERGE_TOLERANCE = 1e-4
 MERGE_IMAGES = 8

@@ -19,11 +19,10 @@ from streetvision.evaluation.bootstrap import (
     paired_group_interval,
 )
 from streetvision.evaluation.metrics import all_metrics
-from streetvision.models.backbone import initial_backbone, load_weights
+from streetvision.models.backbone import PASSTHROUGH, initial_backbone, load_weights
 from streetvision.models.classifier import RoadworkClassifier, pick_device, score_split
 from streetvision.params import Probe, Train
 
-PASSTHROUGH = "passthrough"
 _REPORTED = ("accuracy", "log_loss", "mcc", "roc_auc")
 
 

@@ -372,7 +372,7 @@ def _gpu_row(name: str) -> list[str]:
             return (epochs - 1) * images / (times[1] - times[0])
 
         def ours(count: int) -> None:
-            fit(settings(count, "bf16"), splits, folder, compile=Compile(enabled=True))
+            fit(settings(count, "bf16"), splits, folder, compile_settings=Compile(enabled=True))
 
         def plain(count: int) -> None:
             plain_fit(settings(count, "fp32"), splits["train"])()
@@ -401,8 +401,9 @@ def _busy() -> Iterator[Callable[[float], float]]:
         import threading
 
         def read() -> None:
-            for line in process.stdout or ():
-                samples.append((time.perf_counter(), float(line) / 100))
+            samples.extend(
+                (time.perf_counter(), float(line) / 100) for line in process.stdout or ()
+            )
 
         threading.Thread(target=read, daemon=True).start()
         yield lambda since: float(np.mean([share for when, share in samples if when >= since]))

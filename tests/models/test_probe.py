@@ -15,9 +15,8 @@ from sklearn.metrics import matthews_corrcoef
 
 from streetvision.data.store import Split, open_split
 from streetvision.errors import UserError
-from streetvision.models.backbone import build_backbone, resolve
+from streetvision.models.backbone import PASSTHROUGH, build_backbone, resolve
 from streetvision.models.probe import (
-    PASSTHROUGH,
     linear_probe,
     probe_backbones,
     probe_report,
