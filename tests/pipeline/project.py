@@ -22,7 +22,8 @@ from streetvision.presets import load_preset, merge
 
 REPOSITORY = Path(__file__).parents[2]
 STAGES = (
-    "ingest", "prepare", "train", "embed", "sweep", "calibrate", "export", "evaluate", "challenge",
+    "ingest", "prepare", "explora", "probe", "train", "embed", "sweep", "calibrate", "export",
+    "evaluate", "challenge",
 )  # fmt: skip
 # What runs leave beside the results: no part of a fresh project.
 _MADE = ("metrics/", "dvc.lock")

@@ -33,6 +33,8 @@ STAGE = DOCUMENT["stages"]
 AGREED = {
     "ingest": set(),
     "prepare": set(),
+    "explora": {"train", "val_select"},
+    "probe": {"train", "val_select"},
     "train": {"train", "val_select"},
     "embed": {"train", "val_select", "val_calib"},
     "sweep": {"val_calib"},
@@ -90,7 +92,7 @@ def test_params_are_the_leaves_of_the_schema() -> None:
 def test_paths_are_those_of_the_schema() -> None:
     paths = ArtifactSchema(Path())
     fixed = {
-        paths.raw, paths.quarantine, paths.classifier, paths.thresholds, paths.scrc_params,
+        paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds, paths.scrc_params,
         paths.scrc_pickle, paths.bundle, *(paths.split(name) for name in SPLITS),
         *(paths.embeddings(name) for name in CONTRACT["embed"]),
     }  # fmt: skip
@@ -131,12 +133,14 @@ def test_split_contract() -> None:
         seen = {Path(path).stem for path in data_deps(stage) if path.endswith(".arrow")}
         assert seen == AGREED[name], name
         assert set(CONTRACT.get(name, {})) <= AGREED[name]
-    assert CONTRACT["train"]["train"].rows == "fit", "train takes gradients from the fusion part"
+    for name in ("explora", "probe", "train"):
+        assert CONTRACT[name]["train"].rows == "fit", f"{name} fits on the fusion part"
+    assert not any(access.labels for access in CONTRACT["explora"].values())
     assert CONTRACT["embed"]["train"].rows == "fusion"
 
 
 def test_contract_check_notices_a_leak() -> None:
-    for name in STAGES[2:7]:
+    for name in STAGES[2:-2]:
         document = read_dvc_yaml(REPOSITORY)
         document["stages"][name]["deps"].append("data/splits/val_test.arrow")
         assert contract_violations(document) == [
@@ -162,10 +166,11 @@ def test_runtime_order_follows_from_deps() -> None:
         direct = {maker[name] for name in data_deps(STAGE[stage]) if name in maker}
         return direct.union(*(before(name) for name in direct))
 
-    # The two reports come last, in any order.
-    reports = {"evaluate", "challenge"}
-    assert set(STAGES[-2:]) == reports
-    for earlier, later in [*pairwise(STAGES[:-1]), ("export", "challenge")]:
+    # Nothing follows the two reports, nor the probe of the adaptation.
+    reports = {"evaluate", "challenge", "probe"}
+    chain = [name for name in STAGES if name not in reports]
+    ends = [("export", "evaluate"), ("export", "challenge"), ("explora", "probe")]
+    for earlier, later in [*pairwise(chain), *ends]:
         assert earlier in before(later), f"{earlier} must run before {later}; no dep says so"
         assert later not in before(earlier)
     assert not [stage for stage in STAGES if before(stage) & reports]
