@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from streetvision.artifacts import config_hash, exclusive, write_atomic
 from streetvision.evidence.data import READ, Fold, make_distorted, plan_folds, prepare_folds
 from streetvision.evidence.report import Table
@@ -168,10 +166,17 @@ def listing(
 
 
 def _time(plans: Sequence[Plan], lines: dict[str, dict[str, Any]], workers: int) -> str:
-    """The time that the unfinished runs take: as the finished ones of a comparison, else as planned."""
+    """The time that the unfinished runs take: as planned, times what the finished ones took of their plan."""
     total = 0.0
     for each in plans:
-        done = [lines[run.key]["seconds"] for run in each.runs if run.key in lines]
-        one = float(np.mean(done)) if done else each.comparison.seconds
-        total += one * sum(run.key not in lines for run in each.runs)
+        planned = {run.key: _planned(each.comparison, run) for run in each.runs}
+        done = [key for key in planned if key in lines]
+        took = sum(lines[key]["seconds"] for key in done)
+        factor = took / sum(planned[key] for key in done) if done else 1.0
+        total += factor * sum(planned[key] for key in planned if key not in lines)
     return f"about {total / workers / 60:.0f} minutes"
+
+
+def _planned(comparison: Comparison, run: Run) -> float:
+    adapting = run.params.explora.enabled
+    return comparison.seconds + adapting * comparison.adaptation_seconds
