@@ -265,8 +265,8 @@ def _photos(size: str) -> Comparison:
         "photos",
         "Photographs, MobileNetV2 pretrained on ImageNet",
         merge(preset, changes),
-        (BASE, *OBJECTIVES, *PARTS, LAYER_DECAY, LOSSES[0], *AUGMENTATIONS, AVERAGES[0]),
-        folds=10 if large else 3 if smoke else 4,
+        (BASE, *OBJECTIVES, *PARTS, LOSSES[0], *AUGMENTATIONS, AVERAGES[0]),
+        folds=10 if large else 3,
         seconds=20,
         adaptation_seconds=12,
     )  # fmt: skip
