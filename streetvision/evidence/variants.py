@@ -242,7 +242,7 @@ def _photos(size: str) -> Comparison:
 
     Muon has no hidden matrix there.
     """
-    smoke, large = size == "smoke", size == "large"
+    large = size == "large"
     preset = yaml.safe_load((PRESETS / "photos.yaml").read_text())
     side = {"smoke": 32, "cpu": 112, "large": 256}[size]
     changes: Changes = {
