@@ -8,9 +8,7 @@ a shift to the served prior would be wrong after it: these are reported only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +20,8 @@ from streetvision.decision.calibrators import (
     Platt,
     PlattMap,
 )
-from streetvision.decision.inputs import check_groups
+from streetvision.decision.ensemble import EnsembleMap
+from streetvision.decision.folds import OutOfFold, group_folds, out_of_fold
 from streetvision.decision.nonparametric import (
     Isotonic,
     IsotonicMap,
@@ -42,12 +41,12 @@ from streetvision.decision.parametric import (
 from streetvision.errors import UserError
 
 AUTO = "auto"
-MAX_FOLDS = 5
 
 _MAPS: dict[str, type[CalibrationMap]] = {
     each.kind: each
     for each in (
         TemperatureMap, PlattMap, BetaMap, QuadraticMap, IsotonicMap, PchipMap, VennAbersMap,
+        EnsembleMap,
     )
 }  # fmt: skip
 #: Fewest parameters first: of equally good ones the first is chosen.
@@ -92,58 +91,6 @@ def check_deployable(kind: str) -> str:
             f"{', '.join((AUTO, *DEPLOYABLE))} is needed"
         )
     return kind
-
-
-@dataclass(frozen=True)
-class OutOfFold:
-    """Log-odds [N], each of a map that saw nothing of the image's group.
-
-    `prior_log_odds` [N] are those of the share of positives that the map was fitted at.
-    """
-
-    log_odds: FloatArray
-    prior_log_odds: FloatArray
-
-
-def out_of_fold(
-    fit: Callable[[FloatArray, NDArray[np.bool_], NDArray[Any]], CalibrationMap],
-    logits: FloatArray,
-    truth: NDArray[np.bool_],
-    groups: ArrayLike,
-    folds: list[NDArray[np.bool_]],
-) -> OutOfFold | None:
-    """Return calibrated log-odds out of `folds` of `group_folds`; None without folds."""
-    if not folds:
-        return None
-    names = np.asarray(groups)
-    log_odds, prior = np.empty_like(logits), np.empty_like(logits)
-    for held_out in folds:
-        kept = ~held_out
-        fitted = fit(logits[kept], truth[kept], names[kept])
-        log_odds[held_out] = fitted(logits[held_out])
-        share = truth[kept].mean()
-        prior[held_out] = np.log(share) - np.log1p(-share)
-    return OutOfFold(log_odds, prior)
-
-
-def group_folds(truth: NDArray[np.bool_], groups: ArrayLike, seed: int) -> list[NDArray[np.bool_]]:
-    """Return masks [N] of up to 5 folds of whole groups; none if a rest would hold one class."""
-    codes, n_groups = check_groups(groups, truth.size)
-    # No more folds than images of a class: every fold should hold some of both.
-    n_folds = min(MAX_FOLDS, n_groups, int(truth.sum()), int((~truth).sum()))
-    if n_folds < 2:
-        return []
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    folds = []
-    for kept, held in splitter.split(np.zeros(truth.size), truth, codes):
-        if truth[kept].all() or not truth[kept].any():
-            return []
-        mask = np.zeros(truth.size, dtype=np.bool_)
-        mask[held] = True
-        folds.append(mask)
-    return [fold for fold in folds if fold.any()]
 
 
 def choose_calibrator(truth: NDArray[np.bool_], estimates: Mapping[str, OutOfFold | None]) -> str:

@@ -22,14 +22,12 @@ from streetvision.decision.choice import (
     AUTO,
     CALIBRATORS,
     DEPLOYABLE,
-    OutOfFold,
     calibration_map_from_dict,
     check_deployable,
     choose_calibrator,
     fit_best,
-    group_folds,
-    out_of_fold,
 )
+from streetvision.decision.folds import OutOfFold, group_folds, out_of_fold
 from streetvision.decision.inputs import (
     check_groups,
     check_keys,

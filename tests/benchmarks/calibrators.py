@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.decision.calibrators import CalibrationMap
-from streetvision.decision.choice import CALIBRATORS, fit_best, group_folds, out_of_fold
+from streetvision.decision.choice import CALIBRATORS, fit_best
+from streetvision.decision.folds import group_folds, out_of_fold
 from tests.benchmarks.runner import Table
 
 Floats = NDArray[np.float64]

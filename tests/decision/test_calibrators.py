@@ -182,7 +182,7 @@ def test_the_document_round_trip_is_exact() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "spline"}, "kind 'spline' is not one of beta, isotonic, pchip, platt"),
+        ({"kind": "spline"}, "kind 'spline' is not one of beta, ensemble, isotonic, pchip, platt"),
         ({"kind": None}, "kind None"),
         ({"slope": -1.0}, "slope is -1.0"),
         ({"slope": float("nan")}, "slope is nan"),

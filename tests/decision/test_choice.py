@@ -19,14 +19,12 @@ from streetvision.decision.choice import (
     AUTO,
     CALIBRATORS,
     DEPLOYABLE,
-    OutOfFold,
     calibration_map_from_dict,
     check_deployable,
     choose_calibrator,
     fit_best,
-    group_folds,
-    out_of_fold,
 )
+from streetvision.decision.folds import OutOfFold, group_folds, out_of_fold
 from streetvision.decision.policy import Policy, fit_policy, policy_from_document, scrc_document
 from streetvision.errors import UserError
 from streetvision.params import Decision, check_params
