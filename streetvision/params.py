@@ -418,11 +418,26 @@ class Decision(Section):
         2000, description="group-bootstrap resamples"
     )
     calibrator: Literal[
-        "auto", "temperature", "platt", "beta", "quadratic", "isotonic", "pchip", "venn_abers"
+        "auto", "temperature", "platt", "beta", "quadratic", "isotonic", "pchip", "venn_abers",
+        "tier_1", "tier_2", "tier_3", "multi_objective",
     ] = Field(
         "platt",
         description="auto: of platt, beta, quadratic and pchip the one with the lowest log loss out of "
-        "group folds; temperature, isotonic and venn_abers are reported but cannot be deployed",
+        "group folds; tier_1 to tier_3: ensembles; multi_objective: of all these the lowest ECE that "
+        "keeps MCC and FNR; temperature, isotonic and venn_abers are reported but cannot be deployed",
+    )  # fmt: skip
+    abstention: Literal["none", "scrc_t", "scrc_i"] = Field(
+        "none",
+        description="accept confident images only, with a promise on the risk among them: scrc_t in "
+        "expectation, scrc_i with probability 1 - delta; the calibrator then sees fewer groups",
+    )
+    control: Literal["error", "fnr"] = Field(
+        "error", description="the risk among the accepted: errors, or missed roadwork"
+    )
+    alpha: OpenFraction = Field(0.05, description="level of that risk")
+    delta: OpenFraction = Field(0.1, description="probability that scrc_i may break its promise")
+    guarantee_fraction: OpenFraction = Field(
+        0.5, description="share of the groups that hold the guarantee, and fit no calibrator"
     )
 
     @field_validator("calibrator")
