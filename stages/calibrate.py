@@ -11,8 +11,9 @@ def calibrate(stage: Stage) -> None:
     from streetvision.data.embeddings import read_embeddings
     from streetvision.decision.inputs import sigmoid
     from streetvision.decision.pickling import dump_policy_pickle
-    from streetvision.decision.policy import fit_policy, scrc_document
+    from streetvision.decision.policy import fit_abstaining_policy, fit_policy, scrc_document
     from streetvision.decision.report import calibration_metrics
+    from streetvision.decision.validator import PolicyValidator
     from streetvision.evaluation.metrics import prior_weights
     from streetvision.evaluation.plots import plot_reliability
 
@@ -20,17 +21,28 @@ def calibrate(stage: Stage) -> None:
     source = paths.embeddings("val_calib")
     calib = read_embeddings(source)
     baseline = read_json(paths.thresholds, "sweep")
-    policy, report = fit_policy(
-        calib.logits, calib.labels, calib.groups,
-        params.decision.served_prior, params.decision.n_resamples, params.seed,
-        params.decision.calibrator,
-    )  # fmt: skip
+    validator = PolicyValidator()
+    validator.validate(baseline)
+    decision = params.decision
+    if decision.abstention == "none":
+        policy, report = fit_policy(
+            calib.logits, calib.labels, calib.groups, decision.served_prior, decision.n_resamples,
+            params.seed, decision.calibrator, compare_tiers=True,
+        )  # fmt: skip
+    else:
+        policy, report = fit_abstaining_policy(
+            calib.logits, calib.labels, calib.groups, decision.served_prior, decision.n_resamples,
+            params.seed, decision.calibrator, compare_tiers=True,
+            method=decision.abstention, control=decision.control, alpha=decision.alpha,
+            delta=decision.delta, guarantee_fraction=decision.guarantee_fraction,
+        )  # fmt: skip
     document = scrc_document(policy, report)
+    validator.validate(document)
     write_json_atomic(paths.scrc_params, document)
     write_bytes_atomic(paths.scrc_pickle, dump_policy_pickle(document))
     metrics = calibration_metrics(report, policy, calib.logits, calib.labels, baseline["threshold"])
     write_json_atomic(paths.metric("calibrate"), metrics)
-    weights = prior_weights(calib.labels, params.decision.served_prior)
+    weights = prior_weights(calib.labels, decision.served_prior)
     plots = {
         "reliability_before.png": (sigmoid(calib.logits), "VAL_CALIB, before"),
         "reliability_after.png": (

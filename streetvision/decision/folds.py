@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +34,28 @@ def out_of_fold(
     folds: list[NDArray[np.bool_]],
 ) -> OutOfFold | None:
     """Return calibrated log-odds out of `folds` of `group_folds`; None without folds."""
-    if not folds:
-        return None
+    return all_out_of_fold(lambda *fold: {"": fit(*fold)}, logits, truth, groups, folds).get("")
+
+
+def all_out_of_fold(
+    fit: Callable[[FloatArray, NDArray[np.bool_], NDArray[Any]], Mapping[str, CalibrationMap]],
+    logits: FloatArray,
+    truth: NDArray[np.bool_],
+    groups: ArrayLike,
+    folds: list[NDArray[np.bool_]],
+) -> dict[str, OutOfFold]:
+    """Return `out_of_fold` of all maps that `fit` fits together; nothing without folds."""
     names = np.asarray(groups)
-    log_odds, prior = np.empty_like(logits), np.empty_like(logits)
+    found: dict[str, OutOfFold] = {}
     for held_out in folds:
         kept = ~held_out
-        fitted = fit(logits[kept], truth[kept], names[kept])
-        log_odds[held_out] = fitted(logits[held_out])
         share = truth[kept].mean()
-        prior[held_out] = np.log(share) - np.log1p(-share)
-    return OutOfFold(log_odds, prior)
+        for name, fitted in fit(logits[kept], truth[kept], names[kept]).items():
+            if name not in found:
+                found[name] = OutOfFold(np.empty_like(logits), np.empty_like(logits))
+            found[name].log_odds[held_out] = fitted(logits[held_out])
+            found[name].prior_log_odds[held_out] = np.log(share) - np.log1p(-share)
+    return found
 
 
 def group_folds(truth: NDArray[np.bool_], groups: ArrayLike, seed: int) -> list[NDArray[np.bool_]]:

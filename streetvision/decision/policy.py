@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.decision.abstention import Abstention, Answers, fit_abstention
 from streetvision.decision.calibrators import CalibrationMap, check_mean_is_prior
 from streetvision.decision.choice import (
     AUTO,
-    CALIBRATORS,
     DEPLOYABLE,
+    MULTI_OBJECTIVE,
     calibration_map_from_dict,
     check_deployable,
     choose_calibrator,
-    fit_best,
+    choose_multi_objective,
+    estimate_all,
+    fit_kind,
 )
+from streetvision.decision.ensemble import TIERS
 from streetvision.decision.folds import OutOfFold, group_folds, out_of_fold
 from streetvision.decision.inputs import (
     check_groups,
@@ -37,6 +41,7 @@ from streetvision.decision.inputs import (
     check_scores,
     sigmoid,
 )
+from streetvision.decision.scrc import Control, Method, class_weights, guarantee_groups
 from streetvision.decision.threshold import bagged_median_threshold
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics, prior_weights
@@ -57,13 +62,15 @@ class Policy:
     """The map from a logit to the deployed probability, and the decision p > 0.5.
 
     `calibration_prior` and `served_prior` are shares of positives in (0, 1); `threshold_shift` is
-    in log-odds. The whole is strictly increasing in the logit. UserError if a field is unusable.
+    in log-odds. The whole is strictly increasing in the logit. Without `abstention` every image is
+    accepted; it never changes a probability or a decision. UserError if a field is unusable.
     """
 
     calibrator: CalibrationMap
     calibration_prior: float
     served_prior: float
     threshold_shift: float = 0.0
+    abstention: Abstention | None = None
 
     def __post_init__(self) -> None:
         if not self.calibrator.strictly_increasing:
@@ -106,6 +113,13 @@ class Policy:
         """Return whether each image [N] is roadwork: deployed probability > 0.5, strictly."""
         return self.deployed_probability(logits) > DECISION_THRESHOLD
 
+    def accepts(self, logits: ArrayLike) -> NDArray[np.bool_]:
+        """Return whether each image [N] is confident enough to be answered for."""
+        probability = self.deployed_probability(logits)
+        if self.abstention is None:
+            return np.ones(probability.shape, dtype=np.bool_)
+        return self.abstention.accepts(probability)
+
 
 def fit_policy(
     logits: ArrayLike,
@@ -115,6 +129,8 @@ def fit_policy(
     n_resamples: int,
     seed: int,
     calibrator: str = "platt",
+    *,
+    compare_tiers: bool = False,
 ) -> tuple[Policy, dict[str, Any]]:
     """Fit the policy on VAL_CALIB and report what it gains out of fold.
 
@@ -133,8 +149,11 @@ def fit_policy(
     seed
         Seed of resampling and folds.
     calibrator
-        A deployable one of `CALIBRATORS`, or auto: the lowest out-of-fold log loss among them
-        (`choose_calibrator`).
+        A deployable one of `CALIBRATORS` or of `TIERS`; auto: the lowest out-of-fold log loss among
+        the former (`choose_calibrator`); or multi_objective (`choose_multi_objective`).
+    compare_tiers
+        Whether the tiers are candidates of the report even if none of them may be chosen: nested
+        folds make them dearer than all others.
 
     Returns
     -------
@@ -143,8 +162,8 @@ def fit_policy(
         bagged MCC-optimal threshold of the calibrated probabilities at the served prior, its
         interval (None below 5 groups, widened below 60: `bagged_median_threshold`) and `shifted`;
         `metrics`: `before` (sigmoid of the logit) and `after` (calibrated out of group folds,
-        threshold not in), each at the `natural` and the `served` prior; with auto the choice is
-        made anew in each fold, so that it does not flatter itself. `candidates`: of every
+        threshold not in), each at the `natural` and the `served` prior; a choice (auto,
+        multi_objective) is made anew in each fold, so that it does not flatter itself. `candidates`: of every
         calibrator `log_loss`, `brier` and `ece` out of group folds at the natural prior,
         `deployable`, and `deployed` for the one that the policy uses. `after` and `candidates` are
         None if `n_folds` is 0: some fold would leave a single class to fit on.
@@ -160,15 +179,17 @@ def fit_policy(
     values, truth = check_scores(logits, labels)
     codes, n_groups = check_groups(groups, values.size)
 
-    if calibrator != AUTO:
-        check_deployable(calibrator)
+    check_deployable(calibrator)
     folds = group_folds(truth, codes, seed)
-    estimates = {
-        name: out_of_fold(one.fit, values, truth, codes, folds) for name, one in CALIBRATORS.items()
-    }
-    kind = choose_calibrator(truth, estimates) if calibrator == AUTO else calibrator
+    tiers = compare_tiers or calibrator in {MULTI_OBJECTIVE, *TIERS}
+    estimates = estimate_all(values, truth, codes, folds, tiers=tiers)
+    kind = calibrator
+    if calibrator == AUTO:
+        kind = choose_calibrator(truth, estimates)
+    elif calibrator == MULTI_OBJECTIVE:
+        kind = choose_multi_objective(values, truth, estimates, served_prior)
 
-    fitted = CALIBRATORS[kind].fit(values, truth, codes)
+    fitted = fit_kind(kind, values, truth, codes, seed, served_prior)
     check_mean_is_prior(fitted, values, truth)
     at_half = Policy(fitted, float(truth.mean()), served_prior)
 
@@ -182,9 +203,10 @@ def fit_policy(
         policy = Policy(fitted, at_half.calibration_prior, served_prior, -_log_odds(threshold))
         _log.info("threshold %.4f moved to 0.5: its interval excludes 0.5", threshold)
 
-    after = estimates[kind]
-    if calibrator == AUTO:
-        after = out_of_fold(partial(fit_best, seed=seed), values, truth, codes, folds)
+    after = estimates.get(kind)
+    if kind != calibrator:
+        choose = partial(fit_kind, calibrator, seed=seed, served_prior=served_prior)
+        after = out_of_fold(choose, values, truth, codes, folds)
     return policy, {
         "n": int(values.size),
         "n_groups": n_groups,
@@ -195,6 +217,57 @@ def fit_policy(
         "metrics": _before_and_after(values, truth, after, served_prior),
         "candidates": _candidates(truth, estimates, kind) if folds else None,
     }
+
+
+def fit_abstaining_policy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike,
+    served_prior: float,
+    n_resamples: int,
+    seed: int,
+    calibrator: str = "platt",
+    *,
+    method: Method,
+    control: Control,
+    alpha: float,
+    delta: float,
+    guarantee_fraction: float,
+    compare_tiers: bool = False,
+) -> tuple[Policy, dict[str, Any]]:
+    """Fit the policy on some groups, and its abstention on all others, which hold the guarantee.
+
+    Parameters are those of `fit_policy` and of `fit_abstention`; `guarantee_fraction`, in (0, 1), is
+    the share of the groups that hold the guarantee. The report is that of `fit_policy` on the other
+    groups, with that of `fit_abstention` under `abstention`.
+
+    Raises
+    ------
+    UserError
+        As `fit_policy`; if the groups to fit on hold a single class.
+    """
+    values, truth = check_scores(logits, labels)
+    names = np.asarray(groups)
+    held = guarantee_groups(names, guarantee_fraction, seed)
+    rest = ~held
+    if truth[rest].all() or not truth[rest].any():
+        raise UserError(
+            f"the {len(np.unique(names[rest]))} groups left to fit the map on hold one class; "
+            "lower decision.guarantee_fraction, or decision.abstention none"
+        )
+    policy, report = fit_policy(
+        values[rest], truth[rest], names[rest], served_prior, n_resamples, seed, calibrator,
+        compare_tiers=compare_tiers,
+    )  # fmt: skip
+    probability = policy.deployed_probability(values)
+    fitted, kept = (Answers(probability[part], truth[part], names[part]) for part in (rest, held))
+    abstention, found = fit_abstention(
+        fitted, kept, class_weights(policy.calibration_prior, served_prior),
+        method=method, control=control, alpha=alpha, delta=delta,
+    )  # fmt: skip
+    if not found["promised"]:
+        _log.warning("abstention: %s", abstention.guarantee)
+    return replace(policy, abstention=abstention), report | {"abstention": found}
 
 
 def _measure(
@@ -225,14 +298,13 @@ def _before_and_after(
 
 
 def _candidates(
-    truth: NDArray[np.bool_], estimates: Mapping[str, OutOfFold | None], deployed: str
+    truth: NDArray[np.bool_], estimates: Mapping[str, OutOfFold], deployed: str
 ) -> dict[str, Any]:
     """Return what each calibrator scores out of fold, at the natural prior."""
     return {
         name: _measure(truth, sigmoid(estimate.log_odds), None)
-        | {"deployable": name in DEPLOYABLE, "deployed": name == deployed}
+        | {"deployable": name in {*DEPLOYABLE, *TIERS}, "deployed": name == deployed}
         for name, estimate in estimates.items()
-        if estimate is not None
     }
 
 
@@ -246,7 +318,7 @@ def scrc_document(policy: Policy, report: Mapping[str, Any]) -> dict[str, Any]:
             "served_prior": policy.served_prior,
             "threshold_shift": policy.threshold_shift,
             "decision_threshold": DECISION_THRESHOLD,
-            "abstention": None,
+            "abstention": None if policy.abstention is None else policy.abstention.to_dict(),
         },
         "metrics": {"before": report["metrics"]["before"], "after": report["metrics"]["after"]},
     }
@@ -271,10 +343,11 @@ def policy_from_document(document: object) -> Policy:
             f"decision_threshold is {params['decision_threshold']!r}; it must be "
             f"{DECISION_THRESHOLD}: another threshold is a threshold_shift"
         )
-    if params["abstention"] is not None:
-        raise UserError(f"abstention is {params['abstention']!r}; only null is supported")
     calibrator = calibration_map_from_dict(params["calibrator"])
-    return Policy(calibrator, *(check_number(params[name], name) for name in numbers))
+    stored = params["abstention"]
+    abstention = None if stored is None else Abstention.from_dict(stored)
+    calibration_prior, served_prior, shift = (check_number(params[name], name) for name in numbers)
+    return Policy(calibrator, calibration_prior, served_prior, shift, abstention)
 
 
 def _log_odds(probability: float) -> float:

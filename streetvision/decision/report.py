@@ -54,7 +54,8 @@ def calibration_metrics(
     """Return the content of `metrics/calibrate.json`.
 
     `before`, `after` and `candidates` (every calibrator at the natural prior) are out of group
-    folds; the latter two are left out where folds were impossible.
+    folds; the latter two are left out where folds were impossible. `abstention` is there if the
+    policy has one: `n`, `groups` and what is out of fold are then of the groups that it was fitted on.
     `decision` compares the deployed rule with the phase-2 threshold on single-view logits, at the
     served prior; both were chosen on these very images, so it shows agreement and is no estimate.
     """
@@ -72,6 +73,7 @@ def calibration_metrics(
         "threshold": threshold,
         **{name: values for name, values in report["metrics"].items() if values is not None},
         **({"candidates": report["candidates"]} if report["candidates"] else {}),
+        **({"abstention": report["abstention"]} if "abstention" in report else {}),
         "decision": {
             "deployed": {name: decided[name] for name in wanted},
             "phase_2_threshold": {name: baseline[name] for name in wanted},

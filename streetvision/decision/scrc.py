@@ -53,8 +53,8 @@ METHODS: tuple[Method, ...] = ("scrc_t", "scrc_i")
 CONTROLS: tuple[Control, ...] = ("error", "fnr")
 # Shares of the fitted images that the thresholds of the list accept.
 ACCEPTED_SHARES = np.linspace(0.05, 1.0, 20)
-# Bets as shares of the largest that cannot lose everything but the last bit; the largest itself has
-# half of the stake: it is the best one where no error is seen.
+# Bets as shares of the largest possible one, which a wholly wrong group ruins. It has half of the
+# stake, because it is the best one where no error is seen.
 BETS = np.linspace(0.05, 1.0, 20)
 STAKES = np.append(np.full(19, 0.5 / 19), 0.5)
 # No data set grows to more groups than this: above, "never" is the honest answer.
@@ -92,7 +92,7 @@ def class_weights(calibration_prior: float, served_prior: float) -> tuple[float,
     return (1 - served_prior) / (1 - calibration_prior), served_prior / calibration_prior
 
 
-def split_groups(groups: ArrayLike, fraction: float, seed: int) -> NDArray[np.bool_]:
+def guarantee_groups(groups: ArrayLike, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Return whether each image [N] is of the groups that hold the guarantee.
 
     Groups are drawn without a look at anything else, which keeps them exchangeable; `fraction` of

@@ -16,14 +16,18 @@ from sklearn.metrics import log_loss
 
 from streetvision.decision.calibrators import Platt
 from streetvision.decision.choice import (
+    ALLOWED,
     AUTO,
     CALIBRATORS,
     DEPLOYABLE,
+    MULTI_OBJECTIVE,
     calibration_map_from_dict,
     check_deployable,
     choose_calibrator,
-    fit_best,
+    choose_multi_objective,
+    fit_kind,
 )
+from streetvision.decision.ensemble import TIERS
 from streetvision.decision.folds import OutOfFold, group_folds, out_of_fold
 from streetvision.decision.policy import Policy, fit_policy, policy_from_document, scrc_document
 from streetvision.errors import UserError
@@ -176,11 +180,11 @@ def test_more_data_come_closer_to_the_truth(kind: str) -> None:
 def test_what_may_be_deployed_agrees_with_the_parameters() -> None:
     assert DEPLOYABLE == ("platt", "beta", "quadratic", "pchip")
     allowed = get_args(Decision.model_fields["calibrator"].annotation)
-    assert set(allowed) == {AUTO, *CALIBRATORS}
+    assert set(allowed) == {*ALLOWED, *CALIBRATORS}
     for kind in allowed:
-        if kind in {AUTO, *DEPLOYABLE}:
+        if kind in ALLOWED:
             assert check_params({"decision": {"calibrator": kind}}, "x").decision.calibrator == kind
-            assert kind == AUTO or check_deployable(kind) == kind
+            assert check_deployable(kind) == kind
             continue
         message = rf"x: decision\.calibrator: .* not deployed; use .* \(got '{kind}'\)"
         with pytest.raises(UserError, match=message):
@@ -239,7 +243,7 @@ def test_the_choice_is_the_lowest_log_loss_of_those_that_may_be_deployed() -> No
 def test_without_folds_platt_is_used(caplog: pytest.LogCaptureFixture) -> None:
     logits, labels = np.array([2.0, 1.0, -1.0, -2.0, 1.5]), np.array([1, 0, 1, 0, 1], bool)
     with caplog.at_level(logging.WARNING):
-        fitted = fit_best(logits, labels, np.zeros(5), seed=0)
+        fitted = fit_kind(AUTO, logits, labels, np.zeros(5), 0, 0.5)
     assert fitted == Platt().fit(logits, labels)
     assert "Platt is used" in caplog.text
 
@@ -285,6 +289,63 @@ def test_candidates_have_fixed_keys_and_are_out_of_fold(kind: str) -> None:
             key: wanted[key] for key in ("log_loss", "brier", "ece")
         }
     assert expit(policy.calibrator(logits)).mean() == pytest.approx(labels.mean(), abs=1e-6)
+
+
+def estimates_of(labels: Bools, **log_odds: Floats) -> dict[str, OutOfFold]:
+    prior = np.full(labels.size, np.log(labels.mean() / (1 - labels.mean())))
+    return {name: OutOfFold(values, prior) for name, values in log_odds.items()}
+
+
+def test_multi_objective_takes_the_lowest_ece_that_keeps_mcc_and_fnr() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 2, 20_000)
+    labels = rng.random(20_000) < expit(truth)
+    raw = 2.5 * truth  # overconfident, the same decisions
+    near, far = 1.1 * truth, 1.7 * truth
+    choose = choose_multi_objective
+    assert choose(raw, labels, estimates_of(labels, platt=far, beta=near), 0.5) == "beta"
+    # Calibrated best, but it misses more roadwork; or confuses more.
+    strict = near - 0.4
+    assert choose(raw, labels, estimates_of(labels, platt=far, beta=strict), 0.5) == "platt"
+    confused = np.where(rng.random(20_000) < 0.1, -near, near)
+    assert choose(raw, labels, estimates_of(labels, platt=far, tier_1=confused), 0.5) == "platt"
+    # What is not deployable is no candidate; of equals the log loss decides.
+    assert choose(raw, labels, estimates_of(labels, platt=far, isotonic=near), 0.5) == "platt"
+    tie = np.where(np.abs(truth) > 0, near, 0)
+    assert choose(raw, labels, estimates_of(labels, tier_2=tie, beta=near), 0.5) == "beta"
+
+
+def test_multi_objective_falls_back_to_platt(caplog: pytest.LogCaptureFixture) -> None:
+    logits, labels = simulated(0)
+    with caplog.at_level(logging.WARNING):
+        assert choose_multi_objective(logits, labels, {}, 0.5) == "platt"
+    assert "Platt is used" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [*TIERS, MULTI_OBJECTIVE])
+def test_tiers_are_deployed_and_reported_out_of_fold(kind: str) -> None:
+    logits, labels, groups = bent(2)
+    policy, report = fit_policy(logits, labels, groups, 0.5, 100, 0, kind)
+    candidates = report["candidates"]
+    assert list(candidates) == [*KINDS, *TIERS]
+    deployed = [name for name, values in candidates.items() if values["deployed"]]
+    assert len(deployed) == 1
+    assert all(candidates[tier]["deployable"] for tier in TIERS)
+    folds = group_folds(labels, groups, 0)
+    for name, tier in TIERS.items():
+        found = out_of_fold(tier.fit, logits, labels, groups, folds)
+        assert found is not None
+        assert candidates[name]["log_loss"] == pytest.approx(
+            log_loss(labels, expit(found.log_odds))
+        )
+    chosen = deployed[0]
+    if kind in TIERS:
+        assert chosen == kind
+        assert policy.calibrator == TIERS[kind].fit(logits, labels, groups)
+        assert report["metrics"]["after"]["natural"]["ece"] == candidates[kind]["ece"]
+    assert expit(policy.calibrator(logits)).mean() == pytest.approx(labels.mean(), abs=1e-6)
+    stored = json.loads(json.dumps(scrc_document(policy, report), allow_nan=False))
+    assert policy_from_document(stored) == policy
 
 
 def test_what_cannot_be_deployed_is_refused() -> None:

@@ -303,7 +303,7 @@ def test_document_has_the_schema(fitted: tuple[Policy, dict[str, Any]]) -> None:
         (("scrc_params", "calibration_prior"), "0.7", "calibration_prior is '0.7'"),
         (("scrc_params", "threshold_shift"), float("inf"), "threshold_shift is inf"),
         (("scrc_params", "decision_threshold"), 0.4, "decision_threshold is 0.4"),
-        (("scrc_params", "abstention"), {"low": 0.4}, "abstention"),
+        (("scrc_params", "abstention"), {"low": 0.4}, "abstention lacks alpha, control, delta"),
         (("scrc_params", "temperature"), 2.0, "unknown temperature"),
         (("scrc_params", "calibrator", "slope"), 0.0, "slope is 0.0"),
         (("scrc_params", "calibrator"), 3, "the calibrator is 3"),

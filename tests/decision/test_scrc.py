@@ -23,10 +23,10 @@ from streetvision.decision.scrc import (
     confidence,
     group_risks,
     groups_needed,
+    guarantee_groups,
     scrc_i,
     scrc_t,
     smallest_alpha,
-    split_groups,
 )
 from streetvision.errors import UserError
 
@@ -346,19 +346,19 @@ def test_no_number_of_groups_helps_where_the_model_is_worse_than_the_level() -> 
 
 def test_the_split_takes_whole_groups_and_looks_at_nothing_else() -> None:
     groups = np.repeat([f"g{i}" for i in range(20)], np.arange(1, 21))
-    held = split_groups(groups, 0.4, 5)
+    held = guarantee_groups(groups, 0.4, 5)
     assert len(set(groups[held])) == 8
     assert not set(groups[held]) & set(groups[~held])
-    np.testing.assert_array_equal(held, split_groups(groups, 0.4, 5))
-    assert (held != split_groups(groups, 0.4, 6)).any()
+    np.testing.assert_array_equal(held, guarantee_groups(groups, 0.4, 5))
+    assert (held != guarantee_groups(groups, 0.4, 6)).any()
     order = np.random.default_rng(0).permutation(groups.size)
-    np.testing.assert_array_equal(held[order], split_groups(groups[order], 0.4, 5))
+    np.testing.assert_array_equal(held[order], guarantee_groups(groups[order], 0.4, 5))
     for fraction in (0.001, 0.999):
-        assert 0 < len(set(groups[split_groups(groups, fraction, 0)])) < 20
+        assert 0 < len(set(groups[guarantee_groups(groups, fraction, 0)])) < 20
     with pytest.raises(UserError, match="1 group cannot"):
-        split_groups(["a", "a"], 0.5, 0)
+        guarantee_groups(["a", "a"], 0.5, 0)
     with pytest.raises(UserError, match=r"guarantee_fraction is 1"):
-        split_groups(["a", "b"], 1.0, 0)
+        guarantee_groups(["a", "b"], 1.0, 0)
 
 
 def test_weights_move_the_prior() -> None:
