@@ -398,6 +398,60 @@ class Embed(Section):
     batch_size: Count = Field(64, description="images a forward pass")
 
 
+class ViewGrid(Section):
+    """Views of an image beside the global one."""
+
+    grid: Annotated[Integer, Field(ge=1, le=8)] = Field(
+        1, description="tiles in a row and in a column; 1 is the global view alone"
+    )
+    growth: Annotated[Number, Field(ge=0, le=2)] = Field(
+        0.15, description="by which each tile is longer and wider than its cell"
+    )
+    flip: bool = Field(False, description="each view mirrored, too")
+
+
+class Cvfm(Section):
+    """Phase 4c: one logit of all views of an image."""
+
+    mode: Literal[
+        "auto", "single", "simple_mean", "topk_mean", "weighted_uncertainty", "content_aware",
+        "mlp", "latent", "attention",
+    ] = Field("auto", description="auto: the lowest VAL_SELECT log loss, single among them")  # fmt: skip
+    top_k: Count = Field(3, description="tiles of topk_mean")
+    temperature: Annotated[Number, Field(gt=0)] = Field(
+        1.0, description="of weighted_uncertainty; the larger, the more equal are the weights"
+    )
+    hidden_layers: Annotated[Integer, Field(ge=0, le=4)] = Field(
+        0, description="of mlp; 0 is logistic regression"
+    )
+    hidden_dim: Count = Field(64, description="width of mlp's hidden layers")
+    latent_dim: Count = Field(64, description="of latent")
+    attention_dim: Count = Field(64, description="width of attention's tokens")
+    attention_heads: Count = 4
+    reconstruction_weight: Annotated[Number, Field(ge=0)] = Field(
+        0.1, description="of latent's reconstruction error beside the cross entropy"
+    )
+    view_dropout: Fraction = Field(
+        0.25, description="share of training images that keep a random number of their tiles only"
+    )
+    epochs: Count = 100
+    patience_epochs: Count = Field(20, description="stop after so many without a better one")
+    batch_size: Annotated[Integer, Field(ge=2)] = Field(128, description="images a step")
+    learning_rate: Annotated[Number, Field(gt=0)] = 0.001
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(
+        0.01, description="half of it times the squared weights is added to the mean loss"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.attention_dim % self.attention_heads:
+            raise ValueError(
+                f"attention_dim {self.attention_dim} is not a multiple of "
+                f"attention_heads {self.attention_heads}"
+            )
+        return self
+
+
 # --------------------------------------------------------------------------- decision
 
 
@@ -536,7 +590,9 @@ class Params(Section):
     probe: Probe = Probe()
     train: Train = Train()
     compile: Compile = Compile()
+    views: ViewGrid = ViewGrid()
     embed: Embed = Embed()
+    cvfm: Cvfm = Cvfm()
     sweep: Sweep = Sweep()
     decision: Decision = Decision()
     export: Export = Export()
