@@ -1,0 +1,631 @@
+"""Fusion: each rule against its slow obvious version, the networks against oracles and their promises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import nn
+
+from streetvision.data.views import ViewScores, view_names
+from streetvision.errors import UserError
+from streetvision.evaluation.metrics import all_metrics
+from streetvision.models.fusion import (
+    ENTROPY_FLOOR,
+    MODES,
+    TRAINED,
+    UNTRAINED,
+    WEIGHTS,
+    Fusion,
+    FusionConfig,
+    is_tile,
+    load_fusion,
+    save_fusion,
+)
+from streetvision.models.fusion_networks import (
+    LatentFusion,
+    LogitTerms,
+    ViewTensors,
+    attend,
+    build_network,
+    freeze_head,
+    masked_mean,
+    pick_kernel,
+    view_tensors,
+)
+from streetvision.models.fusion_training import (
+    FusionFit,
+    LabelledViews,
+    choose_fusion,
+    drop_views,
+    fit_fusion,
+)
+from streetvision.params import Cvfm, ViewGrid
+
+GRID = ViewGrid(grid=2)
+D = 6
+QUICK = Cvfm(epochs=30, learning_rate=0.05, batch_size=64, latent_dim=4, attention_dim=8,
+             attention_heads=2, weight_decay=0.001)  # fmt: skip
+
+
+def grid_boxes(grid: ViewGrid, n: int) -> NDArray[np.float64]:
+    """Boxes [N, V, 4] of tiles without growth."""
+    side = 1 / grid.grid
+    cells = product(range(grid.grid), repeat=2) if grid.grid > 1 else ()
+    tiles = [(c * side, r * side, (c + 1) * side, (r + 1) * side) for r, c in cells]
+    boxes = np.array([(0, 0, 1, 1), *tiles] * (2 if grid.flip else 1), dtype=np.float64)
+    return np.tile(boxes, (n, 1, 1))
+
+
+def sample(n: int = 300, seed: int = 0, grid: ViewGrid = GRID) -> LabelledViews:
+    """The evidence is in one tile only: its first two features; the head sees the first."""
+    rng = np.random.default_rng(seed)
+    views = len(view_names(grid))
+    labels = (np.arange(n) % 2).astype(np.int64)
+    features = rng.normal(size=(n, views, D)).astype(np.float16)
+    where = rng.integers(1, views, n) if views > 1 else np.zeros(n, int)
+    features[np.arange(n), where, :2] += (2.5 * labels)[:, None].astype(np.float16)
+    features[:, 0, :2] += (0.8 * labels)[:, None].astype(np.float16)
+    content = np.full((n, views), 48 * 64)
+    content[:, 1::2] = 1000
+    logits = apply_head(features)
+    return LabelledViews(ViewScores(logits, features, content, grid_boxes(grid, n)), labels)
+
+
+def make_head() -> nn.Linear:
+    head = nn.Linear(D, 1)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.5, 0.2, 0, 0, 0, 0.1]]))
+        head.bias.fill_(-0.4)
+    return head
+
+
+def apply_head(features: NDArray[Any]) -> NDArray[np.float64]:
+    with torch.no_grad():
+        return make_head().double()(torch.from_numpy(features).double()).squeeze(-1).numpy()
+
+
+def tensors(scores: ViewScores) -> ViewTensors:
+    assert scores.features is not None
+    return view_tensors(
+        scores.logits, scores.features, scores.content > 0, scores.boxes, torch.float64
+    )
+
+
+def rule(mode: str, grid: ViewGrid = GRID, **options: float) -> Fusion:
+    return Fusion(FusionConfig.of(mode, Cvfm(**options), grid, 0))
+
+
+def fit(mode: str, train: LabelledViews | None = None, **options: Any) -> FusionFit:
+    chosen = QUICK.model_copy(update=options)
+    return fit_fusion(mode, chosen, GRID, train or sample(), sample(200, 1), make_head(), seed=7)
+
+
+# --------------------------------------------------------------------------- rules
+
+
+logit_rows = st.lists(st.lists(st.floats(-30, 30), min_size=5, max_size=5), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(logit_rows, st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.2, 5))
+def test_rules_against_the_slow_obvious_versions(
+    rows: list[list[float]], seed: int, k: int, temperature: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = np.array(rows)
+    content = rng.integers(0, 4, logits.shape) * 500
+    content[:, 0] = 3000
+    boxes = grid_boxes(GRID, len(rows))
+    found = {
+        mode: rule(mode, top_k=k, temperature=temperature).fuse(logits, None, content, boxes)
+        for mode in UNTRAINED
+    }
+    for row, z in enumerate(rows):
+        there = [v for v in range(5) if content[row, v] > 0]
+        tiles = sorted((z[v] for v in there if v > 0), reverse=True)[:k]
+
+        def weight(v: int, z: list[float] = z) -> float:
+            p = 1 / (1 + math.exp(-z[v] / temperature))
+            q = 1 / (1 + math.exp(z[v] / temperature))
+            entropy = -sum(x * math.log(x) for x in (p, q) if x > 0)
+            return 1 / (ENTROPY_FLOOR + entropy)
+
+        expected = {
+            "single": z[0],
+            "simple_mean": sum(z[v] for v in there) / len(there),
+            "topk_mean": (z[0] + sum(tiles)) / (1 + len(tiles)),
+            "weighted_uncertainty": sum(weight(v) * z[v] for v in there)
+            / sum(weight(v) for v in there),
+            "content_aware": sum(int(content[row, v]) * z[v] for v in there)
+            / sum(int(content[row, v]) for v in there),
+        }
+        for mode in UNTRAINED:
+            assert found[mode][row] == pytest.approx(expected[mode], abs=1e-9), mode
+
+
+def test_content_aware_is_the_mean_only_where_all_contents_are_equal() -> None:
+    scores = sample(50).scores
+    equal = np.full_like(scores.content, 3072)
+    mean = rule("simple_mean").fuse(scores.logits, None, equal, scores.boxes)
+    aware = rule("content_aware")
+    np.testing.assert_allclose(aware.fuse(scores.logits, None, equal, scores.boxes), mean)
+    other = equal.copy()
+    other[:, 2] -= 1
+    found = aware.fuse(scores.logits, None, other, scores.boxes)
+    assert (found != mean).all()
+
+
+def test_a_hot_temperature_makes_all_views_equal_and_a_cold_one_favours_the_sure() -> None:
+    scores = sample(50).scores
+    mean = rule("simple_mean").fuse(*scores)
+    hot = rule("weighted_uncertainty", temperature=1e4).fuse(*scores)
+    np.testing.assert_allclose(hot, mean, atol=1e-5)
+    z = np.array([[0.1, 6.0, 0.0, 0.0, 0.0]])
+    arguments = (z, None, np.ones((1, 5)), grid_boxes(GRID, 1))
+    assert rule("weighted_uncertainty").fuse(*arguments)[0] > 2 * z.mean()
+
+
+@pytest.mark.parametrize("mode", UNTRAINED)
+def test_views_in_any_order_of_tiles_and_absent_views(mode: str) -> None:
+    scores = sample(40).scores
+    fusion = rule(mode)
+    before = fusion.fuse(*scores)
+    order = [0, 3, 1, 4, 2]
+    moved = [part[:, order] for part in (scores.logits, scores.content, scores.boxes)]
+    np.testing.assert_allclose(fusion.fuse(moved[0], None, *moved[1:]), before)
+    # A view without content is no view, whatever its logit.
+    content = scores.content.copy()
+    content[:, 4] = 0
+    wild = scores.logits.copy()
+    wild[:, 4] = 1e6
+    without = fusion.fuse(wild, None, content, scores.boxes)
+    fewer = fusion.fuse(scores.logits[:, :4], None, content[:, :4], scores.boxes[:, :4])
+    np.testing.assert_allclose(without, fewer)
+    # The global view alone is the single view, in every rule.
+    content[:, 1:] = 0
+    np.testing.assert_allclose(fusion.fuse(wild, None, content, scores.boxes), wild[:, 0])
+
+
+def test_a_mirrored_global_view_is_global() -> None:
+    boxes = grid_boxes(ViewGrid(grid=2, flip=True), 1)
+    assert is_tile(boxes)[0].tolist() == [False, *[True] * 4] * 2
+    z = np.array([[1.0, 0, 0, 0, 9.0, 3.0, 0, 0, 0, 0]])
+    fused = rule("topk_mean", top_k=1).fuse(z, None, np.ones((1, 10)), boxes)
+    assert fused[0] == pytest.approx((2.0 + 9.0) / 2)
+
+
+def test_bad_arguments_are_named() -> None:
+    scores = sample(4).scores
+    with pytest.raises(UserError, match=r"\[N, V\]"):
+        rule("simple_mean").fuse(scores.logits[:, 0], None, scores.content, scores.boxes)
+    with pytest.raises(UserError, match="no global view"):
+        rule("simple_mean").fuse(scores.logits, None, 0 * scores.content, scores.boxes)
+    trained = fit("mlp", epochs=1).fusion
+    with pytest.raises(UserError, match="mlp needs features"):
+        trained.fuse(scores.logits, None, scores.content, scores.boxes)
+    assert scores.features is not None
+    with pytest.raises(UserError, match=r"features \[N, V, 6\]; got \(4, 5, 3\)"):
+        trained.fuse(scores.logits, scores.features[:, :, :3], scores.content, scores.boxes)
+    with pytest.raises(UserError, match="takes 5 views, got 3"):
+        trained.fuse(scores.logits[:, :3], scores.features[:, :3], scores.content[:, :3],
+                     scores.boxes[:, :3])  # fmt: skip
+    assert len(trained.fuse(*(part[:0] for part in scores if part is not None))) == 0
+
+
+# --------------------------------------------------------------------------- starts and oracles
+
+
+@pytest.mark.parametrize(
+    ("mode", "start"), [("mlp", "single"), ("attention", "single"), ("latent", "simple_mean")]
+)
+def test_networks_start_as_a_rule(mode: str, start: str) -> None:
+    # No step at all: a learning rate of nearly nothing.
+    found = fit(mode, epochs=1, learning_rate=1e-30).fusion
+    scores = sample(60, 3).scores
+    np.testing.assert_allclose(found.fuse(*scores), rule(start).fuse(*scores), atol=2e-5)
+
+
+def test_mlp_without_hidden_layers_is_penalised_logistic_regression() -> None:
+    train = sample(200)
+    penalty = 0.05
+    options = QUICK.model_copy(
+        update={"epochs": 1500, "patience_epochs": 1500, "learning_rate": 0.05, "batch_size": 200,
+                "weight_decay": penalty, "view_dropout": 0.0}
+    )  # fmt: skip
+    # VAL_SELECT is TRAIN here, and the penalty keeps its log loss falling until the optimum.
+    found = fit_fusion("mlp", options, GRID, train, train, None, seed=7)
+    scores, y = train.scores, train.labels.astype(float)
+    assert scores.features is not None
+    whole, tiles = (
+        part.astype(np.float64) for part in (scores.features[:, 0],
+                                             scores.features[:, 1:].astype(np.float64).mean(1))
+    )  # fmt: skip
+    x = np.concatenate([(part - part.mean(0)) / part.std(0) for part in (whole, tiles)], axis=1)
+    top = np.sort(scores.logits[:, 1:], axis=1)[:, -3:].mean(1)
+    terms = np.stack([scores.logits[:, 0], scores.logits[:, 1:].mean(1), top], axis=1)
+
+    def objective(p: NDArray[np.float64]) -> float:
+        z = terms @ p[:3] + p[3] + x @ p[4:]
+        return float(np.mean(np.logaddexp(0, z) - y * z) + penalty / 2 * p[4:] @ p[4:])
+
+    optimum = minimize(objective, np.zeros(4 + x.shape[1]), method="BFGS")
+    state = {name: value.numpy() for name, value in found.fusion.network.own_state().items()}  # type: ignore[union-attr]
+    learnt = np.concatenate(
+        [state["terms.coefficients"], state["terms.intercept"][None] + state["output.bias"],
+         state["output.weight"][0]]
+    )  # fmt: skip
+    assert objective(learnt) == pytest.approx(optimum.fun, abs=1e-3)
+    best = terms @ optimum.x[:3] + optimum.x[3] + x @ optimum.x[4:]
+    assert np.corrcoef(found.fusion.fuse(*scores), best)[0, 1] > 0.998
+    assert objective(np.array([1.0, *[0.0] * (3 + x.shape[1])])) > optimum.fun + 0.1
+
+
+def test_logit_terms_by_hand() -> None:
+    scores = sample(20).scores
+    content = scores.content.copy()
+    content[:5, 1:] = 0
+    content[5:9, 2] = 0
+    terms = LogitTerms().double()
+    with torch.no_grad():
+        terms.coefficients.copy_(torch.tensor([0.5, -2.0, 3.0]))
+        terms.intercept.fill_(0.25)
+    views = view_tensors(scores.logits, scores.features, content > 0, scores.boxes, torch.float64)
+    found = terms(views).detach().numpy()
+    for row in range(20):
+        z, there = scores.logits[row], [v for v in range(1, 5) if content[row, v] > 0]
+        tiles = [z[v] for v in there] or [z[0]]
+        top = sorted(tiles)[-3:]
+        expected = 0.5 * z[0] - 2 * np.mean(tiles) + 3 * np.mean(top) + 0.25
+        assert found[row] == pytest.approx(expected)
+
+
+def test_latent_by_hand() -> None:
+    fitted = fit("latent")
+    network = fitted.fusion.network
+    assert isinstance(network, LatentFusion)
+    scores = sample(6, 5).scores
+    assert scores.features is not None
+    present = scores.content > 0
+    present[0, 3] = False
+    views = view_tensors(scores.logits, scores.features, present, scores.boxes, torch.float64)
+    with torch.no_grad():
+        fused, weights, decoded = network.fuse_features(views)
+    state = {k: v.numpy() for k, v in network.state_dict().items()}
+    assert fused.shape == (6, D)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    assert weights[0, 3] == 0
+    for row in range(6):
+        there = np.flatnonzero(present[row])
+        raw = np.exp(state["view_logits"][there])
+        weight = raw / raw.sum()
+        latent = np.zeros(4)
+        for v, w in zip(there, weight, strict=True):
+            x = (scores.features[row, v] - state["scale.mean"]) / state["scale.deviation"]
+            h = state["encoder.weight"] @ x + state["encoder.bias"]
+            inner = torch.from_numpy(state["inner.weight"] @ h + state["inner.bias"])
+            h = h + state["outer.weight"] @ nn.functional.gelu(inner).numpy() + state["outer.bias"]
+            latent += w * h
+        out = np.zeros(D)
+        for v, w in zip(there, weight, strict=True):
+            part = state["decoders"][v] @ latent + state[f"biases.{v}"]
+            np.testing.assert_allclose(decoded[row, v], part, atol=1e-9)
+            out += w * part
+        out = out * state["scale.deviation"] + state["scale.mean"]
+        np.testing.assert_allclose(fused[row], out, atol=1e-9)
+    np.testing.assert_allclose(np.unique(weights[1:].numpy(), axis=0).shape, (1, 5))
+    assert weights[1].std() > 1e-3, "the view weights were not learnt"
+
+
+def test_the_loss_of_latent_has_a_reconstruction_term() -> None:
+    network = fit("latent").fusion.network
+    assert isinstance(network, LatentFusion)
+    part = sample(30, 9)
+    views = tensors(part.scores)
+    y = torch.as_tensor(part.labels, dtype=torch.float64)
+    with torch.no_grad():
+        _, _, decoded = network.fuse_features(views)
+        error = float(((decoded - network.scale(views.features)) ** 2).mean())
+        total = float(network.loss(views, y))
+        entropy = float(nn.functional.binary_cross_entropy_with_logits(network(views), y))
+    assert error > 0.01
+    assert total == pytest.approx(entropy + 0.1 * error)
+
+
+def attention_inputs(device: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(3, 2, 5, 16, generator=generator).to(device) for _ in range(3)]
+    bias = torch.randn(3, 2, 5, 5, generator=generator)
+    bias[0, :, :, 3] = -torch.inf
+    return made, bias.to(device)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_kernels_give_the_same_numbers() -> None:
+    made, bias = attention_inputs("cpu")
+    scores = torch.einsum("nhqd,nhkd->nhqk", made[0], made[1]) / 4 + bias
+    slow = torch.einsum("nhqk,nhkd->nhqd", scores.softmax(-1), made[2])
+    torch.testing.assert_close(attend(*made, bias, "sdpa"), slow)
+    torch.testing.assert_close(attend(*made, bias, "flex"), slow)
+    # On a CPU FlexAttention has no gradient.
+    assert pick_kernel(made[0]) == "sdpa"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled FlexAttention needs a GPU")
+def test_attention_kernels_give_the_same_gradients() -> None:
+    results = []
+    for kernel in ("sdpa", "flex"):
+        made, bias = attention_inputs("cuda")
+        leaves = [part.requires_grad_() for part in (*made, bias)]
+        attend(*made, bias, kernel).square().sum().backward()  # type: ignore[arg-type]
+        results.append([leaf.grad for leaf in leaves])
+    for sdpa, flex in zip(*results, strict=True):
+        torch.testing.assert_close(sdpa, flex, rtol=1e-3, atol=1e-3)
+
+
+def test_attention_sees_places() -> None:
+    network = build_network(FusionConfig.of("attention", QUICK, GRID, D), None).double()
+    with torch.no_grad():
+        network.bias.weight.normal_()  # type: ignore[union-attr,operator]
+        network.output.weight.normal_()  # type: ignore[union-attr,operator]
+    scores = sample(8).scores
+    assert scores.features is not None
+    arrays = (scores.logits, scores.features, scores.content > 0)
+    before = network.fuse_arrays(*arrays, scores.boxes)
+    swapped = network.fuse_arrays(*arrays, scores.boxes[:, [0, 4, 2, 3, 1]])
+    assert np.abs(swapped - before).max() > 1e-3
+    # Geometry is relative to the global view: another frame in the image changes nothing.
+    moved = scores.boxes * 0.5 + [0.25, 0.1, 0.25, 0.1]
+    np.testing.assert_allclose(network.fuse_arrays(*arrays, moved), before)
+
+
+# --------------------------------------------------------------------------- fitting
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_trained_modes_find_what_the_single_view_misses(mode: str) -> None:
+    fitted = fit(mode)
+    test = sample(400, 11)
+    fused = fitted.fusion.fuse(*test.scores)
+    single = rule("single").fuse(*test.scores)
+    assert loss(fused, test.labels) < loss(single, test.labels) - 0.05
+    assert fitted.epoch > 0
+    assert fitted.log_losses[fitted.epoch] == min(fitted.log_losses)
+
+
+def loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    return float(all_metrics(labels, 1 / (1 + np.exp(-logits)))["log_loss"])
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_fitting_is_deterministic_by_seed(mode: str) -> None:
+    train, select, head = sample(), sample(200, 1), make_head()
+    options = QUICK.model_copy(update={"epochs": 3})
+    state = torch.random.get_rng_state()
+    first = fit_fusion(mode, options, GRID, train, select, head, seed=7)
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator was used"
+    torch.manual_seed(99)
+    second = fit_fusion(mode, options, GRID, train, select, head, seed=7)
+    assert first.log_losses == second.log_losses
+    scores = sample(50, 4).scores
+    np.testing.assert_array_equal(first.fusion.fuse(*scores), second.fusion.fuse(*scores))
+    other = fit_fusion(mode, options, GRID, train, select, head, seed=8)
+    assert other.log_losses != first.log_losses
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_only_fusion_parameters_learn(mode: str) -> None:
+    head = make_head()
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    network = fit_fusion(mode, QUICK, GRID, sample(), sample(200, 1), head, seed=7).fusion.network
+    assert network is not None
+    assert all(torch.equal(head.state_dict()[name], value) for name, value in before.items())
+    assert all(p.requires_grad for p in head.parameters()), "the caller's head was frozen"
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert frozen == ({"head.weight", "head.bias"} if mode == "latent" else set())
+    assert not [name for name in network.trainable() if "head" in name.split(".")[0]]
+
+
+def test_something_frozen_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = LatentFusion.loss
+
+    def meddling(self: LatentFusion, *arguments: Any) -> torch.Tensor:
+        with torch.no_grad():
+            next(self.head.parameters()).add_(1.0)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LatentFusion, "loss", meddling)
+    with pytest.raises(RuntimeError, match="frozen"):
+        fit("latent", epochs=1)
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_any_number_of_views_works_after_view_dropout(mode: str) -> None:
+    fusion = fit(mode, sample(1500, 2), view_dropout=0.5).fusion
+    test = sample(600, 12)
+    gains = []
+    for kept in (0, 2, 4):
+        content = test.scores.content.copy()
+        content[:, 1 + kept :] = 0
+        wild = test.scores.logits.copy()
+        wild[:, 1 + kept :] = 1e3
+        fused = fusion.fuse(wild, test.scores.features, content, test.scores.boxes)
+        gains.append(loss(test.scores.logits[:, 0], test.labels) - loss(fused, test.labels))
+    assert min(gains) > -0.05, "fewer views are worse than the single one"
+    assert gains[2] > max(gains[:2])
+
+
+def test_view_dropout_keeps_global_views_and_any_number_of_tiles() -> None:
+    views = tensors(sample(4000).scores)
+    dropped = drop_views(views, 0.4, torch.Generator().manual_seed(1))
+    assert dropped.present[:, 0].all()
+    left = dropped.tiles.sum(1)
+    changed = left < 4
+    # Of 4 tiles, uniformly many are kept: a fifth of the chosen images keep all.
+    assert float(changed.float().mean()) == pytest.approx(0.4 * 0.8, abs=0.03)
+    counts = torch.bincount(left, minlength=5)[:4].float() / 4000
+    torch.testing.assert_close(counts, torch.full((4,), 0.08), atol=0.02, rtol=0)
+    none = drop_views(views, 0.0, torch.Generator().manual_seed(1))
+    assert none.present.all()
+
+
+def test_masked_mean_of_nothing_is_zero() -> None:
+    mask = torch.tensor([[True, False], [False, False]])
+    found = masked_mean(torch.tensor([[3.0, 5.0], [1.0, 2.0]]), mask)
+    assert found.tolist() == [3.0, 0.0]
+
+
+def test_an_mlp_head_can_be_used() -> None:
+    head = nn.Sequential(nn.Linear(D, 4), nn.GELU(), nn.Dropout(0.5), nn.Linear(4, 1))
+    fitted = fit_fusion("latent", QUICK.model_copy(update={"epochs": 2}), GRID, sample(),
+                        sample(200, 1), head, seed=7)  # fmt: skip
+    scores = sample(5).scores
+    np.testing.assert_array_equal(fitted.fusion.fuse(*scores), fitted.fusion.fuse(*scores))
+    assert head.training
+
+
+def test_what_cannot_be_fitted() -> None:
+    one_class = replace(sample(), labels=np.ones(300, np.int64))
+    with pytest.raises(UserError, match="fusion part does not have both classes"):
+        fit("mlp", one_class)
+    with pytest.raises(UserError, match="needs the classifier's head"):
+        fit_fusion("latent", QUICK, GRID, sample(), sample(200, 1), None, seed=7)
+    with pytest.raises(UserError, match="diverged in epoch"):
+        fit("mlp", learning_rate=1e30)
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+def test_auto_takes_the_lowest_log_loss_and_reports_every_mode() -> None:
+    settings_ = QUICK.model_copy(update={"epochs": 10})
+    fusion, report = choose_fusion(settings_, GRID, sample(), sample(200, 1), make_head(), 0.4, 7)
+    assert set(report["modes"]) == set(MODES)
+    best = min(report["modes"].values(), key=lambda row: row["log_loss"])
+    assert report["modes"][fusion.config.mode] == best
+    assert report["mode"] == fusion.config.mode
+    assert report["gain"]["log_loss"] < 0
+    assert {row["views"] for name, row in report["modes"].items() if name != "single"} == {5}
+    assert report["modes"]["single"]["views"] == 1
+    assert report["modes"]["single"]["parameters"] == 0
+    # At the phase-2 threshold it is the fused logit itself that is cut.
+    select = sample(200, 1)
+    fused = fusion.fuse(*select.scores)
+    decided = (1 / (1 + np.exp(-fused)) > 0.4).astype(float)
+    at_threshold = all_metrics(select.labels, decided)["mcc"]
+    assert best["mcc_at_phase_2_threshold"] == pytest.approx(at_threshold)
+
+
+def test_fusion_that_does_not_help_is_not_shipped() -> None:
+    rng = np.random.default_rng(3)
+
+    def part(n: int, seed: int) -> LabelledViews:
+        """All evidence is in the global view; tiles mislead VAL_SELECT's images."""
+        made = sample(n, seed)
+        logits = np.stack([4.0 * made.labels - 2, *rng.normal(0, 3, (4, n))], axis=1)
+        logits[:, 0] += rng.normal(0, 1.5, n)
+        features = rng.normal(size=made.scores.features.shape).astype(np.float16)  # type: ignore[union-attr]
+        return LabelledViews(made.scores._replace(logits=logits, features=features), made.labels)
+
+    fusion, report = choose_fusion(QUICK.model_copy(update={"epochs": 5, "weight_decay": 10.0}),
+                                   GRID, part(300, 0), part(300, 1), make_head(), 0.5, 7)  # fmt: skip
+    others = [report["modes"][mode]["log_loss"] for mode in ("simple_mean", "content_aware")]
+    assert report["modes"]["single"]["log_loss"] < min(others)
+    assert report["modes"][fusion.config.mode]["log_loss"] <= report["modes"]["single"]["log_loss"]
+
+
+def test_rules_are_compared_without_their_bias_and_scale() -> None:
+    train, select = sample(), sample(200, 1)
+
+    def shifted(part: LabelledViews) -> LabelledViews:
+        scores = part.scores
+        return LabelledViews(scores._replace(logits=3 * scores.logits + 5), part.labels)
+
+    plain, moved = (
+        choose_fusion(QUICK.model_copy(update={"mode": "single", "epochs": 1}), GRID, one(train), one(select),
+                      make_head(), 0.5, 7)[1]["modes"]["single"]
+        for one in (lambda p: p, shifted)
+    )  # fmt: skip
+    assert plain["log_loss"] == pytest.approx(moved["log_loss"], abs=1e-6)
+    assert plain["mcc"] == pytest.approx(moved["mcc"])
+
+
+def test_without_a_fusion_part_only_rules_take_part() -> None:
+    empty = LabelledViews(ViewScores(*(p[:0] for p in sample().scores)), np.zeros(0, np.int64))  # type: ignore[index]
+    _, report = choose_fusion(QUICK, GRID, empty, sample(200, 1), make_head(), 0.5, 7)
+    assert set(report["modes"]) == set(UNTRAINED)
+    with pytest.raises(UserError, match="TRAIN's fusion part"):
+        choose_fusion(QUICK.model_copy(update={"mode": "mlp"}), GRID, empty, sample(200, 1),
+                      make_head(), 0.5, 7)  # fmt: skip
+
+
+def test_with_one_view_there_is_nothing_to_choose() -> None:
+    grid = ViewGrid()
+    fusion, report = choose_fusion(
+        QUICK, grid, sample(grid=grid), sample(200, 1, grid), None, 0.5, 7
+    )
+    assert fusion.config.mode == "single"
+    assert set(report["modes"]) == {"single"}
+    assert report["gain"] == {"mcc": 0.0, "log_loss": 0.0}
+
+
+# --------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_round_trip(mode: str, tmp_path: Path) -> None:
+    fusion = fit(mode, epochs=3).fusion if mode in TRAINED else rule(mode)
+    for folder in ("one", "another"):
+        written = save_fusion(fusion, tmp_path / folder)
+    names = sorted(path.name for path in written)
+    assert names == ["config.json", WEIGHTS] if mode in TRAINED else ["config.json"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "another" / name).read_bytes()
+    loaded = load_fusion(tmp_path / "one", make_head())
+    scores = sample(30, 6).scores
+    np.testing.assert_array_equal(loaded.fuse(*scores), fusion.fuse(*scores))
+    assert loaded.config == fusion.config
+    if mode in TRAINED:
+        state = torch.load(tmp_path / "one" / WEIGHTS, weights_only=True)
+        assert not [name for name in state if name.startswith("head")]
+
+
+def test_single_and_batched_agree() -> None:
+    scores = sample(40, 8).scores
+    for mode in TRAINED:
+        fusion = fit(mode, epochs=3).fusion
+        batched = fusion.fuse(*scores)
+        single = [
+            fusion.fuse(*(part[row : row + 1] for part in scores if part is not None))[0]
+            for row in range(40)
+        ]
+        np.testing.assert_allclose(single, batched, atol=1e-9, rtol=0)
+
+
+def test_wrong_files_are_refused(tmp_path: Path) -> None:
+    save_fusion(fit("latent", epochs=1).fusion, tmp_path)
+    state = torch.load(tmp_path / WEIGHTS, weights_only=True)
+    config = FusionConfig.of("latent", QUICK, GRID, D).to_dict()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({**state, "head.weight": torch.zeros(1, D)}, "would replace the classifier's head"),
+        ({k: v for k, v in state.items() if k != "decoders"}, "1 tensors missing"),
+        ({**state, "more": torch.zeros(1)}, "1 unexpected"),
+    ]
+    for content, message in cases:
+        torch.save(content, tmp_path / WEIGHTS)
+        with pytest.raises(UserError, match=message):
+            load_fusion(tmp_path, make_head())
+    for change in ({"mode": "best"}, {"options": {}}, {"grid": {"grid": 99}}, {"features": None}):
+        with pytest.raises(UserError, match="fusion config"):
+            FusionConfig.from_dict(config | change)
+    assert freeze_head(None) is None
