@@ -231,8 +231,8 @@ def save_fusion(fusion: Fusion, folder: Path) -> list[Path]:
     return written
 
 
-def load_fusion(folder: Path, head: nn.Module | None = None) -> Fusion:
-    """Rebuild what `save_fusion` wrote; `head` is the classifier's, from features [N, D] to logits [N, 1].
+def load_fusion(folder: Path, head: Callable[[], nn.Module]) -> Fusion:
+    """Rebuild what `save_fusion` wrote; `head` gives the classifier's, and is asked by `latent` only.
 
     Raises
     ------
@@ -242,7 +242,9 @@ def load_fusion(folder: Path, head: nn.Module | None = None) -> Fusion:
     return fusion_from(read_json(folder / CONFIG, "cvfm"), folder / WEIGHTS, head)
 
 
-def fusion_from(document: Mapping[str, Any], weights: Path, head: nn.Module | None) -> Fusion:
+def fusion_from(
+    document: Mapping[str, Any], weights: Path, head: Callable[[], nn.Module]
+) -> Fusion:
     """Rebuild a fusion from its configuration and the path of its weights; see `load_fusion`."""
     config = FusionConfig.from_dict(document)
     if config.mode not in TRAINED:
@@ -250,7 +252,8 @@ def fusion_from(document: Mapping[str, Any], weights: Path, head: nn.Module | No
     from streetvision.models.backbone import fill, read_state_dict
     from streetvision.models.fusion_networks import build_network, freeze_head
 
-    network = build_network(config, freeze_head(head)).double()
+    frozen = freeze_head(head()) if config.mode == "latent" else None
+    network = build_network(config, frozen).double()
     own = network.own_state()
     given = {name: value for name, value in network.state_dict().items() if name not in own}
     state = read_state_dict(weights)

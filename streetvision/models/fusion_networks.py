@@ -1,8 +1,8 @@
-"""The trained fusions. Each starts as a rule without training and learns how far to leave it.
+"""The trained fusions: networks on cached features.
 
-`mlp` and `attention` start as the global view's logit, `latent` as the mean of all views' logits. The
-backbone's features come from a cache and the classifier's head is a frozen copy: only what is made here
-learns.
+The backbone's features come from a cache and the classifier's head is a frozen copy: only what is made here
+learns. `mlp` and `attention` have an output layer of their own that starts at zero; `latent` starts as the
+mean of the views' logits and keeps the classifier's head.
 """
 
 from __future__ import annotations
@@ -131,41 +131,27 @@ class Scale(nn.Module):
         return (values - self.mean) / self.deviation
 
 
-class LogitTerms(nn.Module):
-    """a · global + b · mean of tiles + c · mean of the top tiles + d, from a = 1 and b = c = d = 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.coefficients = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
-        self.intercept = nn.Parameter(torch.zeros(()))
-
-    def forward(self, views: ViewTensors) -> Tensor:
-        """Logits [N]; an image without tiles has its global logit for all terms."""
-        whole = masked_mean(views.logits, views.present & ~views.tiles)
-        low = torch.where(views.tiles, views.logits, -torch.inf)
-        count = min(TOP_TILES, low.shape[1])
-        top = low.topk(count, dim=1).values
-        any_tile = views.tiles.any(dim=1)
-        tiles = torch.where(any_tile, masked_mean(views.logits, views.tiles), whole)
-        top = torch.where(
-            any_tile, masked_mean(top.nan_to_num(neginf=0.0), top > -torch.inf), whole
-        )
-        terms = torch.stack([whole, tiles, top], dim=1)  # [N, 3]
-        logits: Tensor = terms @ self.coefficients + self.intercept
-        return logits
+def logit_terms(views: ViewTensors) -> Tensor:
+    """Logits of the global view, the mean tile and the mean top tile [N, 3]; the first without tiles."""
+    whole = masked_mean(views.logits, views.present & ~views.tiles)
+    low = torch.where(views.tiles, views.logits, -torch.inf)
+    top = low.topk(min(TOP_TILES, low.shape[1]), dim=1).values
+    top = masked_mean(top.nan_to_num(neginf=0.0), top > -torch.inf)
+    means = torch.stack([masked_mean(views.logits, views.tiles), top], dim=1)
+    any_tile = views.tiles.any(dim=1, keepdim=True)
+    return torch.cat([whole[:, None], torch.where(any_tile, means, whole[:, None])], dim=1)
 
 
 class MlpFusion(FusionNetwork):
-    """Global ⧺ mean of the tiles' features → logit, added to the logit terms.
+    """Global ⧺ mean of the tiles' features, and the views' logits → logit.
 
-    Without hidden layers it is logistic regression on the concatenated features.
+    Without hidden layers it is logistic regression on the concatenated, standardised features.
     """
 
     def __init__(self, width: int, hidden_layers: int, hidden_dim: int) -> None:
         super().__init__()
-        self.terms = LogitTerms()
-        self.scale_global, self.scale_tiles = Scale(width), Scale(width)
-        widths = [2 * width, *[hidden_dim] * hidden_layers]
+        self.scale_global, self.scale_tiles, self.scale_terms = Scale(width), Scale(width), Scale(3)
+        widths = [2 * width + 3, *[hidden_dim] * hidden_layers]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
@@ -173,9 +159,10 @@ class MlpFusion(FusionNetwork):
         self.output = zero_linear(widths[-1])
 
     def fit_start(self, views: ViewTensors, generator: torch.Generator) -> None:
-        """Scales of the global and of the mean tile's features."""
+        """Scales of the global view's and the mean tile's features, and of the logits."""
         whole, tiles, any_tile = self._parts(views)
         self.scale_global.fit(whole)
+        self.scale_terms.fit(logit_terms(views))
         if any_tile.any():
             self.scale_tiles.fit(tiles[any_tile])
 
@@ -184,8 +171,9 @@ class MlpFusion(FusionNetwork):
         whole, tiles, any_tile = self._parts(views)
         # Of an image without tiles the average image's are assumed.
         tiles = torch.where(any_tile[:, None], self.scale_tiles(tiles), 0.0)
-        joined = torch.cat([self.scale_global(whole), tiles], dim=1)
-        logits: Tensor = self.terms(views) + self.output(self.hidden(joined)).squeeze(1)
+        terms = self.scale_terms(logit_terms(views))
+        joined = torch.cat([self.scale_global(whole), tiles, terms], dim=1)
+        logits: Tensor = self.output(self.hidden(joined)).squeeze(1)
         return logits
 
     @staticmethod
@@ -275,19 +263,19 @@ class AttentionFusion(FusionNetwork):
     def __init__(self, width: int, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.terms = LogitTerms()
-        self.scale = Scale(width)
+        self.scale, self.scale_terms = Scale(width), Scale(3)
         self.token = nn.Linear(width, dim)
         self.place = nn.Linear(4, dim)
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.mixed = nn.Linear(dim, dim)
         self.bias = nn.Linear(6, heads, bias=False)
         nn.init.zeros_(self.bias.weight)
-        self.output = zero_linear(2 * dim)
+        self.output = zero_linear(2 * dim + 3)
 
     def fit_start(self, views: ViewTensors, generator: torch.Generator) -> None:
-        """Scale of the features of all views."""
+        """Scales of the features of all views, and of the logits."""
         self.scale.fit(views.features[views.present])
+        self.scale_terms.fit(logit_terms(views))
 
     def forward(self, views: ViewTensors) -> Tensor:
         """Fused logits [N]."""
@@ -299,7 +287,8 @@ class AttentionFusion(FusionNetwork):
         tokens = tokens + self.mixed(mixed.transpose(1, 2).reshape(n, v, dim))
         whole = masked_mean(tokens, views.present & ~views.tiles)
         tiles = masked_mean(tokens, views.tiles)
-        logits: Tensor = self.terms(views) + self.output(torch.cat([whole, tiles], 1)).squeeze(1)
+        terms = self.scale_terms(logit_terms(views))
+        logits: Tensor = self.output(torch.cat([whole, tiles, terms], dim=1)).squeeze(1)
         return logits
 
     def _bias(self, views: ViewTensors) -> Tensor:
