@@ -1,4 +1,4 @@
-"""Cache logits and features, one file a split: `python -m stages.embed`."""
+"""Cache logits and features of all views, one file a split: `python -m stages.embed`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ def embed(stage: Stage) -> None:
     """Classifier on TRAIN's fusion part, VAL_SELECT and VAL_CALIB → `data/embeddings`."""
     from streetvision.data.embeddings import write_embeddings
     from streetvision.data.store import open_split
-    from streetvision.models.classifier import load_classifier, pick_device, score_split
+    from streetvision.data.views import view_names
+    from streetvision.models.classifier import load_classifier, pick_device
+    from streetvision.models.multiview import score_split_views
 
     params, paths = stage.params, stage.paths
     model, config = load_classifier(paths.classifier)
     device = pick_device(params.hardware.device)
     model.to(device)
+    views = view_names(params.views)
     written = []
     for name in CONTRACT["embed"]:
         split = open_split("embed", name, paths.split(name))
-        logits, features = score_split(
-            model, config.preprocessing, split, params.embed.batch_size, device
+        scores = score_split_views(
+            model, config.preprocessing, split, params.views, params.embed.batch_size, device
         )
-        written.append(write_embeddings(paths.embeddings(name), split, logits, features))
+        written.append(write_embeddings(paths.embeddings(name), split, views, scores))
     inputs = [paths.classifier, *(paths.split(name) for name in CONTRACT["embed"])]
     stage.write_manifest(stage.config(), inputs, written, {})
 

@@ -1,4 +1,4 @@
-"""Cached logits and features of a split, so that everything after `embed` takes seconds."""
+"""Cached logits and features of a split's views, so that everything after `embed` takes seconds."""
 
 from __future__ import annotations
 
@@ -10,43 +10,86 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from streetvision.data.store import Split, read_arrow, write_arrow
+from streetvision.data.views import ViewScores
+from streetvision.errors import UserError
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Logits [N] (float64), labels [N], groups [N] and ids [N] of one split's global views."""
+    """Ids, groups and labels [N] of one split's images and the scores of their V views, named in order."""
 
     ids: NDArray[np.object_]
     groups: NDArray[np.object_]
     labels: NDArray[np.int64]
-    logits: NDArray[np.float64]
+    views: tuple[str, ...]
+    scores: ViewScores
+
+    @property
+    def logits(self) -> NDArray[np.float64]:
+        """Logits [N] of the global views."""
+        return self.scores.logits[:, 0]
 
 
-def write_embeddings(
-    path: Path, split: Split, logits: NDArray[np.float32], features: NDArray[np.float16]
-) -> Path:
-    """Write one row a view: id, group, drive, view, label, logit, features."""
-    width = features.shape[1]
+def write_embeddings(path: Path, split: Split, views: tuple[str, ...], scores: ViewScores) -> Path:
+    """Write one row an image and view: id, group, drive, view, label, logit, content, box, features."""
+    if scores.features is None:
+        raise ValueError("embeddings hold features")
+    n, count, width = scores.features.shape
+
+    def each(values: NDArray[np.generic], kind: pa.DataType) -> pa.Array:
+        return pa.array(np.repeat(values, count), kind)
+
+    def lists(values: NDArray[np.generic], kind: pa.DataType) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), values.shape[-1])
+
     columns = {
-        "id": pa.array(split.ids, pa.string()),
-        "group": pa.array(split.groups, pa.string()),
-        "drive": pa.array(split.column("drive"), pa.string()),
-        "view": pa.array(["global"] * len(split), pa.string()),
-        "label": pa.array(split.labels, pa.int8()),
-        "logit": pa.array(logits, pa.float32()),
-        "features": pa.FixedSizeListArray.from_arrays(
-            pa.array(features.ravel(), pa.float16()), width
-        ),
+        "id": each(split.ids, pa.string()),
+        "group": each(split.groups, pa.string()),
+        "drive": each(split.column("drive"), pa.string()),
+        "view": pa.array(views * n, pa.string()),
+        "label": each(split.labels, pa.int8()),
+        "logit": pa.array(scores.logits.ravel().astype(np.float32), pa.float32()),
+        "content": pa.array(scores.content.ravel(), pa.int64()),
+        "box": lists(scores.boxes, pa.float64()),
+        "features": lists(scores.features.reshape(-1, width), pa.float16()),
     }
     return write_arrow(path, columns)
 
 
-def read_embeddings(path: Path) -> Embeddings:
-    """Read what `write_embeddings` wrote, features left out."""
-    table = read_arrow(path, "embed").drop_columns(["features"])
-    return Embeddings(
-        ids=np.array(table.column("id").to_pylist(), dtype=object),
-        groups=np.array(table.column("group").to_pylist(), dtype=object),
-        labels=table.column("label").to_numpy().astype(np.int64),
-        logits=table.column("logit").to_numpy().astype(np.float64),
+def read_embeddings(path: Path, *, features: bool = False) -> Embeddings:
+    """Read what `write_embeddings` wrote; without `features` unless they are asked for.
+
+    Raises
+    ------
+    UserError
+        The file is missing, or its images do not all have the same views.
+    """
+    table = read_arrow(path, "embed")
+    names = np.array(table.column("view").to_pylist(), dtype=object)
+    ids = np.array(table.column("id").to_pylist(), dtype=object)
+    count = int(np.argmax(ids != ids[0])) or len(ids) if len(ids) else 1
+    views = tuple(names[:count].tolist()) if len(ids) else ("global",)
+    whole = len(ids) % count == 0
+    if not whole or (ids.reshape(-1, count) != ids[::count, None]).any() or (
+        names.reshape(-1, count) != np.array(views, dtype=object)
+    ).any():  # fmt: skip
+        raise UserError(f"{path}: images differ in their views; rerun `embed`")
+    n = len(ids) // count
+
+    def column(name: str) -> NDArray[np.generic]:
+        values = table.column(name).combine_chunks()
+        kind = table.schema.field(name).type
+        if pa.types.is_fixed_size_list(kind):
+            flat = values.flatten().to_numpy(zero_copy_only=False)
+            return np.asarray(flat.reshape(n, count, kind.list_size))
+        return np.asarray(values.to_numpy(zero_copy_only=False).reshape(n, count))
+
+    scores = ViewScores(
+        logits=column("logit").astype(np.float64),
+        features=column("features").astype(np.float16) if features else None,
+        content=column("content").astype(np.int64),
+        boxes=column("box").astype(np.float64),
     )
+    groups = np.array(table.column("group").to_pylist(), dtype=object)
+    labels = column("label")[:, 0].astype(np.int64)
+    return Embeddings(ids[::count], groups[::count], labels, views, scores)

@@ -1,4 +1,4 @@
-"""Cached logits and features are those of the model, in the split's order, under its groups."""
+"""Cached scores of views are those of the model, in the split's order, under its groups."""
 
 from __future__ import annotations
 
@@ -11,46 +11,95 @@ import pytest
 import torch
 
 from streetvision.data.embeddings import read_embeddings, write_embeddings
-from streetvision.data.store import open_split, read_arrow
+from streetvision.data.store import open_split, read_arrow, write_arrow
+from streetvision.data.views import view_names, views_of
 from streetvision.errors import UserError
 from streetvision.models.classifier import load_classifier, score_split
+from streetvision.models.multiview import score_split_views
+from streetvision.params import ViewGrid
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
 
 CPU = torch.device("cpu")
+GRIDS = [ViewGrid(), ViewGrid(grid=2), ViewGrid(grid=1, flip=True)]
 
 
-def test_round_trip(trained: Trained, tiny_splits: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(len(view_names(grid))))
+def test_round_trip(
+    trained: Trained, tiny_splits: dict[str, Path], tmp_path: Path, grid: ViewGrid
+) -> None:
     model, config = load_classifier(trained.classifier)
-    split = open_split("embed", "val_calib", tiny_splits["val_calib"])
-    logits, features = score_split(model, config.preprocessing, split, 16, CPU)
-    path = write_embeddings(tmp_path / "val_calib.arrow", split, logits, features)
-    found = read_embeddings(path)
+    split = open_split("embed", "val_calib", tiny_splits["val_calib"]).select(range(13))
+    scores = score_split_views(model, config.preprocessing, split, grid, 5, CPU)
+    names = view_names(grid)
+    path = write_embeddings(tmp_path / "val_calib.arrow", split, names, scores)
+    found = read_embeddings(path, features=True)
+    assert found.views == names
     np.testing.assert_array_equal(found.ids, split.ids)
     np.testing.assert_array_equal(found.groups, split.groups)
     np.testing.assert_array_equal(found.labels, split.labels)
-    np.testing.assert_array_equal(found.logits, logits.astype(np.float64))
-    assert found.logits.dtype == np.float64
+    for read, written in zip(found.scores, scores, strict=True):
+        assert read is not None
+        assert written is not None
+        assert read.dtype == written.dtype
+        np.testing.assert_array_equal(read, written)
+    np.testing.assert_array_equal(found.logits, scores.logits[:, 0])
+    assert read_embeddings(path).scores.features is None
     table = read_arrow(path, "embed")
-    assert table.column_names == ["id", "group", "drive", "view", "label", "logit", "features"]
-    assert set(table.column("view").to_pylist()) == {"global"}
-    assert table.column("drive").to_pylist() == split.column("drive").tolist()
-    np.testing.assert_array_equal(np.array(table.column("features").to_pylist()), features)
+    assert table.column_names == [
+        "id", "group", "drive", "view", "label", "logit", "content", "box", "features",
+    ]  # fmt: skip
+    # One row an image and view, the views of an image together.
+    assert table.column("view").to_pylist() == list(names) * 13
+    assert table.column("drive").to_pylist() == split.column("drive").repeat(len(names)).tolist()
+
+
+def test_global_logits_are_the_classifiers(trained: Trained, tiny_splits: dict[str, Path]) -> None:
+    model, config = load_classifier(trained.classifier)
+    split = open_split("embed", "val_calib", tiny_splits["val_calib"])
+    single, features = score_split(model, config.preprocessing, split, 16, CPU)
+    alone = score_split_views(model, config.preprocessing, split, ViewGrid(), 16, CPU)
+    np.testing.assert_array_equal(alone.logits[:, 0], single)
+    assert alone.features is not None
+    np.testing.assert_array_equal(alone.features[:, 0], features)
+    among = score_split_views(model, config.preprocessing, split, ViewGrid(grid=2), 16, CPU)
+    np.testing.assert_allclose(among.logits[:, 0], single, atol=1e-5)
 
 
 def test_logits_and_features_are_the_models(trained: Trained, tiny_splits: dict[str, Path]) -> None:
     model, config = load_classifier(trained.classifier)
     split = open_split("embed", "val_calib", tiny_splits["val_calib"])
-    logits, features = score_split(model, config.preprocessing, split, 7, CPU)
+    grid = ViewGrid(grid=2)
+    scores = score_split_views(model, config.preprocessing, split, grid, 7, CPU)
+    assert scores.features is not None
     with torch.no_grad():
         for row in range(5):
-            pixels = torch.from_numpy(config.preprocessing.apply(split.image(row)).copy())
-            inputs = config.preprocessing.normalise(pixels.permute(2, 0, 1)[None])
-            feature = model.backbone(inputs)
-            logit = feature @ model.head.weight[0] + model.head.bias
-            assert logits[row] == pytest.approx(float(logit), abs=1e-5)
-            np.testing.assert_allclose(features[row], feature[0].numpy(), atol=2e-3, rtol=2e-3)
+            views = views_of(split.image(row), config.preprocessing, grid)
+            for number, view in enumerate(views.inputs):
+                pixels = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]
+                feature = model.backbone(config.preprocessing.normalise(pixels))
+                logit = model.head(feature)
+                assert scores.logits[row, number] == pytest.approx(float(logit), abs=1e-5)
+                np.testing.assert_allclose(
+                    scores.features[row, number], feature[0].numpy(), atol=2e-3, rtol=2e-3
+                )
+            np.testing.assert_array_equal(scores.content[row], views.content)
+            np.testing.assert_array_equal(scores.boxes[row], views.boxes)
+
+
+def test_an_images_views_do_not_depend_on_other_images(
+    trained: Trained, tiny_splits: dict[str, Path]
+) -> None:
+    model, config = load_classifier(trained.classifier)
+    split = open_split("embed", "val_calib", tiny_splits["val_calib"])
+    grid = ViewGrid(grid=2)
+    whole = score_split_views(model, config.preprocessing, split, grid, 16, CPU)
+    alone = score_split_views(model, config.preprocessing, split.select([11]), grid, 3, CPU)
+    for part, one in zip(whole, alone, strict=True):
+        assert part is not None
+        assert one is not None
+        np.testing.assert_array_equal(part[11], one[0])
 
 
 def test_an_empty_fusion_part(
@@ -58,10 +107,30 @@ def test_an_empty_fusion_part(
 ) -> None:
     model, config = load_classifier(trained.classifier)
     split = open_split("embed", "train", write_split(tmp_path / "train.arrow", 8))
-    logits, features = score_split(model, config.preprocessing, split, 16, CPU)
-    assert (logits.shape, features.shape) == ((0,), (0, 64))
-    path = write_embeddings(tmp_path / "embedded.arrow", split, logits, features)
-    assert len(read_embeddings(path).logits) == 0
+    grid = ViewGrid(grid=2)
+    scores = score_split_views(model, config.preprocessing, split, grid, 16, CPU)
+    assert scores.features is not None
+    assert (scores.logits.shape, scores.features.shape) == ((0, 5), (0, 5, 64))
+    path = write_embeddings(tmp_path / "embedded.arrow", split, view_names(grid), scores)
+    assert len(read_embeddings(path, features=True).logits) == 0
+
+
+def test_images_that_differ_in_their_views_are_refused(
+    trained: Trained, tiny_splits: dict[str, Path], tmp_path: Path
+) -> None:
+    model, config = load_classifier(trained.classifier)
+    split = open_split("embed", "val_calib", tiny_splits["val_calib"]).select(range(4))
+    grid = ViewGrid(grid=2)
+    scores = score_split_views(model, config.preprocessing, split, grid, 5, CPU)
+    path = write_embeddings(tmp_path / "val_calib.arrow", split, view_names(grid), scores)
+    table = read_arrow(path, "embed")
+    swapped = [0, 1, 2, 3, 4, 5, 7, 6, *range(8, 20)]
+    for number, rows in enumerate((list(range(19)), [*range(4), 5, 4, *range(6, 20)], swapped)):
+        part = table.take(rows)
+        broken = tmp_path / f"{number}.arrow"
+        write_arrow(broken, {name: part.column(name) for name in part.column_names})
+        with pytest.raises(UserError, match="images differ in their views; rerun `embed`"):
+            read_embeddings(broken)
 
 
 def test_a_missing_file_names_embed(tmp_path: Path) -> None:
