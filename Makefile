@@ -34,5 +34,5 @@ bench: $(STAMP)  ## ratios against what one would pick instead: make bench ONLY=
 	python -m tests.benchmarks $(ONLY)
 
 clean:  ## remove what can be made again; the DVC cache stays
-	rm -rf data/raw data/splits data/embeddings data/quarantine.csv models/explora models/probe.manifest.json models/classifier models/policy models/bundle models/evaluate.manifest.json models/challenge.manifest.json
+	rm -rf data/raw data/splits data/embeddings data/quarantine.csv models/explora models/probe.manifest.json models/classifier models/cvfm models/policy models/bundle models/evaluate.manifest.json models/challenge.manifest.json
 	rm -rf .streetvision .mypy_cache .ruff_cache .pytest_cache

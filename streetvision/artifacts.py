@@ -73,6 +73,11 @@ class ArtifactSchema:
         return self.root / "models/classifier"
 
     @property
+    def cvfm(self) -> Path:
+        """Folder with fusion's `config.json` and, of a trained mode, `cvfm_weights.pth`."""
+        return self.root / "models/cvfm"
+
+    @property
     def thresholds(self) -> Path:
         """Phase-2 threshold policy."""
         return self.root / "models/policy/thresholds.json"
@@ -115,6 +120,7 @@ class ArtifactSchema:
             "train": "models/classifier",
             "embed": "data/embeddings",
             "sweep": "models/policy",
+            "cvfm": "models/cvfm",
             "calibrate": "models/policy",
             "export": "models/bundle",
             "evaluate": "models",

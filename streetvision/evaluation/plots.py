@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -329,6 +329,27 @@ def plot_reward(rewards: ArrayLike, expected: float) -> Figure:
     ax.set(xlabel="reward", ylabel="share", xlim=(0, 1))
     ax.set_title(f"Reward over {len(paid):,} days of {paid.shape[1]:,} challenges")
     ax.legend(loc="best")
+    return figure
+
+
+@_picture
+def plot_fusion(modes: Mapping[str, Mapping[str, float]], chosen: str) -> Figure:
+    """Log loss and MCC on VAL_SELECT of each fusion mode, with its views; the chosen one stands out."""
+    figure, axes = _figure(8.4, 0.9 + 0.42 * max(len(modes), 3), ncols=2, sharey=True)
+    y = np.arange(len(modes))
+    colours = [ORANGE if mode == chosen else BLUE for mode in modes]
+    panels = (("log_loss", "log loss"), ("mcc", "MCC at p > 0.5"))
+    for ax, (key, title) in zip(axes, panels, strict=True):
+        values = [row[key] for row in modes.values()]
+        ax.barh(y, values, color=colours, height=0.65)
+        for place, value in zip(y, values, strict=True):
+            ax.text(max(value, 0.0), place, f" {value:.3f}", va="center", fontsize=9)
+        ax.set_xlim(min(0.0, *values), 1.15 * max(*values, 1e-3))
+        ax.set_title(title)
+        ax.grid(visible=False, axis="y")
+    axes[0].set_yticks(y, [f"{mode} ({row['views']:g})" for mode, row in modes.items()])
+    axes[0].invert_yaxis()
+    figure.supxlabel("VAL_SELECT; the number of views behind each mode", fontsize=9)
     return figure
 
 
