@@ -19,7 +19,7 @@ from PIL import Image
 
 from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.data.store import open_split
-from streetvision.params import Hardware, Train
+from streetvision.params import Cvfm, Hardware, Train, ViewGrid
 
 torch.set_num_threads(1)
 
@@ -116,9 +116,10 @@ def tiny_train() -> Train:
 
 @dataclass(frozen=True)
 class Trained:
-    """A classifier folder, its policy files and the bundle made of them."""
+    """A classifier folder, fusion of a single view, policy files and the bundle made of them."""
 
     classifier: Path
+    cvfm: Path
     scrc_params: Path
     scrc_pickle: Path
     bundle: Path
@@ -134,6 +135,7 @@ def trained(
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import fit_policy, scrc_document
     from streetvision.models.classifier import save_classifier, score_split
+    from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
     from streetvision.models.training import build_classifier, fit_classifier
 
     folder = tmp_path_factory.mktemp("trained")
@@ -151,12 +153,14 @@ def trained(
     policy, report = fit_policy(logits, calib.labels, calib.groups, 0.5, 200, 7)
     document = scrc_document(policy, report)
     made = Trained(
-        folder / "classifier", folder / "scrc_params.json", folder / "scrc_params.pkl",
+        folder / "classifier", folder / "cvfm", folder / "scrc_params.json", folder / "scrc_params.pkl",
         folder / "bundle",
     )  # fmt: skip
+    save_fusion(Fusion(FusionConfig.of("single", Cvfm(), ViewGrid(), 0)), made.cvfm)
     write_json_atomic(made.scrc_params, document)
     write_bytes_atomic(made.scrc_pickle, dump_policy_pickle(document))
     export_bundle(
-        made.classifier, made.scrc_params, made.scrc_pickle, made.bundle, batch_size=16, make_tar=True
+        made.classifier, made.scrc_params, made.scrc_pickle, made.bundle, cvfm=made.cvfm,
+        batch_size=16, make_tar=True,
     )  # fmt: skip
     return made

@@ -1,4 +1,4 @@
-"""Writing a bundle: model, policy and everything needed to use them, under one manifest."""
+"""Writing a bundle: model, fusion, policy and everything needed to use them, under one manifest."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from streetvision.artifacts import (
 from streetvision.bundle.validate import BUNDLE_JSON, read_bundle, sealed
 from streetvision.data.schema import CLASS_NAMES
 from streetvision.errors import UserError
+from streetvision.models import fusion
 from streetvision.models.classifier import CONFIG, WEIGHTS, ClassifierConfig, load_weights_into
 
 FORMAT_VERSION = 1
@@ -31,6 +32,7 @@ def export_bundle(
     scrc_pickle: Path,
     output: Path,
     *,
+    cvfm: Path,
     batch_size: int,
     make_tar: bool,
 ) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def export_bundle(
     needed = {
         classifier / WEIGHTS: "train",
         classifier / CONFIG: "train",
+        cvfm / fusion.CONFIG: "cvfm",
         scrc_params: "calibrate",
         scrc_pickle: "calibrate",
     }
@@ -58,23 +61,29 @@ def export_bundle(
         raise UserError(f"a bundle needs {', '.join(missing)}")
     config = ClassifierConfig.from_dict(read_json(classifier / CONFIG, "train"))
     model = load_weights_into(config, classifier / WEIGHTS)
+    views = fusion.load_fusion(cvfm, lambda: model.head)
+    copied = [classifier / WEIGHTS, scrc_params, scrc_pickle]
+    if views.network is not None:
+        copied.append(cvfm / fusion.WEIGHTS)
     output.mkdir(parents=True, exist_ok=True)
-    for source in (classifier / WEIGHTS, scrc_params, scrc_pickle):
+    # DVC empties the folder first; by hand an old file would stay.
+    (output / fusion.WEIGHTS).unlink(missing_ok=True)
+    for source in copied:
         write_atomic(output / source.name, partial(shutil.copyfile, source))
     # A plain state dict beside the safetensors file, for tools that read nothing else.
     buffer = io.BytesIO()
     torch.save(dict(model.state_dict()), buffer)
     write_bytes_atomic(output / "model.pth", buffer.getvalue())
-    names = sorted([WEIGHTS, "model.pth", scrc_params.name, scrc_pickle.name])
+    names = sorted(["model.pth", *(source.name for source in copied)])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "policy_type": "scrc",
         "policy": {"policy_type": "scrc", "policy_path": scrc_params.name},
         "model_checkpoint": WEIGHTS,
-        "cvfm_weights": None,
+        "cvfm_weights": fusion.WEIGHTS if views.network is not None else None,
         "classifier": config.to_dict(),
-        "views": {"mode": "single"},
+        "views": views.config.to_dict(),
         "class_names": list(CLASS_NAMES),
         "parameters": parameters,
         "batch_size": batch_size,

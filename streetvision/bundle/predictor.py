@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from streetvision.models.classifier import (
     RoadworkClassifier,
     load_weights_into,
     pick_device,
-    score,
 )
+from streetvision.models.fusion import Fusion, fusion_from
+from streetvision.models.multiview import score_views
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,12 +40,14 @@ class Predictor:
         self,
         model: RoadworkClassifier,
         config: ClassifierConfig,
+        fusion: Fusion,
         policy: Policy,
         batch_size: int,
         device: torch.device,
     ) -> None:
         self.model = model.to(device).eval()
         self.config = config
+        self.fusion = fusion
         self.policy = policy
         self.batch_size = batch_size
         self.device = device
@@ -61,8 +64,10 @@ class Predictor:
         bundle = read_bundle(Path(folder))
         config = ClassifierConfig.from_dict(bundle.document["classifier"])
         model = load_weights_into(config, bundle.model_path)
+        fusion = fusion_from(bundle.document["views"], bundle.fusion_path, lambda: model.head)
         policy = policy_from_document(read_json(bundle.policy_path, "export"))
-        return cls(model, config, policy, int(bundle.document["batch_size"]), pick_device(device))
+        batch_size = int(bundle.document["batch_size"])
+        return cls(model, config, fusion, policy, batch_size, pick_device(device))
 
     def __call__(self, image: Image) -> float:
         """Deployed probability in [0, 1] of one upright image."""
@@ -74,13 +79,9 @@ class Predictor:
         return self.policy.deployed_probability(logits) if len(logits) else logits
 
     def logits(self, images: Iterable[Image]) -> NDArray[np.float64]:
-        """Raw logits [N] of the classifier, before the policy; images are read as they are needed."""
-
-        def inputs() -> Iterator[NDArray[np.uint8]]:
-            for image in images:
-                yield self.config.preprocessing.apply(image)
-
-        found, _features = score(
-            self.model, self.config.preprocessing, inputs(), self.batch_size, self.device
-        )
-        return found.astype(np.float64)
+        """Fused logits [N] of the images' views, before the policy; images are read as they are needed."""
+        scored = score_views(
+            self.model, self.config.preprocessing, images, self.fusion.config.grid,
+            self.batch_size, self.device,
+        )  # fmt: skip
+        return np.concatenate([np.zeros(0), *(self.fusion.fuse(*scores) for scores in scored)])

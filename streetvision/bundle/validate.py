@@ -34,6 +34,11 @@ class BundleManifest:
         """The classifier's weights."""
         return self.folder / str(self.document["model_checkpoint"])
 
+    @property
+    def fusion_path(self) -> Path:
+        """The weights of a trained fusion; the folder where the mode has none."""
+        return self.folder / str(self.document["cvfm_weights"] or "")
+
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """`document` with the hash of its other keys as `sha256`: no other file vouches for it."""
@@ -62,7 +67,10 @@ def read_bundle(folder: Path) -> BundleManifest:
         raise UserError(
             f'{folder / BUNDLE_JSON}: policy_type must be "scrc", the one active policy'
         )
-    _check_files(folder, document["files"], [policy["policy_path"], document["model_checkpoint"]])
+    used = [policy["policy_path"], document["model_checkpoint"]]
+    if document["cvfm_weights"] is not None:
+        used.append(document["cvfm_weights"])
+    _check_files(folder, document["files"], used)
     return BundleManifest(folder, document)
 
 

@@ -50,18 +50,21 @@ def calibration_metrics(
     logits: ArrayLike,
     labels: ArrayLike,
     baseline_threshold: float,
+    single_logits: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """Return the content of `metrics/calibrate.json`.
 
     `before`, `after` and `candidates` (every calibrator at the natural prior) are out of group
     folds; the latter two are left out where folds were impossible. `abstention` is there if the
     policy has one: `n`, `groups` and what is out of fold are then of the groups that it was fitted on.
-    `decision` compares the deployed rule with the phase-2 threshold on single-view logits, at the
-    served prior; both were chosen on these very images, so it shows agreement and is no estimate.
+    `decision` compares the deployed rule with the phase-2 threshold on `single_logits` (for None on
+    `logits`), at the served prior; both were chosen on these very images, so it shows agreement and
+    is no estimate.
     """
     weights = prior_weights(labels, policy.served_prior)
     decided = metrics_at_threshold(policy.deployed_logit(logits), labels, 0.5, weights)
-    baseline = metrics_at_threshold(logits, labels, baseline_threshold, weights)
+    single = logits if single_logits is None else single_logits
+    baseline = metrics_at_threshold(single, labels, baseline_threshold, weights)
     wanted = ("mcc", "accuracy", "fnr", "fpr")
     threshold = {k: v for k, v in report["threshold"].items() if v is not None}
     return {

@@ -161,7 +161,7 @@ def test_the_content_of_the_bundle(trained: Trained) -> None:
 def export(trained: Trained, output: Path, *, make_tar: bool = True) -> dict[str, Any]:
     return export_bundle(
         trained.classifier, trained.scrc_params, trained.scrc_pickle, output,
-        batch_size=16, make_tar=make_tar,
+        cvfm=trained.cvfm, batch_size=16, make_tar=make_tar,
     )  # fmt: skip
 
 
@@ -196,11 +196,12 @@ def test_an_export_without_its_parts_lists_them_all(trained: Trained, tmp_path: 
     with pytest.raises(UserError) as caught:
         export_bundle(
             missing, missing / "scrc_params.json", trained.scrc_pickle, tmp_path / "bundle",
-            batch_size=16, make_tar=False,
+            cvfm=missing / "cvfm", batch_size=16, make_tar=False,
         )  # fmt: skip
     message = str(caught.value)
     for name in ("model.safetensors (stage `train`)", "config.json (stage `train`)"):
         assert name in message
+    assert "config.json (stage `cvfm`)" in message
     assert "scrc_params.json (stage `calibrate`)" in message
     assert "scrc_params.pkl" not in message
     assert not (tmp_path / "bundle").exists()
@@ -325,7 +326,7 @@ def test_export_refuses_weights_that_are_no_numbers(trained: Trained, tmp_path: 
     with pytest.raises(UserError, match=r"not finite, in head.bias"):
         export_bundle(
             tmp_path / "classifier", trained.scrc_params, trained.scrc_pickle, tmp_path / "bundle",
-            batch_size=16, make_tar=False,
+            cvfm=trained.cvfm, batch_size=16, make_tar=False,
         )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ AGREED = {
     "train": {"train", "val_select"},
     "embed": {"train", "val_select", "val_calib"},
     "sweep": {"val_calib"},
+    "cvfm": {"train", "val_select"},
     "calibrate": {"val_calib"},
     "export": set(),
     "evaluate": {"val_test"},
@@ -92,8 +93,9 @@ def test_params_are_the_leaves_of_the_schema() -> None:
 def test_paths_are_those_of_the_schema() -> None:
     paths = ArtifactSchema(Path())
     fixed = {
-        paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds, paths.scrc_params,
-        paths.scrc_pickle, paths.bundle, *(paths.split(name) for name in SPLITS),
+        paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds,
+        paths.scrc_params, paths.scrc_pickle, paths.cvfm, paths.bundle,
+        *(paths.split(name) for name in SPLITS),
         *(paths.embeddings(name) for name in CONTRACT["embed"]),
     }  # fmt: skip
     written = [Path(name) for stage in STAGE.values() for name in outputs(stage)]

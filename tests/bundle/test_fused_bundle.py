@@ -1,0 +1,139 @@
+"""A bundle that fuses views gives the logits that its policy was fitted on, for one image or many."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL.Image import Image
+
+from streetvision.bundle.export import export_bundle
+from streetvision.bundle.predictor import Predictor
+from streetvision.bundle.validate import BUNDLE_JSON
+from streetvision.data.store import open_split
+from streetvision.data.views import ViewScores
+from streetvision.errors import UserError
+from streetvision.models.classifier import load_classifier
+from streetvision.models.fusion import (
+    TRAINED,
+    WEIGHTS,
+    Fusion,
+    FusionConfig,
+    load_fusion,
+    save_fusion,
+)
+from streetvision.models.fusion_training import LabelledViews, fit_fusion
+from streetvision.models.multiview import score_split_views
+from streetvision.params import Cvfm, ViewGrid
+
+if TYPE_CHECKING:
+    from tests.conftest import Trained
+
+GRID = ViewGrid(grid=2)
+SETTINGS = Cvfm(epochs=3, latent_dim=8, attention_dim=8, attention_heads=2)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """VAL_TEST's images, and the scores of theirs and of VAL_SELECT's views."""
+
+    images: list[Image]
+    test: ViewScores
+    select: LabelledViews
+
+
+@pytest.fixture(scope="module")
+def scored(trained: Trained, tiny_splits: dict[str, Path]) -> Scored:
+    model, config = load_classifier(trained.classifier)
+    test = open_split("evaluate", "val_test", tiny_splits["val_test"])
+    select = open_split("embed", "val_select", tiny_splits["val_select"])
+    scores = [
+        score_split_views(model, config.preprocessing, split, GRID, 16, CPU)
+        for split in (test, select)
+    ]
+    images = [test.image(row) for row in range(len(test))]
+    return Scored(images, scores[0], LabelledViews(scores[1], select.labels))
+
+
+def make(mode: str, trained: Trained, scored: Scored) -> Fusion:
+    if mode not in TRAINED:
+        return Fusion(FusionConfig.of(mode, SETTINGS, GRID, 0))
+    head = load_classifier(trained.classifier)[0].head
+    return fit_fusion(mode, SETTINGS, GRID, scored.select, scored.select, head, seed=7).fusion
+
+
+def export(fusion: Fusion, trained: Trained, folder: Path) -> Path:
+    save_fusion(fusion, folder / "cvfm")
+    export_bundle(
+        trained.classifier, trained.scrc_params, trained.scrc_pickle, folder / "bundle",
+        cvfm=folder / "cvfm", batch_size=16, make_tar=True,
+    )  # fmt: skip
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("mode", ["single", "topk_mean", "content_aware", *TRAINED])
+def test_the_bundle_fuses_as_the_policy_was_fitted(
+    mode: str, trained: Trained, scored: Scored, tmp_path: Path
+) -> None:
+    fusion = make(mode, trained, scored)
+    bundle = export(fusion, trained, tmp_path)
+    document = json.loads((bundle / BUNDLE_JSON).read_text())
+    assert document["views"]["mode"] == mode
+    assert (document["cvfm_weights"] is not None) == (mode in TRAINED)
+    assert (WEIGHTS in document["files"]) == (mode in TRAINED) == (bundle / WEIGHTS).is_file()
+    predictor = Predictor.load(bundle, "cpu")
+    expected = fusion.fuse(*scored.test)
+    found = predictor.logits(scored.images)
+    assert expected.std() > 1e-3
+    if mode == "single":  # it computes the global view alone, in other batches
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        return
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    single = [predictor.logits([image])[0] for image in scored.images[:6]]
+    np.testing.assert_allclose(single, expected[:6], atol=1e-9)
+    probabilities = predictor.probabilities(scored.images)
+    deployed = predictor.policy.deployed_probability(expected)
+    np.testing.assert_allclose(probabilities, deployed, atol=1e-12)
+
+
+def test_changed_fusion_weights_are_refused(
+    trained: Trained, scored: Scored, tmp_path: Path
+) -> None:
+    bundle = export(make("mlp", trained, scored), trained, tmp_path)
+    data = bytearray((bundle / WEIGHTS).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / WEIGHTS).write_bytes(data)
+    with pytest.raises(UserError, match=f"{WEIGHTS} was changed after export"):
+        Predictor.load(bundle, "cpu")
+    (bundle / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"{WEIGHTS} is missing"):
+        Predictor.load(bundle, "cpu")
+
+
+def test_an_old_fusion_leaves_nothing_behind(
+    trained: Trained, scored: Scored, tmp_path: Path
+) -> None:
+    export(make("mlp", trained, scored), trained, tmp_path)
+    bundle = export(make("single", trained, scored), trained, tmp_path)
+    assert not (bundle / WEIGHTS).exists()
+    assert not (tmp_path / "cvfm" / WEIGHTS).exists()
+    assert load_fusion(tmp_path / "cvfm", torch.nn.Identity).config.mode == "single"
+
+
+def test_an_export_without_the_fusion_weights(
+    trained: Trained, scored: Scored, tmp_path: Path
+) -> None:
+    save_fusion(make("mlp", trained, scored), tmp_path / "cvfm")
+    (tmp_path / "cvfm" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"{WEIGHTS} does not exist"):
+        export_bundle(
+            trained.classifier, trained.scrc_params, trained.scrc_pickle, tmp_path / "bundle",
+            cvfm=tmp_path / "cvfm", batch_size=16, make_tar=False,
+        )  # fmt: skip
+    assert not (tmp_path / "bundle").exists()
