@@ -219,3 +219,8 @@ def test_parameters_cannot_be_changed() -> None:
 def test_the_shares_by_name_are_those_of_the_fields() -> None:
     fractions = Params().data.fractions
     assert fractions == {"train": 0.6, "val_select": 0.1, "val_calib": 0.15, "val_test": 0.15}
+
+
+def test_attention_heads_divide_its_width() -> None:
+    message = refusal(with_value("cvfm.attention_heads", 5))
+    assert message == "params.yaml: cvfm: attention_dim 64 is not a multiple of attention_heads 5"

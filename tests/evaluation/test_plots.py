@@ -16,6 +16,11 @@ Y = np.arange(200) % 4 // 3
 P = np.clip(0.3 + 0.4 * Y + RNG.normal(0, 0.2, 200), 0, 1)
 PICTURES = [RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8) for _ in range(5)]
 GRID = np.linspace(0, 1, 11)
+MODES = {
+    "single": {"log_loss": 0.3, "mcc": 0.5, "views": 1},
+    "mlp": {"log_loss": 0.2, "mcc": 0.6, "views": 10},
+    "latent": {"log_loss": 0.4, "mcc": -0.1, "views": 10},
+}
 
 CASES = {
     "roc": (lambda: plots.plot_roc(Y, P), (5.2, 5.0)),
@@ -35,6 +40,7 @@ CASES = {
         lambda: plots.plot_threshold_sweep(GRID, GRID, GRID, GRID, GRID, GRID, 0.4),
         (6.4, 6.2),
     ),
+    "fusion": (lambda: plots.plot_fusion(MODES, "mlp"), (8.4, 0.9 + 0.42 * 3)),
 }
 
 
@@ -60,6 +66,7 @@ def test_drawing_leaves_the_configuration_alone():
 def test_pictures_depend_on_the_data():
     assert plots.plot_roc(Y, P) != plots.plot_roc(Y, 1 - P)
     assert plots.plot_reliability(Y, P) != plots.plot_reliability(Y, P, prior_weights(Y, 0.5))
+    assert plots.plot_fusion(MODES, "mlp") != plots.plot_fusion(MODES, "single")
 
 
 def test_reliability_and_confusion_of_one_class_are_drawn():
