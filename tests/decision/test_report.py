@@ -102,6 +102,13 @@ def test_calibration_metrics(seed: int, prior: float) -> None:
         )
         assert found["fnr"] == pytest.approx(np.mean(~decided[labels == 1]), abs=1e-12)
         assert found["fpr"] == pytest.approx(np.mean(decided[labels == 0]), abs=1e-12)
+    # Fused logits are held against the threshold on the single-view logits that it was chosen on.
+    fused = calibration_metrics(report, policy, logits, labels, 0.6, single_logits=logits[::-1])
+    other = 1 / (1 + np.exp(-logits[::-1])) > 0.6
+    assert fused["decision"]["deployed"] == metrics["decision"]["deployed"]
+    assert fused["decision"]["phase_2_threshold"]["fpr"] == pytest.approx(
+        np.mean(other[labels == 0]), abs=1e-12
+    )
     assert metrics["n"] == 240
     assert metrics["groups"] == len(np.unique(groups))
     assert metrics["calibration_prior"] == labels.mean()
