@@ -434,10 +434,10 @@ class Cvfm(Section):
     view_dropout: Fraction = Field(
         0.25, description="share of training images that keep a random number of their tiles only"
     )
-    epochs: Count = Field(60, description="of L-BFGS on the whole fusion part")
+    epochs: Count = Field(40, description="of L-BFGS on the whole fusion part")
     patience_epochs: Count = Field(10, description="stop after so many without a better one")
     weight_decay: Annotated[Number, Field(ge=0)] = Field(
-        0.02, description="half of it times the squared weights is added to the mean loss"
+        0.05, description="half of it times the squared weights is added to the mean loss"
     )
 
     @model_validator(mode="after")
