@@ -273,7 +273,7 @@ class Probe(Section):
 
 
 # Families whose weights are matrices: only these have a PiSSA initialisation.
-_LINEAR_FAMILIES = ("vit_", "deit", "eva", "beit", "street_vit")
+_LINEAR_FAMILIES = ("vit_", "deit", "eva", "beit", "xcit", "street_vit", "street_xcit")
 
 
 class Train(Section):

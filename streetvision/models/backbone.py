@@ -52,6 +52,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         "vit_tiny_patch16_224",
         {"embed_dim": 64, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"},
     ),
+    # A small transformer with a convolutional stem, which a few thousand scenes are enough for.
+    "street_xcit": Architecture(
+        "xcit_nano_12_p8_224", {"embed_dim": 48, "depth": 3, "num_heads": 4}
+    ),
     # MobileNetV2 with TensorFlow's padding and input range, as the folded int8-derived weights want it.
     "mobilenetv2_100_same": Architecture(
         "mobilenetv2_100", {"pad_type": "same"}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)

@@ -202,7 +202,7 @@ def check_test_table(text: str, lines: list[dict[str, Any]], scratch: Path) -> N
     found = list(rows_of(text, 5))
     assert len(found) == 4  # two criteria in two comparisons
     for number, cells in enumerate(found):
-        comparison = ("synthetic-resnet", "synthetic-vit")[number // 2]
+        comparison = ("synthetic-resnet", "synthetic-xcit")[number // 2]
         kind = ("clean", "levels")[number % 2]
         run = next(x for x in lines if (x["comparison"], x["variant"]) == (comparison, cells[1]))
         with np.load(scratch / "sealed" / f"{run['key']}.npz") as stored:
