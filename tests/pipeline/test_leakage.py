@@ -68,7 +68,7 @@ def changed_by_corruption(project: Project, stages: Sequence[str]) -> list[str]:
 @pytest.mark.slow
 def test_test_labels_change_nothing_before_the_report(project: Project) -> None:
     mcc = project.read_json("metrics/evaluation.json")["mcc"]
-    stages = ["train", "embed", "sweep", "cvfm", "calibrate", "export"]
+    stages = ["explora", "probe", "train", "embed", "sweep", "cvfm", "calibrate", "export"]
     assert changed_by_corruption(project, stages) == []
     # And the corruption is one that shows where the labels are read.
     assert set(project.repro()) == {"evaluate", "challenge"}

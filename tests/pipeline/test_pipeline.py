@@ -124,6 +124,8 @@ def test_metrics_have_scalar_leaves(reproduced: Project) -> None:
     files = [p for p in (reproduced / "metrics").glob("*.json") if "manifest" not in p.name]
     assert {p.stem for p in files} == {
         "data",
+        "explora",
+        "probe",
         "train",
         "sweep",
         "cvfm",
@@ -335,9 +337,13 @@ def test_second_repro_runs_nothing(project: Project) -> None:
         ({"hardware": {"workers": 2, "device": "cpu"}}, []),
         ({"data": {"side_px": 40}}, ["prepare"]),
         ({"data": {"shard_images": 60}}, ["ingest"]),
+        ({"explora": {"temperature": 0.2}}, ["explora"]),
+        ({"probe": {"inverse_l2": 1.0}}, ["probe"]),
         ({"train": {"learning_rate": 0.001}}, ["train"]),
+        ({"train": {"backbone": "street_vit"}}, ["explora", "probe", "train"]),
+        ({"compile": {"mode": "max-autotune"}}, ["explora", "train"]),
         ({"views": {"grid": 2}}, ["embed", "cvfm"]),
-        ({"embed": {"batch_size": 32}}, ["embed", "export"]),
+        ({"embed": {"batch_size": 32}}, ["probe", "embed", "export"]),
         ({"cvfm": {"mode": "single"}}, ["cvfm"]),
         ({"sweep": {"n_thresholds": 100}}, ["sweep"]),
         ({"decision": {"served_prior": 0.4}}, ["calibrate", "evaluate", "challenge"]),
