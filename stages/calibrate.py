@@ -9,12 +9,17 @@ from streetvision.artifacts import read_json, write_bytes_atomic, write_json_ato
 
 
 def calibrate(stage: Stage) -> None:
-    """Fused VAL_CALIB logits → `scrc_params.json` and `.pkl`, with the phase-2 threshold as baseline."""
+    """Fused VAL_CALIB logits → `scrc_params.json` and `.pkl`, with the phase-2 threshold as baseline.
+
+    Fitted on the images that `decision.fit_on` names, clean or distorted, and reported on both.
+    """
     from streetvision.data.embeddings import read_embeddings
+    from streetvision.decision.conditions import Condition, conditions_report
     from streetvision.decision.inputs import sigmoid
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import fit_abstaining_policy, fit_policy, scrc_document
     from streetvision.decision.report import calibration_metrics
+    from streetvision.decision.scrc import guarantee_groups
     from streetvision.decision.validator import PolicyValidator
     from streetvision.evaluation.metrics import prior_weights
     from streetvision.evaluation.plots import plot_reliability
@@ -27,49 +32,67 @@ def calibrate(stage: Stage) -> None:
 
         return load_classifier(paths.classifier)[0].head
 
-    source = paths.embeddings("val_calib")
+    sources = {"clean": paths.embeddings("val_calib"), "challenge": paths.challenge_embeddings}
     fusion = load_fusion(paths.cvfm, head)
-    calib = read_embeddings(source, features=fusion.needs_features)
-    logits = fusion.fuse(*calib.scores)
+    found = {
+        name: read_embeddings(source, features=fusion.needs_features)
+        for name, source in sources.items()
+    }
+    conditions = {
+        name: Condition(fusion.fuse(*each.scores), each.labels, each.groups)
+        for name, each in found.items()
+    }
     baseline = read_json(paths.thresholds, "sweep")
     validator = PolicyValidator()
     validator.validate(baseline)
     decision = params.decision
+    logits, labels, groups = conditions[decision.fit_on]
     if decision.abstention == "none":
         policy, report = fit_policy(
-            logits, calib.labels, calib.groups, decision.served_prior, decision.n_resamples,
-            params.seed, decision.calibrator, compare_tiers=True,
+            logits, labels, groups, decision.served_prior, decision.n_resamples, params.seed,
+            decision.calibrator, compare_tiers=True, fit_on=decision.fit_on,
         )  # fmt: skip
     else:
         policy, report = fit_abstaining_policy(
-            logits, calib.labels, calib.groups, decision.served_prior, decision.n_resamples,
-            params.seed, decision.calibrator, compare_tiers=True,
+            logits, labels, groups, decision.served_prior, decision.n_resamples, params.seed,
+            decision.calibrator, compare_tiers=True, fit_on=decision.fit_on,
             method=decision.abstention, control=decision.control, alpha=decision.alpha,
             delta=decision.delta, guarantee_fraction=decision.guarantee_fraction,
         )  # fmt: skip
+        # The groups that hold the guarantee fit nothing in the report either.
+        conditions = {
+            name: each.part(
+                ~guarantee_groups(each.groups, decision.guarantee_fraction, params.seed)
+            )
+            for name, each in conditions.items()
+        }
+    report["conditions"] = conditions_report(
+        conditions, decision.fit_on, decision.served_prior, decision.n_resamples, params.seed,
+        decision.calibrator,
+    )  # fmt: skip
     document = scrc_document(policy, report)
     validator.validate(document)
     write_json_atomic(paths.scrc_params, document)
     write_bytes_atomic(paths.scrc_pickle, dump_policy_pickle(document))
-    metrics = calibration_metrics(
-        report, policy, logits, calib.labels, baseline["threshold"], calib.logits
-    )
+    single = found[decision.fit_on].logits
+    metrics = calibration_metrics(report, policy, logits, labels, baseline["threshold"], single)
     write_json_atomic(paths.metric("calibrate"), metrics)
-    weights = prior_weights(calib.labels, decision.served_prior)
+    weights = prior_weights(labels, decision.served_prior)
+    images = f"VAL_CALIB, {decision.fit_on}"
     plots = {
-        "reliability_before.png": (sigmoid(logits), "VAL_CALIB, before"),
+        "reliability_before.png": (sigmoid(logits), f"{images}, before"),
         "reliability_after.png": (
             policy.calibrated_probability(logits),
-            "VAL_CALIB, after, in sample",
+            f"{images}, after, in sample",
         ),
     }
     outputs = [paths.scrc_params, paths.scrc_pickle, paths.metric("calibrate")]
     for name, (probabilities, title) in plots.items():
-        picture = plot_reliability(calib.labels, probabilities, weights, title)
+        picture = plot_reliability(labels, probabilities, weights, title)
         outputs.append(write_bytes_atomic(paths.plot(name), picture))
     stage.write_manifest(
         stage.config(),
-        [source, paths.thresholds, paths.cvfm, paths.classifier],
+        [*sources.values(), paths.thresholds, paths.cvfm, paths.classifier],
         outputs,
         metrics["decision"]["deployed"],
     )

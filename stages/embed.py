@@ -7,12 +7,16 @@ from streetvision.data.store import CONTRACT
 
 
 def embed(stage: Stage) -> None:
-    """Classifier on TRAIN's fusion part, VAL_SELECT and VAL_CALIB → `data/embeddings`."""
+    """Classifier on TRAIN's fusion part, VAL_SELECT and VAL_CALIB → `data/embeddings`.
+
+    VAL_CALIB is also scored distorted as the validator does.
+    """
+    from streetvision.data.challenge_images import challenge_images
     from streetvision.data.embeddings import write_embeddings
     from streetvision.data.store import open_split
     from streetvision.data.views import view_names
     from streetvision.models.classifier import load_classifier, pick_device
-    from streetvision.models.multiview import score_split_views
+    from streetvision.models.multiview import score_all_views, score_split_views
 
     params, paths = stage.params, stage.paths
     model, config = load_classifier(paths.classifier)
@@ -26,6 +30,15 @@ def embed(stage: Stage) -> None:
             model, config.preprocessing, split, params.views, params.embed.batch_size, device
         )
         written.append(write_embeddings(paths.embeddings(name), split, views, scores))
+    split = open_split("embed", "val_calib", paths.split("val_calib"))
+    repeats = params.embed.challenge_repeats
+    images = challenge_images(
+        split, params.challenge, repeats, params.seed, params.hardware.workers
+    )
+    scores = score_all_views(
+        model, config.preprocessing, images, params.views, params.embed.batch_size, device
+    )
+    written.append(write_embeddings(paths.challenge_embeddings, split, views, scores, repeats))
     inputs = [paths.classifier, *(paths.split(name) for name in CONTRACT["embed"])]
     stage.write_manifest(stage.config(), inputs, written, {})
 

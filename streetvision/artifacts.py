@@ -63,6 +63,11 @@ class ArtifactSchema:
         return self.root / f"data/embeddings/{name}.arrow"
 
     @property
+    def challenge_embeddings(self) -> Path:
+        """Those of VAL_CALIB, distorted as the subnet's validator does."""
+        return self.root / "data/embeddings/val_calib_challenge.arrow"
+
+    @property
     def explora(self) -> Path:
         """Folder with the adapted backbone, its adapter and `config.json`."""
         return self.root / "models/explora"

@@ -396,6 +396,9 @@ class Embed(Section):
     """Cached logits and features."""
 
     batch_size: Count = Field(64, description="images a forward pass")
+    challenge_repeats: Annotated[Integer, Field(ge=1, le=100)] = Field(
+        1, description="distorted versions of each VAL_CALIB image, levels mixed by `challenge`"
+    )
 
 
 class ViewGrid(Section):
@@ -465,6 +468,10 @@ class Sweep(Section):
 class Decision(Section):
     """The deployed decision rule."""
 
+    fit_on: Literal["challenge", "clean"] = Field(
+        "challenge",
+        description="VAL_CALIB images distorted as the validator does, or as they are; both are reported",
+    )
     served_prior: OpenFraction = Field(0.5, description="share of roadwork among served images")
     n_resamples: Annotated[Integer, Field(ge=100)] = Field(
         2000, description="group-bootstrap resamples"

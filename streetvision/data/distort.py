@@ -69,7 +69,7 @@ class Distortion:
 
 
 class Task(NamedTuple):
-    """A stored image to distort, once at each of `levels`, `repeats` times."""
+    """A stored image to distort."""
 
     id: str
     data: bytes
@@ -220,29 +220,70 @@ def challenge_jpegs(
 
     `workers` as in `in_processes`; it changes no byte.
     """
-    chunks = [tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK)]
-    work = partial(
-        _distort_chunk, levels=tuple(levels), repeats=repeats, seed=seed,
-        flip_probability=flip_probability,
-    )  # fmt: skip
-    for made in in_processes(work, chunks, workers):
+    versions = [(level, repeat) for level in levels for repeat in range(repeats)]
+    yield from _distort_all([(task, versions) for task in tasks], seed, flip_probability, workers)
+
+
+def mixed_jpegs(
+    tasks: Sequence[Task],
+    shares: Sequence[float],
+    repeats: int,
+    seed: int,
+    flip_probability: float = 0.0,
+    workers: int = 1,
+) -> Iterator[bytes]:
+    """Yield `repeats` JPEGs for each task, their levels drawn by `mixed_levels`; on all cores."""
+    work = [
+        (task, [(n, k) for k, n in enumerate(mixed_levels(task.id, shares, repeats, seed))])
+        for task in tasks
+    ]
+    yield from _distort_all(work, seed, flip_probability, workers)
+
+
+def mixed_levels(
+    image_id: str, shares: Sequence[float], repeats: int, seed: int
+) -> tuple[int, ...]:
+    """Draw the levels [repeats] of one image, a function of the arguments alone.
+
+    Systematic sampling: each level has its share of the draws in expectation, and among the repeats of
+    one image less than one more or less than that. `shares` of the levels 0 to 3 add up to 1.
+    """
+    start = challenge_rng(seed, image_id, len(LEVELS)).random()  # a stream of no level's own
+    places = (start + np.arange(repeats)) / repeats
+    drawn = np.searchsorted(np.cumsum(shares), places, side="right")
+    last = int(np.flatnonzero(shares)[-1])  # where rounding leaves the sum below 1
+    return tuple(int(level) for level in np.minimum(drawn, last))
+
+
+def open_jpeg(data: bytes) -> Image:
+    """The RGB image of a JPEG."""
+    from PIL import Image as PILImage
+
+    with PILImage.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return image.convert("RGB")
+
+
+# An image, and the level and repetition of each of its versions.
+_Work = tuple[Task, list[tuple[int, int]]]
+
+
+def _distort_all(
+    work: Sequence[_Work], seed: int, flip_probability: float, workers: int
+) -> Iterator[bytes]:
+    chunks = [work[start : start + _CHUNK] for start in range(0, len(work), _CHUNK)]
+    distort_chunk = partial(_distort_chunk, seed=seed, flip_probability=flip_probability)
+    for made in in_processes(distort_chunk, chunks, workers):
         yield from made
 
 
-def _distort_chunk(
-    tasks: Sequence[Task], levels: Sequence[int], repeats: int, seed: int, flip_probability: float
-) -> list[bytes]:
-    from PIL import Image as PILImage
-
+def _distort_chunk(work: Sequence[_Work], seed: int, flip_probability: float) -> list[bytes]:
     made = []
-    for task in tasks:
-        with PILImage.open(io.BytesIO(task.data), formats=("JPEG",)) as stored:
-            image = stored.convert("RGB")
+    for task, versions in work:
+        image = open_jpeg(task.data)
         made += [
             challenge_jpeg(
                 image, level, challenge_rng(seed, task.id, level, repeat), flip_probability
             )
-            for level in levels
-            for repeat in range(repeats)
+            for level, repeat in versions
         ]
     return made

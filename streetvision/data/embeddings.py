@@ -16,7 +16,10 @@ from streetvision.errors import UserError
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Ids, groups and labels [N] of one split's images and the scores of their V views, named in order."""
+    """Ids, groups and labels [N] of one split's images and the scores of their V views, named in order.
+
+    Distorted images are `challenge_id`s of theirs: several may be of one image, under one group.
+    """
 
     ids: NDArray[np.object_]
     groups: NDArray[np.object_]
@@ -30,11 +33,25 @@ class Embeddings:
         return self.scores.logits[:, 0]
 
 
-def write_embeddings(path: Path, split: Split, views: tuple[str, ...], scores: ViewScores) -> Path:
-    """Write one row an image and view: id, group, drive, view, label, logit, content, box, features."""
+def challenge_id(image_id: str, repeat: int) -> str:
+    """Id of one distorted version of an image."""
+    return f"{image_id}#{repeat}"
+
+
+def write_embeddings(
+    path: Path, split: Split, views: tuple[str, ...], scores: ViewScores, repeats: int | None = None
+) -> Path:
+    """Write one row an image and view: id, group, drive, view, label, logit, content, box, features.
+
+    `scores` are of `split`'s images or, with `repeats`, of so many distorted versions of each.
+    """
     if scores.features is None:
         raise ValueError("embeddings hold features")
     n, count, width = scores.features.shape
+    ids = split.ids
+    if repeats is not None:
+        split = split.select(np.repeat(np.arange(len(split)), repeats))
+        ids = np.array([challenge_id(str(name), k) for name in ids for k in range(repeats)], object)
 
     def each(values: NDArray[np.generic], kind: pa.DataType) -> pa.Array:
         return pa.array(np.repeat(values, count), kind)
@@ -43,7 +60,7 @@ def write_embeddings(path: Path, split: Split, views: tuple[str, ...], scores: V
         return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), values.shape[-1])
 
     columns = {
-        "id": each(split.ids, pa.string()),
+        "id": each(ids, pa.string()),
         "group": each(split.groups, pa.string()),
         "drive": each(split.column("drive"), pa.string()),
         "view": pa.array(views * n, pa.string()),

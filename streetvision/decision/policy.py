@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +42,7 @@ from streetvision.decision.inputs import (
     sigmoid,
 )
 from streetvision.decision.scrc import Control, Method, class_weights, guarantee_groups
-from streetvision.decision.threshold import bagged_median_threshold
+from streetvision.decision.threshold import BaggedThreshold, bagged_median_threshold
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics, prior_weights
 
@@ -51,6 +51,8 @@ FloatArray = NDArray[np.float64]
 # What the subnet's validator rounds at; np.round(0.5) is 0, so positive is p > 0.5.
 DECISION_THRESHOLD = 0.5
 REPORTED = ("log_loss", "brier", "ece")
+FitOn = Literal["challenge", "clean"]
+FIT_ON: tuple[FitOn, ...] = ("challenge", "clean")
 # A threshold of 0 or 1 has no finite log-odds.
 THRESHOLD_CLIP = 1e-6
 
@@ -63,7 +65,8 @@ class Policy:
 
     `calibration_prior` and `served_prior` are shares of positives in (0, 1); `threshold_shift` is
     in log-odds. The whole is strictly increasing in the logit. Without `abstention` every image is
-    accepted; it never changes a probability or a decision. UserError if a field is unusable.
+    accepted; it never changes a probability or a decision. `fit_on` says whether the images that
+    all this was fitted on were distorted as a challenge is. UserError if a field is unusable.
     """
 
     calibrator: CalibrationMap
@@ -71,6 +74,7 @@ class Policy:
     served_prior: float
     threshold_shift: float = 0.0
     abstention: Abstention | None = None
+    fit_on: FitOn = "clean"
 
     def __post_init__(self) -> None:
         if not self.calibrator.strictly_increasing:
@@ -86,6 +90,8 @@ class Policy:
         check_prior(self.calibration_prior, "calibration_prior")
         check_prior(self.served_prior, "served_prior")
         check_number(self.threshold_shift, "threshold_shift")
+        if self.fit_on not in FIT_ON:
+            raise UserError(f"fit_on is {self.fit_on!r}; it must be one of {', '.join(FIT_ON)}")
 
     def calibrated_logit(self, logits: ArrayLike, prior: float | None = None) -> FloatArray:
         """Return calibrated log-odds [N] at `prior` (the served one by default), threshold not in.
@@ -131,6 +137,7 @@ def fit_policy(
     calibrator: str = "platt",
     *,
     compare_tiers: bool = False,
+    fit_on: FitOn = "clean",
 ) -> tuple[Policy, dict[str, Any]]:
     """Fit the policy on VAL_CALIB and report what it gains out of fold.
 
@@ -154,6 +161,8 @@ def fit_policy(
     compare_tiers
         Whether the tiers are candidates of the report even if none of them may be chosen: nested
         folds make them dearer than all others.
+    fit_on
+        What the images of these logits were, for the document.
 
     Returns
     -------
@@ -189,19 +198,11 @@ def fit_policy(
     elif calibrator == MULTI_OBJECTIVE:
         kind = choose_multi_objective(values, truth, estimates, served_prior)
 
-    fitted = fit_kind(kind, values, truth, codes, seed, served_prior)
-    check_mean_is_prior(fitted, values, truth)
-    at_half = Policy(fitted, float(truth.mean()), served_prior)
-
-    bagged = bagged_median_threshold(
-        at_half.calibrated_logit(values), truth, codes, n_resamples, seed, served_prior
-    )
+    policy, bagged = fit_rule(values, truth, codes, served_prior, n_resamples, seed, kind)
+    policy = replace(policy, fit_on=fit_on)
     shifted = bagged.excludes(DECISION_THRESHOLD)
-    policy = at_half
     if shifted:
-        threshold = float(np.clip(bagged.median, THRESHOLD_CLIP, 1 - THRESHOLD_CLIP))
-        policy = Policy(fitted, at_half.calibration_prior, served_prior, -_log_odds(threshold))
-        _log.info("threshold %.4f moved to 0.5: its interval excludes 0.5", threshold)
+        _log.info("threshold %.4f moved to 0.5: its interval excludes 0.5", bagged.median)
 
     after = estimates.get(kind)
     if kind != calibrator:
@@ -219,6 +220,31 @@ def fit_policy(
     }
 
 
+def fit_rule(
+    logits: FloatArray,
+    truth: NDArray[np.bool_],
+    groups: ArrayLike,
+    served_prior: float,
+    n_resamples: int,
+    seed: int,
+    calibrator: str,
+) -> tuple[Policy, BaggedThreshold]:
+    """Return the policy of checked logits [N] and truth [N], and the threshold that it moves to 0.5.
+
+    Arguments and errors are those of `fit_policy`, which reports on it besides.
+    """
+    fitted = fit_kind(calibrator, logits, truth, groups, seed, served_prior)
+    check_mean_is_prior(fitted, logits, truth)
+    at_half = Policy(fitted, float(truth.mean()), served_prior)
+    bagged = bagged_median_threshold(
+        at_half.calibrated_logit(logits), truth, groups, n_resamples, seed, served_prior
+    )
+    if not bagged.excludes(DECISION_THRESHOLD):
+        return at_half, bagged
+    threshold = float(np.clip(bagged.median, THRESHOLD_CLIP, 1 - THRESHOLD_CLIP))
+    return replace(at_half, threshold_shift=-_log_odds(threshold)), bagged
+
+
 def fit_abstaining_policy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -234,6 +260,7 @@ def fit_abstaining_policy(
     delta: float,
     guarantee_fraction: float,
     compare_tiers: bool = False,
+    fit_on: FitOn = "clean",
 ) -> tuple[Policy, dict[str, Any]]:
     """Fit the policy on some groups, and its abstention on all others, which hold the guarantee.
 
@@ -257,7 +284,7 @@ def fit_abstaining_policy(
         )
     policy, report = fit_policy(
         values[rest], truth[rest], names[rest], served_prior, n_resamples, seed, calibrator,
-        compare_tiers=compare_tiers,
+        compare_tiers=compare_tiers, fit_on=fit_on,
     )  # fmt: skip
     probability = policy.deployed_probability(values)
     fitted, kept = (Answers(probability[part], truth[part], names[part]) for part in (rest, held))
@@ -319,6 +346,7 @@ def scrc_document(policy: Policy, report: Mapping[str, Any]) -> dict[str, Any]:
             "threshold_shift": policy.threshold_shift,
             "decision_threshold": DECISION_THRESHOLD,
             "abstention": None if policy.abstention is None else policy.abstention.to_dict(),
+            "fit_on": policy.fit_on,
         },
         "metrics": {"before": report["metrics"]["before"], "after": report["metrics"]["after"]},
     }
@@ -337,7 +365,10 @@ def policy_from_document(document: object) -> Policy:
         raise UserError(f"policy_type is {top['policy_type']!r}; scrc is needed")
     numbers = ("calibration_prior", "served_prior", "threshold_shift")
     wanted = {"calibrator", *numbers, "decision_threshold", "abstention"}
-    params = check_keys(top["scrc_params"], wanted, "scrc_params")
+    params = top["scrc_params"]
+    if isinstance(params, Mapping):
+        params = {"fit_on": "clean"} | dict(params)  # what older documents were fitted on
+    params = check_keys(params, wanted | {"fit_on"}, "scrc_params")
     if check_number(params["decision_threshold"], "decision_threshold") != DECISION_THRESHOLD:
         raise UserError(
             f"decision_threshold is {params['decision_threshold']!r}; it must be "
@@ -347,7 +378,7 @@ def policy_from_document(document: object) -> Policy:
     stored = params["abstention"]
     abstention = None if stored is None else Abstention.from_dict(stored)
     calibration_prior, served_prior, shift = (check_number(params[name], name) for name in numbers)
-    return Policy(calibrator, calibration_prior, served_prior, shift, abstention)
+    return Policy(calibrator, calibration_prior, served_prior, shift, abstention, params["fit_on"])
 
 
 def _log_odds(probability: float) -> float:

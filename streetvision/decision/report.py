@@ -57,9 +57,11 @@ def calibration_metrics(
     `before`, `after` and `candidates` (every calibrator at the natural prior) are out of group
     folds; the latter two are left out where folds were impossible. `abstention` is there if the
     policy has one: `n`, `groups` and what is out of fold are then of the groups that it was fitted on.
-    `decision` compares the deployed rule with the phase-2 threshold on `single_logits` (for None on
-    `logits`), at the served prior; both were chosen on these very images, so it shows agreement and
-    is no estimate.
+    `fit_on` says which images `logits` are of: clean ones, or distorted ones. `on_clean` and
+    `on_challenge` (`report["conditions"]`, of `conditions_report`) are what to expect of the deployed
+    rule on either. `decision` compares it with the phase-2 threshold on `single_logits` (for None on
+    `logits`), at the served prior; it was chosen on these very images, and so was that threshold if
+    they are clean, so this shows agreement and is no estimate.
     """
     weights = prior_weights(labels, policy.served_prior)
     decided = metrics_at_threshold(policy.deployed_logit(logits), labels, 0.5, weights)
@@ -73,9 +75,11 @@ def calibration_metrics(
         "folds": report["n_folds"],
         "calibration_prior": report["calibration_prior"],
         "served_prior": report["served_prior"],
+        "fit_on": policy.fit_on,
         "threshold": threshold,
         **{name: values for name, values in report["metrics"].items() if values is not None},
         **({"candidates": report["candidates"]} if report["candidates"] else {}),
+        **report.get("conditions", {}),
         **({"abstention": report["abstention"]} if "abstention" in report else {}),
         "decision": {
             "deployed": {name: decided[name] for name in wanted},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from streetvision.artifacts import write_bytes_atomic, write_json_atomic
-from streetvision.data.distort import LEVELS, SIDE, Task, challenge_jpegs
+from streetvision.data.distort import LEVELS, SIDE, Task, challenge_jpegs, open_jpeg
 from streetvision.data.store import Split
 from streetvision.evaluation.bootstrap import (
     Interval,
@@ -25,8 +24,6 @@ from streetvision.evaluation.reward import beats_rival, reward_moments, simulate
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from streetvision.bundle.predictor import Predictor
     from streetvision.params import Challenge
 
@@ -70,7 +67,7 @@ def challenge_split(
     jpegs = challenge_jpegs(
         tasks, levels, challenge.repeats, seed, challenge.flip_probability, workers
     )
-    scored = predictor.probabilities(map(_decode, progress(jpegs, total, "scoring")))
+    scored = predictor.probabilities(map(open_jpeg, progress(jpegs, total, "scoring")))
     probabilities = scored.reshape(len(split), len(levels), challenge.repeats)
     return challenge_report(
         split.labels, probabilities, split.groups, levels, challenge, served_prior, seed
@@ -156,13 +153,6 @@ def write_challenge(found: ChallengeReport, report: Path, plots: Path) -> list[P
     """Write the report and the plots; returns the files."""
     written = [write_bytes_atomic(plots / name, data) for name, data in found.plots.items()]
     return [*written, write_json_atomic(report, found.report)]
-
-
-def _decode(data: bytes) -> Image:
-    from PIL import Image as PILImage
-
-    with PILImage.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        return image.convert("RGB")
 
 
 def _overall(

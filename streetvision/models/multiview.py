@@ -56,6 +56,18 @@ def score_split_views(
 ) -> ViewScores:
     """Scores of all images of a split, in its order."""
     images = (split.image(row) for row in progress(range(len(split)), len(split), split.name))
+    return score_all_views(model, preprocessing, images, grid, batch_size, device)
+
+
+def score_all_views(
+    model: RoadworkClassifier,
+    preprocessing: Preprocessing,
+    images: Iterable[Image],
+    grid: ViewGrid,
+    batch_size: int,
+    device: torch.device,
+) -> ViewScores:
+    """What `score_views` yields, in one piece."""
     parts = list(score_views(model, preprocessing, images, grid, batch_size, device))
     if not parts:
         count = len(view_names(grid))

@@ -30,6 +30,8 @@ from streetvision.data.distort import (
     distort,
     down_and_up,
     draw,
+    mixed_jpegs,
+    mixed_levels,
     saturate,
 )
 from streetvision.errors import UserError
@@ -277,3 +279,32 @@ def test_a_challenge_depends_on_no_order_and_no_workers() -> None:
         data for n in range(40) for data in found[8 * n + 4 : 8 * n + 6]
     ]
     assert list(challenge_jpegs(tasks[:1], [3], 1, 8)) != [found[6]]
+
+
+@pytest.mark.parametrize(
+    ("shares", "repeats"),
+    [((0.25,) * 4, 1), ((0.25,) * 4, 4), ((0.1, 0.6, 0, 0.3), 3), ((0, 0, 0, 1), 2)],
+)
+def test_levels_are_mixed_by_their_shares(shares: tuple[float, ...], repeats: int) -> None:
+    drawn = np.array([mixed_levels(str(i), shares, repeats, 3) for i in range(N)])
+    assert drawn.shape == (N, repeats)
+    for level, share in enumerate(shares):
+        counts = (drawn == level).sum(axis=1)
+        # No image has one more or less than its share of the repeats.
+        assert (np.abs(counts - share * repeats) < 1).all()
+        deviation = np.sqrt(share * (1 - share) / (N * repeats))
+        assert abs((drawn == level).mean() - share) <= 4 * deviation
+    assert mixed_levels("7", shares, repeats, 3) == tuple(drawn[7])
+
+
+def test_a_mixture_draws_from_the_challenges_of_its_levels() -> None:
+    data = io.BytesIO()
+    picture(48, 36).save(data, "JPEG")
+    tasks = [Task(f"image-{number}", data.getvalue()) for number in range(40)]
+    shares = (0.1, 0.2, 0.3, 0.4)
+    found = list(mixed_jpegs(tasks, shares, 2, 7))
+    assert list(mixed_jpegs(tasks, shares, 2, 7, workers=2)) == found
+    every = list(challenge_jpegs(tasks, LEVELS, 2, 7))
+    for number, task in enumerate(tasks):
+        for repeat, level in enumerate(mixed_levels(task.id, shares, 2, 7)):
+            assert found[2 * number + repeat] == every[8 * number + 2 * level + repeat]

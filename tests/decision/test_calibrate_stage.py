@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
 from scipy.special import expit
 
 from stages.calibrate import calibrate
@@ -22,10 +23,28 @@ from streetvision.decision.policy import policy_from_document
 from streetvision.decision.report import sweep_thresholds
 from streetvision.decision.validator import PolicyValidator
 from streetvision.errors import UserError
-from streetvision.params import check_params
+from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
+from streetvision.params import Cvfm, ViewGrid, check_params
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = 1200
+
+
+def embeddings(
+    logits: NDArray[Any], labels: NDArray[Any], groups: NDArray[Any], repeats: int
+) -> dict[str, pa.Array]:
+    """Columns of single views, features left out."""
+    boxes = np.tile([0.0, 0.0, 1.0, 1.0], len(logits))
+    return {
+        "id": pa.array([f"{i // repeats}#{i % repeats}" for i in range(len(logits))]),
+        "group": pa.array([f"g{g}" for g in groups]),
+        "drive": pa.array([f"d{i // repeats % 120}" for i in range(len(logits))]),
+        "view": pa.array(["global"] * len(logits)),
+        "label": pa.array(labels.astype(np.int8)),
+        "logit": pa.array(logits.astype(np.float32)),
+        "content": pa.array(np.full(len(logits), 64)),
+        "box": pa.FixedSizeListArray.from_arrays(pa.array(boxes), 4),
+    }
 
 
 @pytest.fixture
@@ -36,14 +55,13 @@ def project(tmp_path: Path) -> ArtifactSchema:
     logits = rng.normal(1, 6, ROWS).astype(np.float32)
     labels = rng.random(ROWS) < expit(0.7 * logits)
     groups = np.arange(ROWS) % 60
-    columns = {
-        "id": pa.array([str(i) for i in range(ROWS)]),
-        "group": pa.array([f"g{g}" for g in groups]),
-        "label": pa.array(labels.astype(np.int8)),
-        "logit": pa.array(logits),
-        "features": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(ROWS, np.float16)), 1),
-    }
-    write_arrow(paths.embeddings("val_calib"), columns)
+    write_arrow(paths.embeddings("val_calib"), embeddings(logits, labels, groups, 1))
+    # Distorted, logits are half as large and lower.
+    often = np.arange(ROWS).repeat(2)
+    moved = logits[often] / 2 - 3 + rng.normal(0, 0.3, 2 * ROWS)
+    write_arrow(paths.challenge_embeddings, embeddings(moved, labels[often], groups[often], 2))
+    save_fusion(Fusion(FusionConfig.of("single", Cvfm(), ViewGrid(), 0)), paths.cvfm)
+    (paths.classifier).mkdir(parents=True)
     document, _ = sweep_thresholds(
         logits, labels, groups, n_thresholds=11, selection="exact", n_resamples=100, seed=0,
         split_used="val_calib",
@@ -57,6 +75,35 @@ def run(paths: ArtifactSchema, **decision: Any) -> tuple[dict[str, Any], dict[st
     calibrate(Stage("calibrate", params, paths))
     document = read_json(paths.scrc_params, "calibrate")
     return document, json.loads(paths.metric("calibrate").read_text())
+
+
+@pytest.mark.parametrize("abstention", ["none", "scrc_t"])
+def test_the_policy_is_fitted_on_the_images_that_are_named(
+    project: ArtifactSchema, abstention: str
+) -> None:
+    found = {
+        fit_on: run(project, fit_on=fit_on, abstention=abstention, alpha=0.25)
+        for fit_on in ("challenge", "clean")
+    }
+    assert run(project, abstention=abstention, alpha=0.25) == found["challenge"]  # the default
+    half = 1 if abstention == "none" else 2
+    slopes = {}
+    for fit_on, (document, metrics) in found.items():
+        policy = policy_from_document(document)
+        assert document["scrc_params"]["fit_on"] == metrics["fit_on"] == policy.fit_on == fit_on
+        slopes[fit_on] = policy.calibrator.to_dict()["slope"]
+        assert metrics["on_clean"]["n"] == ROWS // half
+        assert metrics["on_challenge"]["n"] == 2 * ROWS // half
+        assert metrics["n"] == metrics[f"on_{fit_on}"]["n"]
+        # What is expected of the groups that were left out is near to what the fit itself says.
+        assert metrics["after"]["served"]["log_loss"] == pytest.approx(
+            metrics[f"on_{fit_on}"]["log_loss"], abs=0.02
+        )
+    assert slopes["challenge"] == pytest.approx(2 * slopes["clean"], rel=0.15)
+    for metric in ("log_loss", "ece"):
+        for name, other in (("clean", "challenge"), ("challenge", "clean")):
+            own, foreign = found[name][1][f"on_{name}"], found[other][1][f"on_{name}"]
+            assert own[metric] < foreign[metric]
 
 
 def test_abstention_is_off_and_costs_nothing(project: ArtifactSchema) -> None:

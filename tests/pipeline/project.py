@@ -29,7 +29,7 @@ STAGES = (
 EMBEDDINGS = {
     "sweep": ["val_calib"],
     "cvfm": ["train", "val_select"],
-    "calibrate": ["val_calib"],
+    "calibrate": ["val_calib", "val_calib_challenge"],
 }
 # What runs leave beside the results: no part of a fresh project.
 _MADE = ("metrics/", "dvc.lock")
@@ -187,7 +187,7 @@ def contract_violations(document: Mapping[str, Any]) -> list[str]:
             ("embeddings", EMBEDDINGS.get(name, [])),
         ):
             wanted = {f"data/{folder}/{split}.arrow" for split in declared}
-            every = {f"data/{folder}/{split}.arrow" for split in SPLITS}
+            every = {f"data/{folder}/{split}.arrow" for split in (*SPLITS, "val_calib_challenge")}
             listed = every & set(stage["deps"])
             found += [f"{name} lists {path}, not declared" for path in sorted(listed - wanted)]
             found += [f"{name} declares {path}, not listed" for path in sorted(wanted - listed)]

@@ -39,7 +39,7 @@ AGREED = {
     "embed": {"train", "val_select", "val_calib"},
     "sweep": {"val_calib"},
     "cvfm": {"train", "val_select"},
-    "calibrate": {"val_calib"},
+    "calibrate": {"val_calib", "val_calib_challenge"},
     "export": set(),
     "evaluate": {"val_test"},
     "challenge": {"val_test"},
@@ -95,6 +95,7 @@ def test_paths_are_those_of_the_schema() -> None:
     fixed = {
         paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds,
         paths.scrc_params, paths.scrc_pickle, paths.cvfm, paths.bundle,
+        paths.challenge_embeddings,
         *(paths.split(name) for name in SPLITS),
         *(paths.embeddings(name) for name in CONTRACT["embed"]),
     }  # fmt: skip

@@ -1,0 +1,29 @@
+"""A split's images as the validator would send them: levels mixed, distorted, through a JPEG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from streetvision.data.distort import Task, mixed_jpegs, open_jpeg
+from streetvision.data.store import Split
+from streetvision.progress import progress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from streetvision.params import Challenge
+
+
+def challenge_images(
+    split: Split, challenge: Challenge, repeats: int, seed: int, workers: int
+) -> Iterator[Image]:
+    """Yield `repeats` distorted versions, 224 × 224 pixels, of each image in the split's order.
+
+    Their levels are mixed by `challenge.level_shares`; seed, image id and repetition determine them.
+    """
+    tasks = [Task(str(name), split.image_bytes(row)) for row, name in enumerate(split.ids)]
+    jpegs = mixed_jpegs(
+        tasks, challenge.level_shares, repeats, seed, challenge.flip_probability, workers
+    )
+    yield from map(open_jpeg, progress(jpegs, len(tasks) * repeats, f"{split.name}, distorted"))
