@@ -39,7 +39,9 @@ def calibrate(stage: Stage) -> None:
         for name, source in sources.items()
     }
     conditions = {
-        name: Condition(fusion.fuse(*each.scores), each.labels, each.groups)
+        name: Condition(
+            fusion.fuse(*each.scores), each.labels, each.units(params.decision.exchangeable_unit)
+        )
         for name, each in found.items()
     }
     baseline = read_json(paths.thresholds, "sweep")
@@ -58,6 +60,7 @@ def calibrate(stage: Stage) -> None:
             decision.calibrator, compare_tiers=True, fit_on=decision.fit_on,
             method=decision.abstention, control=decision.control, alpha=decision.alpha,
             delta=decision.delta, guarantee_fraction=decision.guarantee_fraction,
+            unit=decision.exchangeable_unit,
         )  # fmt: skip
         # The groups that hold the guarantee fit nothing in the report either.
         conditions = {
@@ -66,6 +69,7 @@ def calibrate(stage: Stage) -> None:
             )
             for name, each in conditions.items()
         }
+    report["exchangeable_unit"] = decision.exchangeable_unit
     report["conditions"] = conditions_report(
         conditions, decision.fit_on, decision.served_prior, decision.n_resamples, params.seed,
         decision.calibrator,

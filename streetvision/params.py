@@ -485,6 +485,11 @@ class Decision(Section):
         "group folds; tier_1 to tier_3: ensembles; multi_objective: of all these the lowest ECE that "
         "keeps MCC and FNR; temperature, isotonic and venn_abers are reported but cannot be deployed",
     )  # fmt: skip
+    exchangeable_unit: Literal["group", "drive"] = Field(
+        "group",
+        description="what folds, intervals and promises count; there are more drives than groups, but "
+        "they take the drives of one group for independent, so that a new group may break them",
+    )
     abstention: Literal["none", "scrc_t", "scrc_i"] = Field(
         "none",
         description="accept confident images only, with a promise on the risk among them: scrc_t in "

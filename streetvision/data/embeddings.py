@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +17,22 @@ from streetvision.errors import UserError
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Ids, groups and labels [N] of one split's images and the scores of their V views, named in order.
+    """Ids, groups, drives and labels [N] of one split's images and the scores of their V views, named in order.
 
-    Distorted images are `challenge_id`s of theirs: several may be of one image, under one group.
+    A drive's name holds its group's: where drives are not known, the group is one drive.
+    Distorted images have `challenge_id`s: several may be of one image, in its group.
     """
 
     ids: NDArray[np.object_]
     groups: NDArray[np.object_]
+    drives: NDArray[np.object_]
     labels: NDArray[np.int64]
     views: tuple[str, ...]
     scores: ViewScores
+
+    def units(self, kind: Literal["group", "drive"]) -> NDArray[np.object_]:
+        """Unit of each image [N] that counts as exchangeable or independent: its group or its drive."""
+        return self.groups if kind == "group" else self.drives
 
     @property
     def logits(self) -> NDArray[np.float64]:
@@ -107,6 +114,11 @@ def read_embeddings(path: Path, *, features: bool = False) -> Embeddings:
         content=column("content").astype(np.int64),
         boxes=column("box").astype(np.float64),
     )
-    groups = np.array(table.column("group").to_pylist(), dtype=object)
+    groups, drives = (table.column(name).to_pylist()[::count] for name in ("group", "drive"))
+    drives = [
+        group if drive is None else f"{group}/{drive}"
+        for group, drive in zip(groups, drives, strict=True)
+    ]
+    by_group, by_drive = (np.array(names, dtype=object) for names in (groups, drives))
     labels = column("label")[:, 0].astype(np.int64)
-    return Embeddings(ids[::count], groups[::count], labels, views, scores)
+    return Embeddings(ids[::count], by_group, by_drive, labels, views, scores)

@@ -13,8 +13,10 @@ from streetvision.decision.inputs import check_keys, check_number
 from streetvision.decision.scrc import (
     CONTROLS,
     METHODS,
+    UNITS,
     Control,
     Method,
+    Unit,
     alpha_limit,
     candidate_thresholds,
     check_level,
@@ -30,6 +32,11 @@ from streetvision.errors import UserError
 FloatArray = NDArray[np.float64]
 
 _RISKS: dict[Control, str] = {"error": "share of errors", "fnr": "share of missed positives"}
+# What a unit smaller than the group takes for granted.
+_WEAKER: dict[Unit, str] = {
+    "group": "",
+    "drive": "; drives of one group are taken for independent, which a new group may break",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Abstention:
 
     `min_confidence` is in [0, ½], or None where the level could not be promised: nothing is
     accepted then. `alpha` is the level of the risk `control`; `delta` belongs to `scrc_i` alone;
-    `n_groups` groups hold the guarantee. UserError if a field is unusable.
+    `n_groups` units of the kind `unit` hold the guarantee. UserError if a field is unusable.
     """
 
     method: Method
@@ -47,6 +54,7 @@ class Abstention:
     delta: float | None
     n_groups: int
     min_confidence: float | None
+    unit: Unit = "group"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -54,6 +62,10 @@ class Abstention:
         if self.control not in CONTROLS:
             raise UserError(
                 f"abstention.control {self.control!r} is not one of {', '.join(CONTROLS)}"
+            )
+        if self.unit not in UNITS:
+            raise UserError(
+                f"abstention.exchangeable_unit is {self.unit!r}; it must be one of {', '.join(UNITS)}"
             )
         check_level(check_number(self.alpha, "abstention.alpha"), "abstention.alpha")
         if (self.delta is None) != (self.method == "scrc_t"):
@@ -85,19 +97,22 @@ class Abstention:
         """What is promised, in a sentence."""
         if self.min_confidence is None:
             return (
-                f"none: {self.n_groups} groups cannot promise the level {self.alpha:g}; "
+                f"none: {self.n_groups} {self.unit}s cannot promise the level {self.alpha:g}; "
                 "nothing is accepted"
             )
-        risk = f"the {_RISKS[self.control]} among accepted images of a new group"
+        risk = f"the {_RISKS[self.control]} among accepted images of a new {self.unit}"
         if self.delta is None:
-            return (
-                f"{risk}, over the mean accepted share of all groups, is at most {self.alpha:g} "
-                "in expectation, if the new group is exchangeable with those that hold the guarantee"
+            promise = (
+                f"{risk}, over the mean accepted share of all {self.unit}s, is at most {self.alpha:g} "
+                f"in expectation, if the new {self.unit} is exchangeable with those that hold the "
+                "guarantee"
             )
-        return (
-            f"{risk} is at most {self.alpha:g} in the long run, with probability "
-            f"{1 - self.delta:g} over independent groups that hold the guarantee"
-        )
+        else:
+            promise = (
+                f"{risk} is at most {self.alpha:g} in the long run, with probability "
+                f"{1 - self.delta:g} over independent {self.unit}s that hold the guarantee"
+            )
+        return promise + _WEAKER[self.unit]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, the exchangeable unit and the guarantee in words, ready for JSON."""
@@ -106,7 +121,7 @@ class Abstention:
             "control": self.control,
             "alpha": self.alpha,
             "delta": self.delta,
-            "exchangeable_unit": "group",
+            "exchangeable_unit": self.unit,
             "n_groups": self.n_groups,
             "min_confidence": self.min_confidence,
             "guarantee": self.guarantee,
@@ -117,12 +132,7 @@ class Abstention:
         """Return what `to_dict` described; UserError names a missing or wrong key."""
         fields = ("method", "control", "alpha", "delta", "n_groups", "min_confidence")
         values = check_keys(document, {*fields, "exchangeable_unit", "guarantee"}, "abstention")
-        if values["exchangeable_unit"] != "group":
-            raise UserError(
-                f"abstention.exchangeable_unit is {values['exchangeable_unit']!r}; "
-                "only group is supported"
-            )
-        found = cls(**{name: values[name] for name in fields})
+        found = cls(**{name: values[name] for name in fields}, unit=values["exchangeable_unit"])
         if values["guarantee"] != found.guarantee:
             raise UserError(
                 f"abstention.guarantee is {values['guarantee']!r}, but the other keys promise "
@@ -148,6 +158,7 @@ def fit_abstention(
     control: Control,
     alpha: float,
     delta: float,
+    unit: Unit = "group",
 ) -> tuple[Abstention, Mapping[str, Any]]:
     """Return the band, and what it accepts and could promise.
 
@@ -161,6 +172,8 @@ def fit_abstention(
         Of a negative and of a positive image (`scrc.class_weights`).
     method, control, alpha, delta
         As in `Abstention`; `delta` is not used by `scrc_t`.
+    unit
+        What `groups` of both are.
 
     Returns
     -------
@@ -175,7 +188,7 @@ def fit_abstention(
     used = None if method == "scrc_t" else delta
     chosen = scrc_t(risks, alpha) if used is None else scrc_i(risks, alpha, used)
     least = None if chosen is None else float(thresholds[chosen])
-    abstention = Abstention(method, control, alpha, used, risks.n_groups, least)
+    abstention = Abstention(method, control, alpha, used, risks.n_groups, least, unit)
     accepted, wrong = risks.accepted.sum(axis=0), risks.wrong.sum(axis=0)
     needed = groups_needed(risks, alpha, used)
     return abstention, {

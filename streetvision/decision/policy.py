@@ -41,7 +41,7 @@ from streetvision.decision.inputs import (
     check_scores,
     sigmoid,
 )
-from streetvision.decision.scrc import Control, Method, class_weights, guarantee_groups
+from streetvision.decision.scrc import Control, Method, Unit, class_weights, guarantee_groups
 from streetvision.decision.threshold import BaggedThreshold, bagged_median_threshold
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics, prior_weights
@@ -259,6 +259,7 @@ def fit_abstaining_policy(
     alpha: float,
     delta: float,
     guarantee_fraction: float,
+    unit: Unit = "group",
     compare_tiers: bool = False,
     fit_on: FitOn = "clean",
 ) -> tuple[Policy, dict[str, Any]]:
@@ -290,7 +291,7 @@ def fit_abstaining_policy(
     fitted, kept = (Answers(probability[part], truth[part], names[part]) for part in (rest, held))
     abstention, found = fit_abstention(
         fitted, kept, class_weights(policy.calibration_prior, served_prior),
-        method=method, control=control, alpha=alpha, delta=delta,
+        method=method, control=control, alpha=alpha, delta=delta, unit=unit,
     )  # fmt: skip
     if not found["promised"]:
         _log.warning("abstention: %s", abstention.guarantee)

@@ -57,6 +57,7 @@ def calibration_metrics(
     `before`, `after` and `candidates` (every calibrator at the natural prior) are out of group
     folds; the latter two are left out where folds were impossible. `abstention` is there if the
     policy has one: `n`, `groups` and what is out of fold are then of the groups that it was fitted on.
+    `groups` counts units of the kind `exchangeable_unit`.
     `fit_on` says which images `logits` are of: clean ones, or distorted ones. `on_clean` and
     `on_challenge` (`report["conditions"]`, of `conditions_report`) are what to expect of the deployed
     rule on either. `decision` compares it with the phase-2 threshold on `single_logits` (for None on
@@ -72,6 +73,7 @@ def calibration_metrics(
     return {
         "n": report["n"],
         "groups": report["n_groups"],
+        "exchangeable_unit": report.get("exchangeable_unit", "group"),
         "folds": report["n_folds"],
         "calibration_prior": report["calibration_prior"],
         "served_prior": report["served_prior"],

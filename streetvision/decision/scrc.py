@@ -48,9 +48,11 @@ from streetvision.errors import UserError
 FloatArray = NDArray[np.float64]
 Method = Literal["scrc_t", "scrc_i"]
 Control = Literal["error", "fnr"]
+Unit = Literal["group", "drive"]
 
 METHODS: tuple[Method, ...] = ("scrc_t", "scrc_i")
 CONTROLS: tuple[Control, ...] = ("error", "fnr")
+UNITS: tuple[Unit, ...] = ("group", "drive")
 # Shares of the fitted images that the thresholds of the list accept.
 ACCEPTED_SHARES = np.linspace(0.05, 1.0, 20)
 # Bets as shares of the largest possible one, which a wholly wrong group ruins. It has half of the

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -39,6 +40,9 @@ def test_round_trip(
     np.testing.assert_array_equal(found.ids, split.ids)
     np.testing.assert_array_equal(found.groups, split.groups)
     np.testing.assert_array_equal(found.labels, split.labels)
+    by_drive = [f"{g}/{d}" for g, d in zip(split.groups, split.column("drive"), strict=True)]
+    assert found.units("drive").tolist() == by_drive
+    assert found.units("group") is found.groups
     for read, written in zip(found.scores, scores, strict=True):
         assert read is not None
         assert written is not None
@@ -131,6 +135,22 @@ def test_images_that_differ_in_their_views_are_refused(
         write_arrow(broken, {name: part.column(name) for name in part.column_names})
         with pytest.raises(UserError, match="images differ in their views; rerun `embed`"):
             read_embeddings(broken)
+
+
+def test_a_group_without_drives_is_one_drive(tmp_path: Path) -> None:
+    n = 4
+    columns = {
+        "id": pa.array([str(i) for i in range(n)]),
+        "group": pa.array(["a", "a", "b", "b"]),
+        "drive": pa.array([None, "1", None, "1"]),
+        "view": pa.array(["global"] * n),
+        "label": pa.array([0, 1, 0, 1], pa.int8()),
+        "logit": pa.array(np.zeros(n, np.float32)),
+        "content": pa.array([1] * n),
+        "box": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(4 * n)), 4),
+    }
+    found = read_embeddings(write_arrow(tmp_path / "some.arrow", columns))
+    assert found.drives.tolist() == ["a", "a/1", "b", "b/1"]
 
 
 def test_a_missing_file_names_embed(tmp_path: Path) -> None:

@@ -179,7 +179,11 @@ def test_the_document_is_complete(band: Abstention) -> None:
         ("n_groups", 0, "abstention.n_groups is 0"),
         ("n_groups", 2.5, "abstention.n_groups is 2.5"),
         ("min_confidence", 0.6, r"abstention.min_confidence is 0.6; it must be in \[0, 0.5\]"),
-        ("exchangeable_unit", "image", "exchangeable_unit is 'image'; only group"),
+        (
+            "exchangeable_unit",
+            "image",
+            "exchangeable_unit is 'image'; it must be one of group, drive",
+        ),
         ("guarantee", "always right", "abstention.guarantee is 'always right', but the other keys"),
         ("beta", 1, "abstention has unknown beta"),
     ],
@@ -195,6 +199,23 @@ def test_document_errors_name_the_key(key: str, value: Any, message: str) -> Non
     if key != "beta":
         with pytest.raises(UserError, match=f"abstention lacks {key}"):
             policy_from_document(document)
+
+
+@pytest.mark.parametrize("method", ["scrc_t", "scrc_i"])
+@pytest.mark.parametrize("least", [0.2, None])
+def test_drives_as_units_say_what_they_take_for_granted(method: Any, least: float | None) -> None:
+    delta = None if method == "scrc_t" else 0.1
+    band = Abstention(method, "error", 0.05, delta, 40, least, "drive")
+    group = Abstention(method, "error", 0.05, delta, 40, least)
+    document = json.loads(json.dumps(band.to_dict()))
+    assert document["exchangeable_unit"] == "drive"
+    assert Abstention.from_dict(document) == band != group
+    assert ("taken for independent" in band.guarantee) == (least is not None)
+    assert "group" not in band.guarantee.split(";")[0]
+    assert "independent, which" not in group.guarantee
+    # The promise of groups may not be claimed for drives.
+    with pytest.raises(UserError, match=r"abstention\.guarantee is"):
+        Abstention.from_dict(document | {"exchangeable_unit": "group"})
 
 
 def test_one_class_left_to_fit_is_the_users_problem() -> None:

@@ -106,6 +106,17 @@ def test_the_policy_is_fitted_on_the_images_that_are_named(
             assert own[metric] < foreign[metric]
 
 
+def test_drives_may_be_the_units(project: ArtifactSchema) -> None:
+    for unit, found in (("group", 60), ("drive", 120)):
+        _, metrics = run(project, exchangeable_unit=unit)
+        assert metrics["groups"] == metrics["threshold"]["n_groups"] == found
+        assert metrics["exchangeable_unit"] == unit
+        document, metrics = run(project, exchangeable_unit=unit, abstention="scrc_t", alpha=0.25)
+        band = document["scrc_params"]["abstention"]
+        assert band["exchangeable_unit"] == unit
+        assert band["n_groups"] == metrics["abstention"]["groups"] == found // 2
+
+
 def test_abstention_is_off_and_costs_nothing(project: ArtifactSchema) -> None:
     document, metrics = run(project)
     assert document["scrc_params"]["abstention"] is None

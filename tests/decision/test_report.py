@@ -117,7 +117,7 @@ def test_calibration_metrics(seed: int, prior: float) -> None:
     for values in metrics["candidates"].values():
         assert set(values) == {"log_loss", "brier", "ece", "deployable", "deployed"}
     for leaf in flat(metrics):
-        assert leaf == "clean" or math.isfinite(leaf)
+        assert leaf in {"clean", "group"} or math.isfinite(leaf)
 
 
 def test_what_does_not_exist_is_left_out() -> None:
