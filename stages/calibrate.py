@@ -14,12 +14,11 @@ def calibrate(stage: Stage) -> None:
     Fitted on the images that `decision.fit_on` names, clean or distorted, and reported on both.
     """
     from streetvision.data.embeddings import read_embeddings
-    from streetvision.decision.conditions import Condition, conditions_report
+    from streetvision.decision.fitting import Passes, fit_decision
     from streetvision.decision.inputs import sigmoid
     from streetvision.decision.pickling import dump_policy_pickle
-    from streetvision.decision.policy import fit_abstaining_policy, fit_policy, scrc_document
+    from streetvision.decision.policy import scrc_document
     from streetvision.decision.report import calibration_metrics
-    from streetvision.decision.scrc import guarantee_groups
     from streetvision.decision.validator import PolicyValidator
     from streetvision.evaluation.metrics import prior_weights
     from streetvision.evaluation.plots import plot_reliability
@@ -38,42 +37,20 @@ def calibrate(stage: Stage) -> None:
         name: read_embeddings(source, features=fusion.needs_features)
         for name, source in sources.items()
     }
-    conditions = {
-        name: Condition(
-            fusion.fuse(*each.scores), each.labels, each.units(params.decision.exchangeable_unit)
+    decision = params.decision
+    passes = {
+        name: Passes(
+            each.logits, fusion.fuse(*each.scores), each.labels,
+            each.units(decision.exchangeable_unit),
         )
         for name, each in found.items()
-    }
+    }  # fmt: skip
     baseline = read_json(paths.thresholds, "sweep")
     validator = PolicyValidator()
     validator.validate(baseline)
-    decision = params.decision
-    logits, labels, groups = conditions[decision.fit_on]
-    if decision.abstention == "none":
-        policy, report = fit_policy(
-            logits, labels, groups, decision.served_prior, decision.n_resamples, params.seed,
-            decision.calibrator, compare_tiers=True, fit_on=decision.fit_on,
-        )  # fmt: skip
-    else:
-        policy, report = fit_abstaining_policy(
-            logits, labels, groups, decision.served_prior, decision.n_resamples, params.seed,
-            decision.calibrator, compare_tiers=True, fit_on=decision.fit_on,
-            method=decision.abstention, control=decision.control, alpha=decision.alpha,
-            delta=decision.delta, guarantee_fraction=decision.guarantee_fraction,
-            unit=decision.exchangeable_unit,
-        )  # fmt: skip
-        # The groups that hold the guarantee fit nothing in the report either.
-        conditions = {
-            name: each.part(
-                ~guarantee_groups(each.groups, decision.guarantee_fraction, params.seed)
-            )
-            for name, each in conditions.items()
-        }
-    report["exchangeable_unit"] = decision.exchangeable_unit
-    report["conditions"] = conditions_report(
-        conditions, decision.fit_on, decision.served_prior, decision.n_resamples, params.seed,
-        decision.calibrator,
-    )  # fmt: skip
+    policy, report, (logits, labels, _) = fit_decision(
+        passes, decision, params.seed, several_views=fusion.n_views > 1
+    )
     document = scrc_document(policy, report)
     validator.validate(document)
     write_json_atomic(paths.scrc_params, document)

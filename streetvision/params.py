@@ -485,6 +485,14 @@ class Decision(Section):
         "group folds; tier_1 to tier_3: ensembles; multi_objective: of all these the lowest ECE that "
         "keeps MCC and FNR; temperature, isotonic and venn_abers are reported but cannot be deployed",
     )  # fmt: skip
+    hard_image_views: Literal["none", "all"] = Field(
+        "none",
+        description="all: the global view alone, and all views for the images that it leaves unsure; "
+        "none: all views for every image. Nothing to choose where fusion takes a single view",
+    )
+    hard_image_margin: Annotated[Number, Field(gt=0, lt=0.5)] = Field(
+        0.4, description="unsure: a first-pass probability nearer to 0.5 than this"
+    )
     exchangeable_unit: Literal["group", "drive"] = Field(
         "group",
         description="what folds, intervals and promises count; there are more drives than groups, but "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from streetvision.artifacts import read_json
 from streetvision.bundle.validate import read_bundle
+from streetvision.data.views import ViewScores
 from streetvision.decision.policy import Policy, policy_from_document
 from streetvision.models.classifier import (
     ClassifierConfig,
@@ -21,6 +23,7 @@ from streetvision.models.classifier import (
 )
 from streetvision.models.fusion import Fusion, fusion_from
 from streetvision.models.multiview import score_views
+from streetvision.params import ViewGrid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,9 +82,27 @@ class Predictor:
         return self.policy.deployed_probability(logits) if len(logits) else logits
 
     def logits(self, images: Iterable[Image]) -> NDArray[np.float64]:
-        """Fused logits [N] of the images' views, before the policy; images are read as they are needed."""
-        scored = score_views(
-            self.model, self.config.preprocessing, images, self.fusion.config.grid,
-            self.batch_size, self.device,
-        )  # fmt: skip
-        return np.concatenate([np.zeros(0), *(self.fusion.fuse(*scores) for scores in scored)])
+        """Logits [N] that the policy takes; images are read as they are needed.
+
+        All views fused or, if the policy says so, the global view's logit and all views of hard images.
+        """
+        hard, grid = self.policy.hard_images, self.fusion.config.grid
+        if hard is None or self.fusion.n_views == 1:
+            fused = (self.fusion.fuse(*scores) for scores in self._scores(images, grid))
+            return np.concatenate([np.zeros(0), *fused])
+        found = [np.zeros(0)]
+        remaining = iter(images)
+        while chunk := list(islice(remaining, self.batch_size)):
+            first = self._scores(chunk, ViewGrid(grid=1, flip=False))
+            logits = np.concatenate([scores.logits[:, 0] for scores in first])
+            rows = np.flatnonzero(hard.chosen(logits))
+            second = self._scores([chunk[row] for row in rows], grid)
+            for row, scores in zip(rows, second, strict=True):  # an image a pass
+                logits[row] = self.fusion.fuse(*scores)[0]
+            found.append(logits)
+        return np.concatenate(found)
+
+    def _scores(self, images: Iterable[Image], grid: ViewGrid) -> Iterator[ViewScores]:
+        return score_views(
+            self.model, self.config.preprocessing, images, grid, self.batch_size, self.device
+        )

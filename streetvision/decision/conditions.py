@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from streetvision.decision.folds import group_folds
+from streetvision.decision.hard_images import HardImages, unsure_between
 from streetvision.decision.inputs import check_scores, sigmoid
 from streetvision.decision.policy import fit_rule
 from streetvision.evaluation.metrics import all_metrics, prior_weights
@@ -28,6 +29,24 @@ class Condition(NamedTuple):
         return Condition(*(values[np.asarray(chosen)] for values in self))
 
 
+def fit_hard_images(
+    first: Condition,
+    served_prior: float,
+    n_resamples: int,
+    seed: int,
+    calibrator: str,
+    margin: float,
+) -> HardImages:
+    """Return which images get a second pass, by a policy fitted on the first: see `HardImages`.
+
+    `first` holds the logits of global views; the other arguments are those of `fit_policy`, and
+    `margin`, in (0, 0.5), of `unsure_between`.
+    """
+    values, truth = check_scores(first.logits, first.labels)
+    rule, _ = fit_rule(values, truth, first.groups, served_prior, n_resamples, seed, calibrator)
+    return unsure_between(rule.deployed_logit, margin)
+
+
 def conditions_report(
     conditions: Mapping[str, Condition],
     fit_on: str,
@@ -39,7 +58,8 @@ def conditions_report(
     """Return what policies fitted on the condition `fit_on` answer under each condition.
 
     One policy a fold, fitted as `fit_policy` does, threshold and choice of calibrator included, answers
-    for the groups that it did not see, whatever the condition. All at the served prior, decided at 0.5.
+    for the groups that it did not see, whatever the condition. (Which images are hard is decided before,
+    on all of them.) All at the served prior, decided at 0.5.
 
     Returns
     -------

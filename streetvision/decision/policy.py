@@ -32,6 +32,7 @@ from streetvision.decision.choice import (
 )
 from streetvision.decision.ensemble import TIERS
 from streetvision.decision.folds import OutOfFold, group_folds, out_of_fold
+from streetvision.decision.hard_images import HardImages
 from streetvision.decision.inputs import (
     check_groups,
     check_keys,
@@ -66,7 +67,8 @@ class Policy:
     `calibration_prior` and `served_prior` are shares of positives in (0, 1); `threshold_shift` is
     in log-odds. The whole is strictly increasing in the logit. Without `abstention` every image is
     accepted; it never changes a probability or a decision. `fit_on` says whether the images that
-    all this was fitted on were distorted as a challenge is. UserError if a field is unusable.
+    all this was fitted on were distorted as a challenge is. With `hard_images` its logits are those
+    of that two-pass rule. UserError if a field is unusable.
     """
 
     calibrator: CalibrationMap
@@ -75,6 +77,7 @@ class Policy:
     threshold_shift: float = 0.0
     abstention: Abstention | None = None
     fit_on: FitOn = "clean"
+    hard_images: HardImages | None = None
 
     def __post_init__(self) -> None:
         if not self.calibrator.strictly_increasing:
@@ -137,7 +140,6 @@ def fit_policy(
     calibrator: str = "platt",
     *,
     compare_tiers: bool = False,
-    fit_on: FitOn = "clean",
 ) -> tuple[Policy, dict[str, Any]]:
     """Fit the policy on VAL_CALIB and report what it gains out of fold.
 
@@ -161,8 +163,6 @@ def fit_policy(
     compare_tiers
         Whether the tiers are candidates of the report even if none of them may be chosen: nested
         folds make them dearer than all others.
-    fit_on
-        What the images of these logits were, for the document.
 
     Returns
     -------
@@ -199,7 +199,6 @@ def fit_policy(
         kind = choose_multi_objective(values, truth, estimates, served_prior)
 
     policy, bagged = fit_rule(values, truth, codes, served_prior, n_resamples, seed, kind)
-    policy = replace(policy, fit_on=fit_on)
     shifted = bagged.excludes(DECISION_THRESHOLD)
     if shifted:
         _log.info("threshold %.4f moved to 0.5: its interval excludes 0.5", bagged.median)
@@ -261,7 +260,6 @@ def fit_abstaining_policy(
     guarantee_fraction: float,
     unit: Unit = "group",
     compare_tiers: bool = False,
-    fit_on: FitOn = "clean",
 ) -> tuple[Policy, dict[str, Any]]:
     """Fit the policy on some groups, and its abstention on all others, which hold the guarantee.
 
@@ -285,7 +283,7 @@ def fit_abstaining_policy(
         )
     policy, report = fit_policy(
         values[rest], truth[rest], names[rest], served_prior, n_resamples, seed, calibrator,
-        compare_tiers=compare_tiers, fit_on=fit_on,
+        compare_tiers=compare_tiers,
     )  # fmt: skip
     probability = policy.deployed_probability(values)
     fitted, kept = (Answers(probability[part], truth[part], names[part]) for part in (rest, held))
@@ -348,6 +346,7 @@ def scrc_document(policy: Policy, report: Mapping[str, Any]) -> dict[str, Any]:
             "decision_threshold": DECISION_THRESHOLD,
             "abstention": None if policy.abstention is None else policy.abstention.to_dict(),
             "fit_on": policy.fit_on,
+            "hard_images": None if policy.hard_images is None else policy.hard_images.to_dict(),
         },
         "metrics": {"before": report["metrics"]["before"], "after": report["metrics"]["after"]},
     }
@@ -368,8 +367,9 @@ def policy_from_document(document: object) -> Policy:
     wanted = {"calibrator", *numbers, "decision_threshold", "abstention"}
     params = top["scrc_params"]
     if isinstance(params, Mapping):
-        params = {"fit_on": "clean"} | dict(params)  # what older documents were fitted on
-    params = check_keys(params, wanted | {"fit_on"}, "scrc_params")
+        # What older documents were fitted on.
+        params = {"fit_on": "clean", "hard_images": None} | dict(params)
+    params = check_keys(params, wanted | {"fit_on", "hard_images"}, "scrc_params")
     if check_number(params["decision_threshold"], "decision_threshold") != DECISION_THRESHOLD:
         raise UserError(
             f"decision_threshold is {params['decision_threshold']!r}; it must be "
@@ -379,7 +379,11 @@ def policy_from_document(document: object) -> Policy:
     stored = params["abstention"]
     abstention = None if stored is None else Abstention.from_dict(stored)
     calibration_prior, served_prior, shift = (check_number(params[name], name) for name in numbers)
-    return Policy(calibrator, calibration_prior, served_prior, shift, abstention, params["fit_on"])
+    hard = params["hard_images"]
+    return Policy(
+        calibrator, calibration_prior, served_prior, shift, abstention, params["fit_on"],
+        None if hard is None else HardImages.from_dict(hard),
+    )  # fmt: skip
 
 
 def _log_odds(probability: float) -> float:

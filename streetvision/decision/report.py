@@ -57,6 +57,7 @@ def calibration_metrics(
     `before`, `after` and `candidates` (every calibrator at the natural prior) are out of group
     folds; the latter two are left out where folds were impossible. `abstention` is there if the
     policy has one: `n`, `groups` and what is out of fold are then of the groups that it was fitted on.
+    `hard_images` is there if the policy has a second pass: its band of logits, and the share that gets it.
     `groups` counts units of the kind `exchangeable_unit`.
     `fit_on` says which images `logits` are of: clean ones, or distorted ones. `on_clean` and
     `on_challenge` (`report["conditions"]`, of `conditions_report`) are what to expect of the deployed
@@ -82,6 +83,7 @@ def calibration_metrics(
         **{name: values for name, values in report["metrics"].items() if values is not None},
         **({"candidates": report["candidates"]} if report["candidates"] else {}),
         **report.get("conditions", {}),
+        **({"hard_images": report["hard_images"]} if "hard_images" in report else {}),
         **({"abstention": report["abstention"]} if "abstention" in report else {}),
         "decision": {
             "deployed": {name: decided[name] for name in wanted},

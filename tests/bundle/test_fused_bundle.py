@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.validate import BUNDLE_JSON
 from streetvision.data.store import open_split
 from streetvision.data.views import ViewScores
+from streetvision.decision.hard_images import HardImages
 from streetvision.errors import UserError
 from streetvision.models.classifier import load_classifier
 from streetvision.models.fusion import (
@@ -100,6 +101,35 @@ def test_the_bundle_fuses_as_the_policy_was_fitted(
     probabilities = predictor.probabilities(scored.images)
     deployed = predictor.policy.deployed_probability(expected)
     np.testing.assert_allclose(probabilities, deployed, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["content_aware", "mlp", "single"])
+def test_a_second_pass_is_composed_as_the_policy_was_fitted(
+    mode: str, trained: Trained, scored: Scored, tmp_path: Path
+) -> None:
+    fusion = make(mode, trained, scored)
+    predictor = Predictor.load(export(fusion, trained, tmp_path), "cpu")
+    single, fused = scored.test.logits[:, 0], fusion.fuse(*scored.test)
+    hard = HardImages(*np.quantile(single, [0.3, 0.7]))
+    chosen = hard.chosen(single)
+    assert 0 < chosen.sum() < len(single) / 2
+    predictor.policy = replace(predictor.policy, hard_images=hard)
+    by_hand = np.where(chosen, fused, single)
+    found = predictor.logits(iter(scored.images))
+    np.testing.assert_allclose(found, by_hand, atol=1e-6)
+    one_by_one = [predictor.logits([image])[0] for image in scored.images]
+    np.testing.assert_allclose(one_by_one, by_hand, atol=1e-6)
+    deployed = predictor.policy.deployed_probability(by_hand)
+    np.testing.assert_array_equal(predictor.probabilities(scored.images) > 0.5, deployed > 0.5)
+    if mode == "single":
+        np.testing.assert_array_equal(by_hand, single)
+        return
+    assert np.abs(by_hand - single)[chosen].min() > 1e-6
+    # Easy images cost one view each.
+    passes: list[int] = []
+    predictor.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    predictor.logits(scored.images)
+    assert sum(passes) == len(single) + chosen.sum() * fusion.n_views
 
 
 def test_changed_fusion_weights_are_refused(

@@ -371,5 +371,5 @@ def test_old_policy_documents_load() -> None:
     }  # fmt: skip
     policy = policy_from_document(old)
     assert policy.calibrator.to_dict() == old["scrc_params"]["calibrator"]  # type: ignore[index]
-    old["scrc_params"]["fit_on"] = "clean"  # type: ignore[index]
+    old["scrc_params"] |= {"fit_on": "clean", "hard_images": None}  # type: ignore[operator]
     assert scrc_document(policy, old) == old  # type: ignore[arg-type]

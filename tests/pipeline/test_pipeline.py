@@ -349,6 +349,7 @@ def test_second_repro_runs_nothing(project: Project) -> None:
         ({"embed": {"challenge_repeats": 2}}, ["embed"]),
         ({"decision": {"fit_on": "clean"}}, ["calibrate"]),
         ({"decision": {"exchangeable_unit": "drive"}}, ["calibrate"]),
+        ({"decision": {"hard_image_views": "all"}}, ["calibrate"]),
         ({"challenge": {"level_0": 0.4, "level_1": 0.1}}, ["embed", "challenge"]),
         ({"sweep": {"n_thresholds": 100}}, ["sweep"]),
         ({"decision": {"served_prior": 0.4}}, ["calibrate", "evaluate", "challenge"]),
