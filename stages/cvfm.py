@@ -19,7 +19,7 @@ def cvfm(stage: Stage) -> None:
     parts = {}
     for name, source in sources.items():
         found = read_embeddings(source, features=True)
-        parts[name] = LabelledViews(found.scores, found.labels)
+        parts[name] = LabelledViews(found.scores, found.labels, found.groups)
     threshold = read_json(paths.thresholds, "sweep")["threshold"]
     model, _ = load_classifier(paths.classifier)
     fusion, report = choose_fusion(

@@ -437,6 +437,11 @@ class Cvfm(Section):
     view_dropout: Fraction = Field(
         0.25, description="share of training images that keep a random number of their tiles only"
     )
+    fits: Annotated[Integer, Field(ge=1, le=5)] = Field(
+        5,
+        description="networks whose logits are averaged, each fitted without another fifth of the "
+        "fusion part's groups; 1: one network on all of them",
+    )
     epochs: Count = Field(40, description="of L-BFGS on the whole fusion part")
     patience_epochs: Count = Field(10, description="stop after so many without a better one")
     weight_decay: Annotated[Number, Field(ge=0)] = Field(

@@ -34,9 +34,9 @@ MODES = UNTRAINED + TRAINED
 OPTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(MODES, ()) | {
     "topk_mean": ("top_k",),
     "weighted_uncertainty": ("temperature",),
-    "mlp": ("hidden_layers", "hidden_dim"),
-    "latent": ("latent_dim", "reconstruction_weight"),
-    "attention": ("attention_dim", "attention_heads"),
+    "mlp": ("fits", "hidden_layers", "hidden_dim"),
+    "latent": ("fits", "latent_dim", "reconstruction_weight"),
+    "attention": ("fits", "attention_dim", "attention_heads"),
 }
 # Nats added to a view's entropy: a view that is sure weighs up to ln 2 / this more than one that is not.
 ENTROPY_FLOOR = 0.05

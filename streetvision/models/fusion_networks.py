@@ -2,12 +2,13 @@
 
 The backbone's features come from a cache and the classifier's head is a frozen copy: only what is made here
 learns. `mlp` and `attention` have an output layer of their own that starts at zero; `latent` starts as the
-mean of the views' logits and keeps the classifier's head.
+mean of the views' logits and keeps the classifier's head. What is shipped is the mean of several.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -94,7 +95,7 @@ class FusionNetwork(nn.Module):
     def own_state(self) -> dict[str, Tensor]:
         """The state without the classifier's head."""
         state = self.state_dict()
-        return {name: v for name, v in state.items() if not name.startswith("head.")}
+        return {name: v for name, v in state.items() if "head" not in name.split(".")}
 
     @torch.no_grad()
     def fuse_arrays(
@@ -299,6 +300,18 @@ class AttentionFusion(FusionNetwork):
         return masked
 
 
+class AverageFusion(FusionNetwork):
+    """The mean of the logits of several networks; each was fitted on its own."""
+
+    def __init__(self, members: Sequence[FusionNetwork]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, views: ViewTensors) -> Tensor:
+        """Fused logits [N]."""
+        return torch.stack([member(views) for member in self.members]).mean(dim=0)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, kernel: Kernel) -> Tensor:
     """Scaled dot-product attention [N, H, V, d] with a bias [N, H, V, V] on the scores."""
     if kernel == "sdpa":
@@ -342,7 +355,13 @@ def freeze_head(head: nn.Module | None) -> nn.Module | None:
 
 
 def build_network(config: FusionConfig, head: nn.Module | None) -> FusionNetwork:
-    """The network of a trained mode, at its start but for scales; `head` is a frozen one.
+    """The network of a trained mode, the mean of several where `config` says so; see `build_member`."""
+    members = [build_member(config, head) for _ in range(int(config.options["fits"]))]
+    return AverageFusion(members) if len(members) > 1 else members[0]
+
+
+def build_member(config: FusionConfig, head: nn.Module | None) -> FusionNetwork:
+    """One network of a trained mode, at its start but for scales; `head` is a frozen one.
 
     Raises
     ------

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tests.conftest import Trained
 
 GRID = ViewGrid(grid=2)
-SETTINGS = Cvfm(epochs=3, latent_dim=8, attention_dim=8, attention_heads=2)
+SETTINGS = Cvfm(fits=2, epochs=3, latent_dim=8, attention_dim=8, attention_heads=2)
 CPU = torch.device("cpu")
 
 
@@ -59,7 +59,7 @@ def scored(trained: Trained, tiny_splits: dict[str, Path]) -> Scored:
         for split in (test, select)
     ]
     images = [test.image(row) for row in range(len(test))]
-    return Scored(images, scores[0], LabelledViews(scores[1], select.labels))
+    return Scored(images, scores[0], LabelledViews(scores[1], select.labels, select.groups))
 
 
 def make(mode: str, trained: Trained, scored: Scored) -> Fusion:

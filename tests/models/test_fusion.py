@@ -35,6 +35,7 @@ from streetvision.models.fusion import (
     save_fusion,
 )
 from streetvision.models.fusion_networks import (
+    AverageFusion,
     FusionNetwork,
     LatentFusion,
     ViewTensors,
@@ -57,7 +58,9 @@ from streetvision.params import Cvfm, ViewGrid
 
 GRID = ViewGrid(grid=2)
 D = 6
-QUICK = Cvfm(epochs=30, latent_dim=4, attention_dim=8, attention_heads=2, weight_decay=0.01)  # fmt: skip
+QUICK = Cvfm(
+    fits=1, epochs=30, latent_dim=4, attention_dim=8, attention_heads=2, weight_decay=0.01
+)  # fmt: skip
 
 
 def grid_boxes(grid: ViewGrid, n: int) -> NDArray[np.float64]:
@@ -81,7 +84,8 @@ def sample(n: int = 300, seed: int = 0, grid: ViewGrid = GRID) -> LabelledViews:
     content = np.full((n, views), 48 * 64)
     content[:, 1::2] = 1000
     logits = apply_head(features)
-    return LabelledViews(ViewScores(logits, features, content, grid_boxes(grid, n)), labels)
+    groups = np.arange(n) // 2 % 12
+    return LabelledViews(ViewScores(logits, features, content, grid_boxes(grid, n)), labels, groups)
 
 
 def make_head() -> nn.Linear:
@@ -106,9 +110,11 @@ def rule(mode: str, grid: ViewGrid = GRID, **options: float) -> Fusion:
     return Fusion(FusionConfig.of(mode, Cvfm(**options), grid, 0))
 
 
-def fit(mode: str, train: LabelledViews | None = None, **options: Any) -> FusionFit:
-    chosen = QUICK.model_copy(update=options)
-    return fit_fusion(mode, chosen, GRID, train or sample(), sample(200, 1), make_head(), seed=7)
+def fit(
+    mode: str, train: LabelledViews | None = None, head: nn.Module | None = None, **options: Any
+) -> FusionFit:
+    chosen, head = QUICK.model_copy(update=options), head or make_head()
+    return fit_fusion(mode, chosen, GRID, train or sample(), sample(200, 1), head, seed=7)
 
 
 # --------------------------------------------------------------------------- rules
@@ -389,8 +395,9 @@ def test_trained_modes_find_what_the_single_view_misses(mode: str) -> None:
     fused = fitted.fusion.fuse(*test.scores)
     single = rule("single").fuse(*test.scores)
     assert loss(fused, test.labels) < loss(single, test.labels) - 0.05
-    assert fitted.epoch > 0
-    assert fitted.log_losses[fitted.epoch] == min(fitted.log_losses)
+    (epoch,), (losses,) = fitted.epochs, fitted.log_losses
+    assert epoch > 0
+    assert losses[epoch] == min(losses)
 
 
 def loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
@@ -417,13 +424,68 @@ def test_fitting_is_deterministic_by_seed(mode: str) -> None:
 def test_only_fusion_parameters_learn(mode: str) -> None:
     head = make_head()
     before = {name: value.clone() for name, value in head.state_dict().items()}
-    network = fit_fusion(mode, QUICK, GRID, sample(), sample(200, 1), head, seed=7).fusion.network
+    network = fit(mode, head=head).fusion.network
     assert network is not None
     assert all(torch.equal(head.state_dict()[name], value) for name, value in before.items())
     assert all(p.requires_grad for p in head.parameters()), "the caller's head was frozen"
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     assert frozen == ({"head.weight", "head.bias"} if mode == "latent" else set())
     assert not [name for name in network.trainable() if "head" in name.split(".")[0]]
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_several_networks_are_averaged_and_each_leaves_other_groups_out(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = sample(), sample(50, 4)
+    seen: list[tuple[int, ...]] = []
+    rows = ViewTensors.rows
+    monkeypatch.setattr(
+        ViewTensors, "rows", lambda self, index: seen.append(tuple(index)) or rows(self, index)
+    )
+    fitted = fit(mode, train, fits=3, epochs=4)
+    network = fitted.fusion.network
+    assert isinstance(network, AverageFusion)
+    assert len(network.members) == len(fitted.epochs) == len(fitted.log_losses) == 3
+    left_out = [set(train.groups) - set(train.groups[list(index)]) for index in seen]
+    assert all(left_out)
+    assert len(set.union(*left_out)) == sum(map(len, left_out)), "a group was left out twice"
+    for index, groups in zip(seen, left_out, strict=True):
+        assert len(index) == (~np.isin(train.groups, list(groups))).sum()
+    one_by_one = [
+        Fusion(replace(fitted.fusion.config, options=fitted.fusion.config.options | {"fits": 1}), m)
+        .fuse(*test.scores) for m in network.members  # type: ignore[arg-type, operator]
+    ]  # fmt: skip
+    assert np.abs(one_by_one[0] - one_by_one[1]).max() > 1e-3
+    np.testing.assert_allclose(fitted.fusion.fuse(*test.scores), np.mean(one_by_one, axis=0))
+
+
+def test_with_too_few_groups_to_leave_out_one_network_is_fitted() -> None:
+    train = sample()
+    alone = fit("mlp", replace(train, groups=np.zeros(300, int)), fits=3, epochs=2)
+    assert alone.epochs == fit("mlp", train, fits=1, epochs=2).epochs
+    assert alone.fusion.config.options["fits"] == 1
+
+
+def test_an_average_varies_less_with_the_groups_than_one_network() -> None:
+    """Half of the groups have a direction of their own, and chance decides which are there to fit on."""
+    test = sample(300, 11)
+
+    def losses(fits: int) -> list[float]:
+        found = []
+        for draw in range(6):
+            rng = np.random.default_rng(draw)
+            train = sample(60, 100 + draw)
+            features = train.scores.features
+            assert features is not None
+            own = rng.normal(size=(12, 1, D)) * rng.integers(0, 2, (12, 1, 1)) * 2
+            moved = features + own[train.groups] * (2 * train.labels - 1)[:, None, None]
+            scores = train.scores._replace(features=moved.astype(np.float16))
+            fused = fit("mlp", replace(train, scores=scores), fits=fits).fusion.fuse(*test.scores)
+            found.append(loss(fused, test.labels))
+        return found
+
+    assert np.std(losses(5)) < np.std(losses(1))
 
 
 def test_something_frozen_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +589,9 @@ def test_fusion_that_does_not_help_is_not_shipped() -> None:
         logits = np.stack([4.0 * made.labels - 2, *rng.normal(0, 3, (4, n))], axis=1)
         logits[:, 0] += rng.normal(0, 1.5, n)
         features = rng.normal(size=made.scores.features.shape).astype(np.float16)  # type: ignore[union-attr]
-        return LabelledViews(made.scores._replace(logits=logits, features=features), made.labels)
+        return LabelledViews(
+            made.scores._replace(logits=logits, features=features), made.labels, made.groups
+        )
 
     fusion, report = choose_fusion(QUICK.model_copy(update={"epochs": 5, "weight_decay": 10.0}),
                                    GRID, part(300, 0), part(300, 1), make_head(), 0.5, 7)  # fmt: skip
@@ -541,7 +605,9 @@ def test_rules_are_compared_without_their_bias_and_scale() -> None:
 
     def shifted(part: LabelledViews) -> LabelledViews:
         scores = part.scores
-        return LabelledViews(scores._replace(logits=3 * scores.logits + 5), part.labels)
+        return LabelledViews(
+            scores._replace(logits=3 * scores.logits + 5), part.labels, part.groups
+        )
 
     plain, moved = (
         choose_fusion(QUICK.model_copy(update={"mode": "single", "epochs": 1}), GRID, one(train), one(select),
@@ -553,7 +619,8 @@ def test_rules_are_compared_without_their_bias_and_scale() -> None:
 
 
 def test_without_a_fusion_part_only_rules_take_part() -> None:
-    empty = LabelledViews(ViewScores(*(p[:0] for p in sample().scores)), np.zeros(0, np.int64))  # type: ignore[index]
+    scores = ViewScores(*(part[:0] for part in sample().scores))  # type: ignore[index]
+    empty = LabelledViews(scores, np.zeros(0, np.int64), np.zeros(0, np.int64))
     _, report = choose_fusion(QUICK, GRID, empty, sample(200, 1), make_head(), 0.5, 7)
     assert set(report["modes"]) == set(UNTRAINED)
     with pytest.raises(UserError, match="TRAIN's fusion part"):
@@ -574,9 +641,10 @@ def test_with_one_view_there_is_nothing_to_choose() -> None:
 # --------------------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize("fits", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_round_trip(mode: str, tmp_path: Path) -> None:
-    fusion = fit(mode, epochs=3).fusion if mode in TRAINED else rule(mode)
+def test_round_trip(mode: str, fits: int, tmp_path: Path) -> None:
+    fusion = fit(mode, epochs=3, fits=fits).fusion if mode in TRAINED else rule(mode)
     for folder in ("one", "another"):
         written = save_fusion(fusion, tmp_path / folder)
     names = sorted(path.name for path in written)
@@ -589,7 +657,7 @@ def test_round_trip(mode: str, tmp_path: Path) -> None:
     assert loaded.config == fusion.config
     if mode in TRAINED:
         state = torch.load(tmp_path / "one" / WEIGHTS, weights_only=True)
-        assert not [name for name in state if name.startswith("head")]
+        assert not [name for name in state if "head" in name.split(".")]
 
 
 def test_single_and_batched_agree() -> None:
