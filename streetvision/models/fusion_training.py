@@ -179,6 +179,38 @@ def drop_views(views: ViewTensors, share: float, generator: torch.Generator) -> 
     return views._replace(present=views.present & ~dropped, tiles=views.tiles & ~dropped)
 
 
+def fit_modes(
+    settings: Cvfm,
+    grid: ViewGrid,
+    train: LabelledViews,
+    select: LabelledViews,
+    head: nn.Module | None,
+    seed: int,
+) -> dict[str, FusionFit]:
+    """Every mode that can be told apart on these views, and in any case `settings.mode`, by name."""
+    several = train.scores.logits.shape[1] > 1
+    fits: dict[str, FusionFit] = {}
+    for mode in MODES:
+        asked = mode == settings.mode
+        if not several and mode != "single" and not asked:
+            continue  # with one view the rules are all the same
+        if mode in TRAINED and not (train.both_classes and select.both_classes) and not asked:
+            log.warning("%s is left out: TRAIN's fusion part or VAL_SELECT has one class", mode)
+            continue
+        if mode in TRAINED:
+            fits[mode] = fit_fusion(mode, settings, grid, train, select, head, seed)
+        else:
+            fits[mode] = FusionFit(Fusion(FusionConfig.of(mode, settings, grid, 0)), (0,), ())
+    return fits
+
+
+def learnt_scale(fusion: Fusion, train: LabelledViews) -> CalibrationMap:
+    """What gives a rule without training the bias and scale that trained modes learn: a Platt map."""
+    if fusion.network is None and train.both_classes:
+        return Platt().fit(fusion.fuse(*train.scores), train.labels)
+    return PlattMap(1.0, 0.0)
+
+
 def choose_fusion(
     settings: Cvfm,
     grid: ViewGrid,
@@ -199,21 +231,10 @@ def choose_fusion(
     UserError
         The mode that was asked for cannot be fitted.
     """
-    several = train.scores.logits.shape[1] > 1
-    fits: dict[str, FusionFit] = {}
+    fits = fit_modes(settings, grid, train, select, head, seed)
     rows: dict[str, dict[str, float]] = {}
-    for mode in MODES:
-        asked = mode == settings.mode
-        if not several and mode != "single" and not asked:
-            continue  # with one view the rules are all the same
-        if mode in TRAINED and not (train.both_classes and select.both_classes) and not asked:
-            log.warning("%s is left out: TRAIN's fusion part or VAL_SELECT has one class", mode)
-            continue
-        if mode in TRAINED:
-            fits[mode] = fit_fusion(mode, settings, grid, train, select, head, seed)
-        else:
-            fits[mode] = FusionFit(Fusion(FusionConfig.of(mode, settings, grid, 0)), (0,), ())
-        rows[mode] = _row(fits[mode], train, select, phase_2_threshold)
+    for mode, fit in fits.items():
+        rows[mode] = _row(fit, train, select, phase_2_threshold)
         log.info("%s: VAL_SELECT log loss %.4f, MCC %.4f", mode, rows[mode]["log_loss"],
                  rows[mode]["mcc"])  # fmt: skip
     chosen: str = settings.mode
@@ -237,9 +258,7 @@ def _row(
 ) -> dict[str, float]:
     """One mode on VAL_SELECT."""
     fused = fit.fusion.fuse(*select.scores)
-    scale: CalibrationMap = PlattMap(1.0, 0.0)
-    if fit.fusion.network is None and train.both_classes:
-        scale = Platt().fit(fit.fusion.fuse(*train.scores), train.labels)
+    scale = learnt_scale(fit.fusion, train)
     scores = all_metrics(select.labels, sigmoid(scale(fused)))
     at_threshold = metrics_at_threshold(fused, select.labels, threshold)
     network = fit.fusion.network
