@@ -122,6 +122,26 @@ def _prepare(
     (folder / WHOLE).unlink()
 
 
+def prepare_all(data: Data, root: Path, folder: Path, workers: int, seed: int) -> Path:
+    """Ingest and prepare `data` as one file without a split, unless that is done; returns its path."""
+    from streetvision.data.ingest import ingest_sources
+    from streetvision.data.prepare import prepare_whole
+
+    path = folder / WHOLE
+    if path.is_file():
+        return path
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    ingest_sources(
+        list(data.sources), root / data.local_root, folder / "raw", folder / "ingest",
+        shard_images=data.shard_images, seed=seed, workers=workers, progress=progress,
+    )  # fmt: skip
+    prepare_whole(folder / "raw", path, scratch, data, workers, progress)
+    for name in ("raw", "ingest", "scratch"):
+        shutil.rmtree(folder / name)
+    return path
+
+
 def rotate(whole: Split, folds: int) -> list[dict[str, NDArray[np.int64]]]:
     """Rows of TRAIN, VAL_SELECT and VAL_TEST in each fold.
 

@@ -239,12 +239,20 @@ def read_lines(path: Path, runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
     """Lines of finished runs by key; a line that a crash cut, or whose scores are lost, does not count."""
     found = {}
     wanted = {run.key: run for run in runs}
+    for key, line in whole_lines(path).items():
+        run = wanted.get(key)
+        if run is not None and ("error" in line or run.sealed.is_file()):
+            found[key] = line
+    return found
+
+
+def whole_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """All lines of a file by key, the last of each; a line that a crash cut is left out."""
+    found = {}
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        run = wanted.get(line["key"])
-        if run is not None and ("error" in line or run.sealed.is_file()):
-            found[run.key] = line
+        found[line["key"]] = line
     return found
