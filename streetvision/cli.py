@@ -7,8 +7,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streetvision.errors import UserError, guarded
+
+if TYPE_CHECKING:
+    from streetvision.artifacts import ArtifactSchema
 
 PARAMS = "params.yaml"
 
@@ -53,15 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, help="folder for crossval.json and predictions.csv"
     )
     evidence = add("evidence", _evidence, "measure what each part adds, over seeds; resumable")
-    evidence.add_argument("what", choices=["training"])
+    evidence.add_argument(
+        "what", choices=["training", "decision", "ece"],
+        help="each part of training; fusion and calibration; the bundle's ECE on new cities",
+    )  # fmt: skip
     evidence.add_argument("--out", type=Path, help="default: docs/evidence/<what>.md")
     evidence.add_argument("--data", default="all", help="synthetic, photos or all")
     evidence.add_argument("--size", default="cpu", help="smoke, cpu or large")
     evidence.add_argument("--seeds", type=int, default=3, help="runs of each variant on each fold")
     evidence.add_argument("--workers", type=int, default=0, help="processes; 0 = one a core")
-    evidence.add_argument("--variants", help="only these, separated by commas")
+    evidence.add_argument("--variants", help="of training: only these, separated by commas")
     evidence.add_argument("--scratch", type=Path, help="finished runs; a rerun goes on from them")
     evidence.add_argument("--list", action="store_true", help="what would be run, and how long")
+    evidence.add_argument("--bundle", type=Path, help="of ece; default: models/bundle")
+    evidence.add_argument("--images", type=int, default=20_000, help="of ece: new scenes")
+    evidence.add_argument("--cities", type=int, default=80, help="of ece: new cities")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     return guarded(f"streetvision {options.command}", lambda: options.run(options))
@@ -141,24 +151,66 @@ def _crossval(options: argparse.Namespace) -> None:
 
 def _evidence(options: argparse.Namespace) -> None:
     from streetvision.artifacts import ArtifactSchema
-    from streetvision.evidence.report import write_evidence
-    from streetvision.evidence.training import listing, run_all
-    from streetvision.evidence.variants import comparisons, named
     from streetvision.processes import usable_cores
 
     if options.seeds < 1 or options.workers < 0:
         raise UserError("--seeds must be at least 1, --workers at least 0")
-    root, workers = Path.cwd(), options.workers or usable_cores()
+    if min(options.images, options.cities) < 1:
+        raise UserError("--images and --cities must be at least 1")
+    paths = ArtifactSchema(Path.cwd())
+    options.workers = options.workers or usable_cores()
+    options.scratch = options.scratch or paths.scratch / "evidence" / options.what
+    options.out = options.out or paths.root / f"docs/evidence/{options.what}.md"
+    kinds = {
+        "training": _evidence_training, "decision": _evidence_decision, "ece": _evidence_ece,
+    }  # fmt: skip
+    kinds[options.what](options, paths)
+
+
+def _evidence_training(options: argparse.Namespace, paths: ArtifactSchema) -> None:
+    from streetvision.evidence.report import write_evidence
+    from streetvision.evidence.training import listing, run_all
+    from streetvision.evidence.variants import comparisons, named
+
     names = options.variants.split(",") if options.variants else None
     chosen = named(comparisons(options.size), options.data, names)
-    scratch = options.scratch or ArtifactSchema(root).scratch / "evidence" / options.what
-    out = options.out or root / f"docs/evidence/{options.what}.md"
+    arguments = (chosen, options.seeds, paths.root, options.scratch, options.workers)
     if options.list:
-        _say(listing(chosen, options.seeds, root, scratch, workers))
+        _say(listing(*arguments))
         return
-    tables = run_all(chosen, options.seeds, root, scratch, workers)
-    write_evidence(tables, out, _command(options), workers)
-    _say(f"{out} is written; its runs are in {scratch}")
+    write_evidence(run_all(*arguments), options.out, _command(options), options.workers)
+    _say(f"{options.out} is written; its runs are in {options.scratch}")
+
+
+def _evidence_decision(options: argparse.Namespace, paths: ArtifactSchema) -> None:
+    from streetvision.evidence.decision import listing, run_all, studies
+    from streetvision.evidence.decision_report import write_evidence
+
+    chosen = studies(options.size, options.data)
+    arguments = (chosen, options.seeds, paths.root, options.scratch, options.workers)
+    if options.list:
+        _say(listing(*arguments))
+        return
+    write_evidence(run_all(*arguments), options.out, _command(options), options.workers)
+    _say(f"{options.out} is written; its runs are in {options.scratch}")
+
+
+def _evidence_ece(options: argparse.Namespace, paths: ArtifactSchema) -> None:
+    from streetvision.evidence.fresh import measure, write_report
+    from streetvision.params import load_params
+
+    if options.list:
+        _say(f"{options.images:,} scenes of {options.cities} cities, a few minutes on 2 cores")
+        return
+    params = load_params(paths.root / PARAMS)
+    bundle = options.bundle or paths.bundle
+    report = measure(
+        bundle, params, options.images, options.cities, options.scratch, options.workers
+    )
+    command = (
+        f"python -m streetvision evidence ece --images {options.images} --cities {options.cities}"
+    )
+    _say(write_report(report, options.out, command))
 
 
 def _command(options: argparse.Namespace) -> str:

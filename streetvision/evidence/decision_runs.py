@@ -1,0 +1,226 @@
+"""One split: trained, embedded with views, fused, calibrated, decided; what each step does on VAL_TEST.
+
+Nothing is chosen on VAL_TEST: fusion's mode is on VAL_SELECT, the calibrator out of folds of VAL_CALIB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streetvision.artifacts import config_hash
+from streetvision.data.store import Split
+from streetvision.evidence.data import Fold
+from streetvision.evidence.runs import train
+from streetvision.params import Params
+
+if TYPE_CHECKING:
+    from streetvision.evaluation.bootstrap import Interval
+    from streetvision.models.fusion_training import LabelledViews
+
+Floats = NDArray[np.float64]
+
+# VAL_CALIB and VAL_TEST as they are, and distorted as the validator does.
+CONDITIONS = ("clean", "challenge")
+STEPS = ("single", "fused", "calibrated", "deployed", "calibrated_auto", "deployed_auto")
+METRICS = ("mcc", "log_loss", "ece", "ece_debiased")
+# The calibrator of the parameters, and the one with the lowest out-of-fold log loss.
+DEFAULT, AUTO = "default", "auto"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One split, or one part of the groups held out; `number` is the split's seed or that of the part."""
+
+    data: str
+    kind: str
+    number: int
+    params: Params
+    source: Path
+    root: Path
+    scratch: Path
+    code: str
+
+    @property
+    def key(self) -> str:
+        """Parameters and data of the run; not the code, whose version the line records beside it."""
+        params = self.params.model_dump(mode="json", exclude={"data", "hardware", "export"})
+        return config_hash(
+            {
+                "kind": self.kind,
+                "number": self.number,
+                "source": self.source.relative_to(self.scratch).as_posix(),
+                "params": params,
+            }
+        )[:24]
+
+
+def run_split(run: Run) -> dict[str, Any]:
+    """Train, fuse, calibrate and decide on one split; the numbers of its line.
+
+    Raises
+    ------
+    UserError
+        The data are too few for some step.
+    """
+    from streetvision.data.challenge_images import challenge_images
+    from streetvision.decision.report import sweep_thresholds
+    from streetvision.models.classifier import pick_device
+    from streetvision.models.fusion import Fusion, FusionConfig
+    from streetvision.models.fusion_training import LabelledViews, choose_fusion, learnt_scale
+    from streetvision.models.multiview import score_all_views
+
+    params, fold = run.params, Fold(run.source)
+    device = pick_device(params.hardware.device)
+    result = train(params, fold, run.root, run.scratch / "running" / run.key)
+    model = result.model.to(device).eval()
+
+    def views(split: Split, condition: str = "clean") -> LabelledViews:
+        images = (
+            (split.image(row) for row in range(len(split)))
+            if condition == "clean"
+            else challenge_images(split, params.challenge, 1, params.seed, 1)
+        )
+        scores = score_all_views(
+            model, result.config.preprocessing, images, params.views, params.embed.batch_size,
+            device,
+        )  # fmt: skip
+        return LabelledViews(scores, split.labels, split.groups)
+
+    fusion_part, select = (views(fold.open(name, "embed")) for name in ("train", "val_select"))
+    calib = {name: views(fold.open("val_calib", "embed"), name) for name in CONDITIONS}
+    clean = calib["clean"]
+    swept, _ = sweep_thresholds(
+        clean.scores.logits[:, 0], clean.labels, clean.groups,
+        n_thresholds=params.sweep.n_thresholds, selection=params.sweep.selection,
+        n_resamples=params.decision.n_resamples, seed=params.seed, split_used="val_calib",
+    )  # fmt: skip
+    fusion, report = choose_fusion(
+        params.cvfm, params.views, fusion_part, select, model.head.cpu(), swept["threshold"],
+        params.seed,
+    )  # fmt: skip
+    model.to(device)
+    # Rules without training are compared with the bias and scale that the calibrator will give them.
+    single = Fusion(FusionConfig.of("single", params.cvfm, params.views, 0))
+    pair = [learnt_scale(f, fusion_part)(f.fuse(*select.scores)) for f in (single, fusion)]
+    gain = compare(select.labels, select.groups, pair[0], pair[1], params)
+    line: dict[str, Any] = {
+        "fusion": {"mode": report["mode"], "modes": report["modes"], **gain},
+        "conditions": {},
+    }
+    for condition in CONDITIONS:
+        test = views(fold.open("val_test", "evaluate"), condition)
+        line["conditions"][condition] = decide(
+            fusion.fuse(*calib[condition].scores), calib[condition], fusion.fuse(*test.scores),
+            test, params,
+        )  # fmt: skip
+    line["images"] = {
+        "TRAIN, fusion part": len(fusion_part.labels), "VAL_SELECT": len(select.labels),
+        "VAL_CALIB": len(clean.labels), "VAL_TEST": len(test.labels),
+    }  # fmt: skip
+    line["groups"] = {
+        "TRAIN, fusion part": len(set(fusion_part.groups)), "VAL_SELECT": len(set(select.groups)),
+        "VAL_CALIB": len(set(clean.groups)), "VAL_TEST": len(set(test.groups)),
+    }  # fmt: skip
+    return line
+
+
+def decide(
+    calib_logits: Floats,
+    calib: LabelledViews,
+    test_logits: Floats,
+    test: LabelledViews,
+    params: Params,
+) -> dict[str, Any]:
+    """Fit the policy on fused VAL_CALIB logits, by the default calibrator and by `auto`; report all steps."""
+    from streetvision.decision.inputs import sigmoid
+    from streetvision.decision.policy import fit_rule
+
+    decision = params.decision
+    probabilities = {"single": sigmoid(test.scores.logits[:, 0]), "fused": sigmoid(test_logits)}
+    found: dict[str, Any] = {"out_of_fold": {}, "calibrator": {}, "threshold_shift": {}}
+    for name, suffix in ((decision.calibrator, ""), (AUTO, f"_{AUTO}")):
+        arguments = (decision.served_prior, decision.n_resamples, params.seed, name)
+        policy, _ = fit_rule(calib_logits, calib.labels == 1, calib.groups, *arguments)
+        probabilities[f"calibrated{suffix}"] = policy.calibrated_probability(test_logits)
+        probabilities[f"deployed{suffix}"] = policy.deployed_probability(test_logits)
+        label = AUTO if suffix else DEFAULT
+        found["calibrator"][label] = policy.calibrator.kind
+        found["threshold_shift"][label] = policy.threshold_shift
+        found["out_of_fold"][label] = _out_of_fold(calib_logits, calib, name, params)
+    found["steps"] = {
+        step: measured(test.labels, probabilities[step], test.groups, params) for step in STEPS
+    }
+    return found
+
+
+def _out_of_fold(
+    logits: Floats, calib: LabelledViews, calibrator: str, params: Params
+) -> dict[str, Any]:
+    """VAL_CALIB at the served prior, before and after a deployed rule that did not see the group."""
+    from streetvision.decision.folds import group_folds
+    from streetvision.decision.policy import fit_rule
+
+    truth, decision = calib.labels == 1, params.decision
+    after = np.full(len(logits), np.nan)
+    for held in group_folds(truth, calib.groups, params.seed):
+        policy, _ = fit_rule(
+            logits[~held], truth[~held], calib.groups[~held], decision.served_prior,
+            decision.n_resamples, params.seed, calibrator,
+        )  # fmt: skip
+        after[held] = policy.deployed_logit(logits[held])
+    if not np.isfinite(after).all():
+        return {}
+    return compare(calib.labels, calib.groups, logits, after, params)
+
+
+def compare(
+    labels: NDArray[np.int64], groups: NDArray[Any], before: Floats, after: Floats, params: Params
+) -> dict[str, Any]:
+    """MCC and log loss of two log-odds [N] at the served prior; their differences paired over groups."""
+    from streetvision.decision.inputs import sigmoid
+    from streetvision.evaluation.bootstrap import paired_group_interval
+    from streetvision.evaluation.metrics import all_metrics, prior_weights
+
+    prior = params.decision.served_prior
+    weights = prior_weights(labels, prior)
+    pair = [sigmoid(before), sigmoid(after)]
+    found: dict[str, Any] = {}
+    for name, values in zip(("before", "after"), pair, strict=True):
+        scores = all_metrics(labels, values, weights)
+        found[name] = {metric: scores[metric] for metric in METRICS}
+    for metric in ("mcc", "log_loss"):
+        gain = paired_group_interval(
+            labels, pair[0], pair[1], groups, metric, prior, params.evaluate.n_resamples,
+            seed=params.seed,
+        )  # fmt: skip
+        found[f"gain_{metric}"] = as_dict(gain)
+    return found
+
+
+def measured(
+    labels: NDArray[np.int64], probabilities: Floats, groups: NDArray[Any], params: Params
+) -> dict[str, Any]:
+    """The metrics of a split at the served prior with intervals over groups, and ECE's noise floor."""
+    from streetvision.evaluation.bootstrap import group_intervals
+    from streetvision.evaluation.metrics import ece_noise_floor, prior_weights
+
+    prior = params.decision.served_prior
+    found = group_intervals(
+        labels, probabilities, groups, prior, params.evaluate.n_resamples, seed=params.seed,
+        metrics=METRICS,
+    )  # fmt: skip
+    floor = ece_noise_floor(labels, probabilities, prior_weights(labels, prior), seed=params.seed)
+    return {name: as_dict(found[name]) for name in METRICS} | {
+        "noise_floor": floor.mean,
+        "noise_floor_upper": floor.upper,
+    }
+
+
+def as_dict(interval: Interval) -> dict[str, float | None]:
+    """An interval as JSON; no bounds where there are none."""
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
