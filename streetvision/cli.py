@@ -200,7 +200,8 @@ def _evidence_ece(options: argparse.Namespace, paths: ArtifactSchema) -> None:
     from streetvision.params import load_params
 
     if options.list:
-        _say(f"{options.images:,} scenes of {options.cities} cities, a few minutes on 2 cores")
+        minutes = options.images / 20_000 * 100 / 60  # of one core, with the single view
+        _say(f"{options.images:,} scenes of {options.cities} cities: about {minutes:.0f} minutes")
         return
     params = load_params(paths.root / PARAMS)
     bundle = options.bundle or paths.bundle

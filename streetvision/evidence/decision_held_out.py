@@ -14,7 +14,7 @@ from streetvision.crossval import mixed_groups
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
 from streetvision.evidence.data import WHOLE
-from streetvision.evidence.decision_runs import Floats, Run
+from streetvision.evidence.decision_runs import AUTO, Floats, Run
 
 if TYPE_CHECKING:
     from streetvision.data.views import ViewScores
@@ -69,7 +69,7 @@ def run_held_out(run: Run, folds: int) -> dict[str, Any]:
     return {
         "labels": asked.labels.tolist(),
         "groups": [str(group) for group in asked.groups],
-        "logits": fused | {"auto": fused[chosen]},
+        "logits": fused | {AUTO: fused[chosen]},
         "chosen": chosen,
         "select_log_loss": losses,
         "images": {"fusion part": len(fusion_rows), "VAL_SELECT": len(select_rows)},

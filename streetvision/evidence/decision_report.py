@@ -13,12 +13,13 @@ import numpy as np
 from streetvision.artifacts import library_versions, write_bytes_atomic
 from streetvision.evidence.decision import SPLIT
 from streetvision.evidence.decision_runs import AUTO, CONDITIONS, DEFAULT, STEPS, Run, as_dict
+from streetvision.evidence.fresh import ECE_TARGET
 from streetvision.evidence.report import Spread
+from streetvision.models.fusion import MODES
 
 Line = Mapping[str, Any]
 Finished = Sequence[tuple[Run, Line]]
 N_RESAMPLES = 2000
-ECE_TARGET = 0.02
 NAMES = {"synthetic": "Rendered scenes", "photos": "Photographs"}
 METRIC_NAMES = {
     "mcc": "MCC",
@@ -178,7 +179,7 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
     groups = np.concatenate([line["groups"] for line in lines])
     pooled = {
         mode: sigmoid(np.concatenate([line["logits"][mode] for line in lines]))
-        for mode in lines[0]["logits"]
+        for mode in (*MODES, AUTO)
     }
     rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "sign-flip p"]]
     for mode, probabilities in pooled.items():
@@ -189,7 +190,7 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
             pair = (labels, pooled["single"], probabilities, groups)
             apart = as_dict(paired_group_interval(*pair, n_resamples=N_RESAMPLES, seed=seed))
             gain = [interval(apart, "+"), f"{group_sign_flip_test(*pair, seed=seed):.3f}"]
-        rows.append([f"**{mode}**" if mode == "auto" else mode, *cells, *gain])
+        rows.append([f"**{mode}**" if mode == AUTO else mode, *cells, *gain])
     names = [line["chosen"] for line in lines]
     chosen = ", ".join(f"{name} {names.count(name)} times" for name in sorted(set(names)))
     return [
