@@ -88,7 +88,7 @@ def test_wrong_parameter(light: Project, changes: dict[str, object], words: list
 def test_missing_parameters(light: Project) -> None:
     text = (light / "params.yaml").read_text()
     (light / "params.yaml").write_text(text.replace("  epochs: 2\n", ""))
-    one_line(light.stage("ingest", check=False), "ingest", "missing train.epochs")
+    one_line(light.stage("ingest", check=False), "ingest", "missing explora.epochs, train.epochs")
     (light / "params.yaml").write_text("seed: [")
     one_line(light.stage("ingest", check=False), "ingest", "not valid YAML")
     (light / "params.yaml").unlink()
@@ -155,17 +155,25 @@ def test_unusable_images(light: Project, settings: dict[str, object], words: lis
 # --------------------------------------------------------------------------- weights, artifacts
 
 
-def test_missing_weights(project: Project) -> None:
-    project.change({"train": {"weights": "models/mine.safetensors"}})
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("explora", {"weights": "models/mine.safetensors"}),
+        ("train", {"weights": "models/mine.safetensors", "init_from_explora": False}),
+        ("train", {"backbone_checkpoint": "models/mine.safetensors", "init_from_explora": False}),
+    ],
+)
+def test_missing_weights(project: Project, stage: str, changes: dict[str, object]) -> None:
+    project.change({"train": changes})
     words = ("weights file", "models/mine.safetensors does not exist")
-    one_line(project.stage("train", check=False), "train", *words)
+    one_line(project.stage(stage, check=False), stage, *words)
 
 
 def test_weights_of_another_architecture(project: Project) -> None:
     save_file({"conv1.weight": torch.zeros(3, 3)}, project / "mine.safetensors")
     project.change({"train": {"weights": "mine.safetensors"}})
     one_line(
-        project.stage("train", check=False), "train", "another architecture", "mine.safetensors"
+        project.stage("explora", check=False), "explora", "another architecture", "mine.safetensors"
     )
 
 

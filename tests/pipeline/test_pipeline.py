@@ -39,16 +39,19 @@ from stages.common import Stage
 from streetvision.artifacts import ArtifactSchema
 from streetvision.params import load_params
 
+def blind(section, prefix, tracked):
+    for key, value in list(section.__dict__.items()):
+        if prefix + key == "hardware":
+            continue
+        if isinstance(value, BaseModel):
+            blind(value, f"{prefix}{key}.", tracked)
+        elif prefix + key not in tracked:
+            del section.__dict__[key]
+
 root = Path.cwd()
 for name, entry in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items():
     params = load_params(root / "params.yaml")
-    for section, value in list(params.__dict__.items()):
-        if isinstance(value, BaseModel) and section != "hardware":
-            for key in set(value.__dict__) - {k.partition(".")[2] for k in entry["params"]
-                                              if k.startswith(section + ".")}:
-                del value.__dict__[key]
-        elif section == "seed" and section not in entry["params"]:
-            del params.__dict__[section]
+    blind(params, "", entry["params"])
     getattr(import_module(f"stages.{name}"), name)(Stage(name, params, ArtifactSchema(root)))
 """
 OUT_FOLDERS = ("data/raw", "data/splits", "data/embeddings", "models", "metrics")

@@ -53,6 +53,7 @@ def test_photos(tmp_path: Path) -> None:
     assert report["rows_kept"] >= 0.98 * listed
     assert report["shared_groups"] == 0
     project.change({"train": {"epochs": 1, "height_px": 32, "width_px": 32}})
+    project.stage("explora")
     project.stage("train")
     metrics = project.read_json("metrics/train.json")
     assert metrics["parameters"] == 2_225_153  # MobileNetV2's 2,223,872 and a head of 1,281
@@ -110,10 +111,10 @@ def test_natix_gpu(tmp_path: Path, hub: FakeHub) -> None:
     assert report["groups"]["total"] == 20
     # A smaller network of the same family: building 300 million weights only to miss them takes long.
     project.change({"train": {"backbone": "vit_small_patch16_dinov3.lvd1689m"}})
-    done = project.stage("train", check=False, env=env)
+    done = project.stage("explora", check=False, env=env)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("train: error: weights of vit_small_patch16_dinov3.lvd1689m")
+    assert lines[0].startswith("explora: error: weights of vit_small_patch16_dinov3.lvd1689m")
     assert "give a local file in train.weights or none" in lines[0]
