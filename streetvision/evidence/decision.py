@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,11 @@ def plan(study: Study, seeds: int, root: Path, scratch: Path) -> list[Run]:
         (fold,) = plan_folds(params.data, 1, root, scratch / "data", seed)
         runs.append(Run(study.data, SPLIT, seed, params, fold.folder, root, scratch, code))
     params = check_params(document, f"evidence decision {study.data}")
-    for number in range(study.folds):
+    kind = f"held out of {study.folds}"
+    for seed, part in product(range(seeds), range(study.folds)):
         (fold,) = plan_folds(params.data, 1, root, scratch / "whole")
         source = fold.folder.parent
-        runs.append(
-            Run(study.data, f"held out of {study.folds}", number, params, source, root, scratch,
-                code)
-        )  # fmt: skip
+        runs.append(Run(study.data, kind, seed, params, source, root, scratch, code, part))
     return runs
 
 
@@ -138,7 +137,8 @@ def finish(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     start = time.perf_counter()
     line: dict[str, Any] = {
-        "key": run.key, "data": run.data, "kind": run.kind, "number": run.number, "code": run.code,
+        "key": run.key, "data": run.data, "kind": run.kind, "number": run.number,
+        "part": run.part, "code": run.code,
     }  # fmt: skip
     line |= run_split(run) if run.kind == SPLIT else run_held_out(run, int(run.kind.split()[-1]))
     line["seconds"] = round(time.perf_counter() - start, 2)
@@ -171,8 +171,8 @@ def run_all(
                 prepare_all(run.params.data, root, run.source, workers, run.params.seed)
                 make_features(run)
         for line in progress(in_processes(finish, left, workers), len(left), "runs"):
-            log.info("%s, %s, %d: %.0f s", line["data"], line["kind"], line["number"],
-                     line["seconds"])  # fmt: skip
+            log.info("%s, %s, seed %d, part %d: %.0f s", line["data"], line["kind"], line["number"],
+                     line["part"], line["seconds"])  # fmt: skip
         lines = whole_lines(path)
     return {data: [(run, lines[run.key]) for run in runs] for data, runs in plans.items()}
 
@@ -189,6 +189,6 @@ def listing(chosen: Sequence[Study], seeds: int, root: Path, scratch: Path, work
             took = [lines[run.key]["seconds"] for run in same if run.key in lines]
             planned = SECONDS[study.size][study.data if kind == SPLIT else "held_out"]
             total += len(left) * float(np.mean(took) if took else planned)
-            name = "splits" if kind == SPLIT else f"parts of the groups held {kind[5:]}"
+            name = "splits" if kind == SPLIT else f"runs with a part of the groups {kind}"
             text.append(f"{study.data}: {len(same) - len(left)} of {len(same)} {name}")
     return "\n".join([*text, f"left: about {np.ceil(total / workers / 60):.0f} minutes"])

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from streetvision.data.views import ViewScores
 
 log = logging.getLogger(__name__)
+QUARTERS = 4
 
 
 def run_held_out(run: Run, folds: int) -> dict[str, Any]:
     """Hold a part of the groups out: head and fusion on the rest, on features of the frozen backbone.
 
     No photograph ever moved the backbone, so all other groups may fit. The head is logistic regression
-    with balanced classes on the global view. A quarter of the other groups is VAL_SELECT, where fusion is
-    stopped and chosen; all others are the fusion part, on logits of heads that did not see the group.
+    with balanced classes on the global view. A quarter of the other groups, another with each seed, is
+    VAL_SELECT, where fusion is stopped and chosen; all others are the fusion part, on logits of heads that
+    did not see the group.
     """
     from streetvision.data.views import ViewScores
     from streetvision.models.fusion_training import LabelledViews, fit_modes, learnt_scale
@@ -36,7 +38,7 @@ def run_held_out(run: Run, folds: int) -> dict[str, Any]:
     names, labels, groups = mixed_groups(split), split.labels, split.groups
     if len(names) < folds:
         raise UserError(f"{folds} parts need as many groups with both classes, not {len(names)}")
-    held = np.isin(groups, names[run.number :: folds])
+    held = np.isin(groups, names[run.part :: folds])
     rest, test = np.flatnonzero(~held), np.flatnonzero(held)
     scores = _features(run)
     halves = np.asarray(scores.features)
@@ -46,7 +48,7 @@ def run_held_out(run: Run, folds: int) -> dict[str, Any]:
     logits[test] = _head_logits(head, features[test])
     for fitted, read in _group_parts(rest, groups, 5):
         logits[read] = _head_logits(fit_head(features[fitted, 0], labels[fitted]), features[read])
-    fusion_rows, select_rows = _group_parts(rest, groups, 4)[0]
+    fusion_rows, select_rows = _group_parts(rest, groups, QUARTERS)[run.number % QUARTERS]
 
     def part(rows: NDArray[np.int64]) -> LabelledViews:
         views = ViewScores(logits[rows], halves[rows], scores.content[rows], scores.boxes[rows])

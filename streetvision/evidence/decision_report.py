@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streetvision.artifacts import library_versions, write_bytes_atomic
 from streetvision.evidence.decision import SPLIT
@@ -53,9 +54,10 @@ distorted; fusion is fitted and chosen on images as they are. {machine}."""
 _HELD_OUT = """\
 The groups with both classes are held out in {folds} parts, in turn. The backbone is frozen, as it was \
 pretrained: no image of these data moved it. The head is balanced logistic regression on the global view of \
-all other groups; a quarter of these is VAL_SELECT, the rest is what fusion is fitted on, with logits of \
-heads that did not see the group. Pooled decisions on {images} images of {groups} groups. Rules without \
-training have the bias and scale that they would have learnt, the single view is as it is. `latent` keeps the \
+all other groups; a quarter of these is VAL_SELECT, another one with each of {seeds} seeds, the rest is what \
+fusion is fitted on, with logits of heads that did not see the group. Pooled decisions on {images} images of \
+{groups} groups; ± over the seeds; Δ with the decisions of all seeds together. Rules without training \
+have the bias and scale that they would have learnt, the single view is as it is. `latent` keeps the \
 head, which saw VAL_SELECT here, so `auto` chooses among the others; it chose {chosen}."""
 
 
@@ -175,19 +177,34 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
     from streetvision.evaluation.bootstrap import group_sign_flip_test, paired_group_interval
     from streetvision.evaluation.metrics import all_metrics
 
-    labels = np.concatenate([line["labels"] for line in lines])
-    groups = np.concatenate([line["groups"] for line in lines])
-    pooled = {
-        mode: sigmoid(np.concatenate([line["logits"][mode] for line in lines]))
-        for mode in (*MODES, AUTO)
-    }
+    seeds = sorted({line["number"] for line in lines})
+
+    def pool(name: str, mode: str | None = None) -> NDArray[Any]:
+        """Values of all seeds, [seeds, images]."""
+        found = [
+            [
+                line[name] if mode is None else line[name][mode]
+                for line in lines
+                if line["number"] == k
+            ]
+            for k in seeds
+        ]
+        return np.stack([np.concatenate(parts) for parts in found])
+
+    labels, groups = pool("labels"), pool("groups")
+    single = sigmoid(pool("logits", "single"))
     rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "sign-flip p"]]
-    for mode, probabilities in pooled.items():
-        found = all_metrics(labels, probabilities)
-        cells = [f"{found[name]:.3f}" for name in ("mcc", "roc_auc", "log_loss")]
+    for mode in (*MODES, AUTO):
+        fused = sigmoid(pool("logits", mode))
+        found = [all_metrics(*each) for each in zip(labels, fused, strict=True)]
+        cells = [
+            Spread.of([each[name] for each in found]).text()
+            for name in ("mcc", "roc_auc", "log_loss")
+        ]
         gain = ["", ""]
         if mode != "single":
-            pair = (labels, pooled["single"], probabilities, groups)
+            # An image counts once a seed, and its group stays one group.
+            pair = (labels.ravel(), single.ravel(), fused.ravel(), groups.ravel())
             apart = as_dict(paired_group_interval(*pair, n_resamples=N_RESAMPLES, seed=seed))
             gain = [interval(apart, "+"), f"{group_sign_flip_test(*pair, seed=seed):.3f}"]
         rows.append([f"**{mode}**" if mode == AUTO else mode, *cells, *gain])
@@ -197,11 +214,12 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
         "### Groups held out in turn",
         "",
         _HELD_OUT.format(
-            folds=len(lines), images=len(labels), groups=len(set(groups)), chosen=chosen
+            folds=len({line["part"] for line in lines}), images=labels.shape[1],
+            groups=len(set(groups[0])), seeds=len(seeds), chosen=chosen,
         ),
         "",
         *table(rows),
-    ]
+    ]  # fmt: skip
 
 
 def document(found: Mapping[str, Finished], command: str, workers: int) -> str:

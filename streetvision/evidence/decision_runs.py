@@ -34,7 +34,11 @@ DEFAULT, AUTO = "default", "auto"
 
 @dataclass(frozen=True)
 class Run:
-    """One split, or one part of the groups held out; `number` is the split's seed or that of the part."""
+    """One split, or one part of the groups held out.
+
+    `number` is the seed of the split or, of a held-out part, the quarter of the others that is VAL_SELECT;
+    `part` is the number of the part.
+    """
 
     data: str
     kind: str
@@ -44,6 +48,7 @@ class Run:
     root: Path
     scratch: Path
     code: str
+    part: int = 0
 
     @property
     def key(self) -> str:
@@ -53,6 +58,7 @@ class Run:
             {
                 "kind": self.kind,
                 "number": self.number,
+                "part": self.part,
                 "source": self.source.relative_to(self.scratch).as_posix(),
                 "params": params,
             }

@@ -68,9 +68,9 @@ def fit_fusion(
 ) -> FusionFit:
     """Fit one trained mode: the mean logit of `settings.fits` networks.
 
-    Each network leaves another fifth of the groups out (`group_folds`): which groups happen to be in the
-    fusion part moves a single network by more than fusion gains. With one network, or too few groups to
-    leave any out, all groups are fitted. The result depends on the arrays and `seed` alone.
+    Each network leaves another fifth of the groups out (`group_folds`). On few groups the mean is better
+    than its members by far, and about as good as one network that is fitted on all of them, which is what
+    one network, or too few groups to leave any out, means. The result depends on the arrays and `seed` alone.
 
     Raises
     ------
