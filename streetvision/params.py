@@ -322,7 +322,7 @@ class Train(Section):
         0.0, description="0 turns it off; with mixup_alpha, each batch draws one of the two"
     )
     challenge_probability: Fraction = Field(
-        0.0, description="share of images that are distorted as the subnet's validator does instead"
+        0.4, description="share of images that are distorted as the subnet's validator does instead"
     )
     challenge_levels: Annotated[
         list[Annotated[Number, Field(ge=0)]], Field(min_length=4, max_length=4)
@@ -339,7 +339,7 @@ class Train(Section):
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     balanced_sampler: bool = Field(False, description="draw both classes equally often")
     # Optimisation.
-    epochs: Count = 10
+    epochs: Count = 12
     batch_size: Annotated[Integer, Field(ge=2)] = Field(32, description="over all ranks")
     accumulate_batches: Count = Field(1, description="batches a step")
     optimiser: Literal["adamw", "muon"] = Field(

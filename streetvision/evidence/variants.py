@@ -124,8 +124,9 @@ PARTS = (
     _train("lora_rslora", "trainable part", trainable="lora", lora={"rslora": True}),
 )
 
-# A run may not depend on which epoch looked best on the images that the variants are compared on.
-_FAIR: Changes = {"choose_epoch": "last"}
+# A run may not depend on which epoch looked best on the images that the variants are compared on; and the
+# challenge augmentation is a variant.
+_FAIR: Changes = {"choose_epoch": "last", "challenge_probability": 0.0}
 
 
 def _synthetic(images: int, cities: int, **other: Any) -> Changes:

@@ -147,7 +147,7 @@ def train() -> Result:
     """Supervised training of the default model."""
     from streetvision.params import Train
 
-    settings = Train(epochs=2, init_from_explora=False)
+    settings = Train(epochs=2, init_from_explora=False, challenge_probability=0.0)
     with bench_splits(512, settings.height_px, settings.width_px) as (splits, folder):
         images = settings.epochs * len(splits["train"])
         return compare(
