@@ -103,8 +103,7 @@ def probe_report(
         "finding": _finding(gain, method),
         "difference": {
             "mcc": gain.value,
-            "low": gain.low,
-            "high": gain.high,
+            **({"low": gain.low, "high": gain.high} if gain.low is not None else {}),
             "interval_method": gain.method,
             "sign_flip_p": group_sign_flip_test(labels, before, after, groups, seed=seed),
             "log_loss": scores["after"]["log_loss"] - scores["before"]["log_loss"],
