@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 # These sections cannot change a run.
 _UNUSED = {
-    "data", "probe", "embed", "sweep", "decision", "export", "evaluate", "challenge", "hardware",
+    "data", "probe", "views", "embed", "cvfm", "sweep", "decision", "export", "evaluate", "challenge",
+    "hardware",
 }  # fmt: skip
 
 
