@@ -14,6 +14,7 @@ def calibrate(stage: Stage) -> None:
     Fitted on the images that `decision.fit_on` names, clean or distorted, and reported on both.
     """
     from streetvision.data.embeddings import read_embeddings
+    from streetvision.data.schema import CONDITIONS
     from streetvision.decision.fitting import Passes, fit_decision
     from streetvision.decision.inputs import sigmoid
     from streetvision.decision.pickling import dump_policy_pickle
@@ -31,7 +32,7 @@ def calibrate(stage: Stage) -> None:
 
         return load_classifier(paths.classifier)[0].head
 
-    sources = {"clean": paths.embeddings("val_calib"), "challenge": paths.challenge_embeddings}
+    sources = {name: paths.embeddings("val_calib", name) for name in CONDITIONS}
     fusion = load_fusion(paths.cvfm, head)
     found = {
         name: read_embeddings(source, features=fusion.needs_features)

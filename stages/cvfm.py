@@ -7,31 +7,41 @@ from streetvision.artifacts import read_json, write_bytes_atomic, write_json_ato
 
 
 def cvfm(stage: Stage) -> None:
-    """Embeddings of TRAIN's fusion part and VAL_SELECT → `models/cvfm`; each mode is reported."""
+    """Embeddings of TRAIN's fusion part and VAL_SELECT → `models/cvfm`; each mode is reported.
+
+    Fitted on and chosen by the images that `decision.fit_on` names, clean or distorted.
+    """
     from streetvision.data.embeddings import read_embeddings
+    from streetvision.data.schema import CONDITIONS
     from streetvision.evaluation.plots import plot_fusion
     from streetvision.models.classifier import load_classifier
     from streetvision.models.fusion import save_fusion
     from streetvision.models.fusion_training import LabelledViews, choose_fusion
 
     params, paths = stage.params, stage.paths
-    sources = {name: paths.embeddings(name) for name in ("train", "val_select")}
-    parts = {}
-    for name, source in sources.items():
-        found = read_embeddings(source, features=True)
-        parts[name] = LabelledViews(found.scores, found.labels, found.groups)
+    fit_on = params.decision.fit_on
+
+    def views(name: str, condition: str) -> LabelledViews:
+        found = read_embeddings(paths.embeddings(name, condition), features=True)
+        return LabelledViews(found.scores, found.labels, found.groups)
+
+    select = {condition: views("val_select", condition) for condition in CONDITIONS}
     threshold = read_json(paths.thresholds, "sweep")["threshold"]
     model, _ = load_classifier(paths.classifier)
     fusion, report = choose_fusion(
-        params.cvfm, params.views, parts["train"], parts["val_select"], model.head, threshold,
+        params.cvfm, params.views, views("train", fit_on), select, fit_on, model.head, threshold,
         params.seed,
     )  # fmt: skip
     outputs = save_fusion(fusion, paths.cvfm)
     outputs.append(write_json_atomic(paths.metric("cvfm"), report))
-    picture = plot_fusion(report["modes"], report["mode"])
+    rows = {mode: {"views": row["views"], **row[fit_on]} for mode, row in report["modes"].items()}
+    picture = plot_fusion(rows, report["mode"], fit_on)
     outputs.append(write_bytes_atomic(paths.plot("fusion.png"), picture))
-    inputs = [*sources.values(), paths.thresholds, paths.classifier]
-    metrics = {"mode": report["mode"], **report["modes"][report["mode"]]}
+    sources = [
+        paths.embeddings(name, each) for name in ("train", "val_select") for each in CONDITIONS
+    ]
+    inputs = [*sources, paths.thresholds, paths.classifier]
+    metrics = {"mode": report["mode"], **rows[report["mode"]]}
     stage.write_manifest(stage.config(), inputs, outputs, metrics)
 
 

@@ -1,4 +1,4 @@
-"""Cache logits and features of all views, one file a split: `python -m stages.embed`."""
+"""Cache logits and features of all views, two files a split: `python -m stages.embed`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from streetvision.data.store import CONTRACT
 def embed(stage: Stage) -> None:
     """Classifier on TRAIN's fusion part, VAL_SELECT and VAL_CALIB → `data/embeddings`.
 
-    VAL_CALIB is also scored distorted as the validator does.
+    Each as it is, and distorted as the validator does: what is served is distorted, so fusion and the
+    policy are fitted there.
     """
     from streetvision.data.challenge_images import challenge_images
     from streetvision.data.embeddings import write_embeddings
@@ -23,6 +24,7 @@ def embed(stage: Stage) -> None:
     device = pick_device(params.hardware.device)
     model.to(device)
     views = view_names(params.views)
+    repeats = params.embed.challenge_repeats
     written = []
     for name in CONTRACT["embed"]:
         split = open_split("embed", name, paths.split(name))
@@ -30,15 +32,14 @@ def embed(stage: Stage) -> None:
             model, config.preprocessing, split, params.views, params.embed.batch_size, device
         )
         written.append(write_embeddings(paths.embeddings(name), split, views, scores))
-    split = open_split("embed", "val_calib", paths.split("val_calib"))
-    repeats = params.embed.challenge_repeats
-    images = challenge_images(
-        split, params.challenge, repeats, params.seed, params.hardware.workers
-    )
-    scores = score_all_views(
-        model, config.preprocessing, images, params.views, params.embed.batch_size, device
-    )
-    written.append(write_embeddings(paths.challenge_embeddings, split, views, scores, repeats))
+        images = challenge_images(
+            split, params.challenge, repeats, params.seed, params.hardware.workers
+        )
+        scores = score_all_views(
+            model, config.preprocessing, images, params.views, params.embed.batch_size, device
+        )
+        path = paths.embeddings(name, "challenge")
+        written.append(write_embeddings(path, split, views, scores, repeats))
     inputs = [paths.classifier, *(paths.split(name) for name in CONTRACT["embed"])]
     stage.write_manifest(stage.config(), inputs, written, {})
 

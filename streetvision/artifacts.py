@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from streetvision.data.schema import SPLITS
+from streetvision.data.schema import CONDITIONS, SPLITS
 from streetvision.errors import UserError
 
 # The libraries whose versions can change a result.
@@ -56,16 +56,14 @@ class ArtifactSchema:
             raise UserError(f'split "{name}" is not one of {", ".join(SPLITS)}')
         return self.root / f"data/splits/{name}.arrow"
 
-    def embeddings(self, name: str) -> Path:
-        """Cached logits and features of one split; VAL_TEST is never embedded."""
+    def embeddings(self, name: str, condition: str = "clean") -> Path:
+        """Cached logits and features of one split under one condition; VAL_TEST is never embedded."""
         if name not in SPLITS or name == "val_test":
             raise UserError(f'split "{name}" has no embeddings')
-        return self.root / f"data/embeddings/{name}.arrow"
-
-    @property
-    def challenge_embeddings(self) -> Path:
-        """Those of VAL_CALIB, distorted as the subnet's validator does."""
-        return self.root / "data/embeddings/val_calib_challenge.arrow"
+        if condition not in CONDITIONS:
+            raise UserError(f'condition "{condition}" is not one of {", ".join(CONDITIONS)}')
+        suffix = "" if condition == "clean" else f"_{condition}"
+        return self.root / f"data/embeddings/{name}{suffix}.arrow"
 
     @property
     def explora(self) -> Path:

@@ -397,7 +397,7 @@ class Embed(Section):
 
     batch_size: Count = Field(64, description="images a forward pass")
     challenge_repeats: Annotated[Integer, Field(ge=1, le=100)] = Field(
-        1, description="distorted versions of each VAL_CALIB image, levels mixed by `challenge`"
+        1, description="distorted versions of each image, levels mixed by `challenge`"
     )
 
 
@@ -475,7 +475,8 @@ class Decision(Section):
 
     fit_on: Literal["challenge", "clean"] = Field(
         "challenge",
-        description="VAL_CALIB images distorted as the validator does, or as they are; both are reported",
+        description="of fusion and policy: images distorted as the validator does, or as they are; "
+        "both are reported",
     )
     served_prior: OpenFraction = Field(0.5, description="share of roadwork among served images")
     n_resamples: Annotated[Integer, Field(ge=100)] = Field(

@@ -31,7 +31,7 @@ from streetvision.artifacts import (
     write_csv_atomic,
     write_json_atomic,
 )
-from streetvision.data.schema import SPLITS
+from streetvision.data.schema import CONDITIONS, SPLITS
 from streetvision.errors import UserError
 
 
@@ -49,6 +49,8 @@ def test_unknown_splits_and_steps_are_refused(tmp_path: Path) -> None:
     for name in ("test", "val_test"):
         with pytest.raises(UserError, match=f'split "{name}" has no embeddings'):
             paths.embeddings(name)
+    with pytest.raises(UserError, match='condition "rain" is not one of clean, challenge'):
+        paths.embeddings("train", "rain")
     with pytest.raises(UserError, match=r'step "fit" is not one of ingest, prepare'):
         paths.manifest("fit")
 
@@ -56,7 +58,8 @@ def test_unknown_splits_and_steps_are_refused(tmp_path: Path) -> None:
 def test_no_two_artifacts_share_a_path(tmp_path: Path) -> None:
     paths = ArtifactSchema(tmp_path)
     files = [
-        *(paths.split(name) for name in SPLITS), *(paths.embeddings(name) for name in SPLITS[:3]),
+        *(paths.split(name) for name in SPLITS),
+        *(paths.embeddings(name, each) for name in SPLITS[:3] for each in CONDITIONS),
         paths.raw, paths.quarantine, paths.classifier, paths.thresholds, paths.scrc_params,
         paths.scrc_pickle, paths.bundle, paths.metric("a"), paths.plot("a.csv"), paths.run_log,
         *(paths.manifest(step) for step in ("ingest", "prepare", "train", "embed", "sweep")),

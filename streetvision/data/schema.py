@@ -11,6 +11,8 @@ import pyarrow as pa
 
 CLASS_NAMES = ("None", "Roadwork")
 SPLITS = ("train", "val_select", "val_calib", "val_test")
+# Images as they are, and distorted as the subnet's validator does.
+CONDITIONS = ("clean", "challenge")
 
 _CONTEXT = [
     pa.field("source", pa.string(), nullable=False),

@@ -333,8 +333,11 @@ def plot_reward(rewards: ArrayLike, expected: float) -> Figure:
 
 
 @_picture
-def plot_fusion(modes: Mapping[str, Mapping[str, float]], chosen: str) -> Figure:
-    """Log loss and MCC on VAL_SELECT of each fusion mode, with its views; the chosen one stands out."""
+def plot_fusion(modes: Mapping[str, Mapping[str, float]], chosen: str, condition: str) -> Figure:
+    """Log loss and MCC on VAL_SELECT of each fusion mode, with its views; the chosen one stands out.
+
+    `condition`, `clean` or `challenge`, says which images the numbers are of.
+    """
     figure, axes = _figure(8.4, 0.9 + 0.42 * max(len(modes), 3), ncols=2, sharey=True)
     y = np.arange(len(modes))
     colours = [ORANGE if mode == chosen else BLUE for mode in modes]
@@ -349,7 +352,7 @@ def plot_fusion(modes: Mapping[str, Mapping[str, float]], chosen: str) -> Figure
         ax.grid(visible=False, axis="y")
     axes[0].set_yticks(y, [f"{mode} ({row['views']:g})" for mode, row in modes.items()])
     axes[0].invert_yaxis()
-    figure.supxlabel("VAL_SELECT; the number of views behind each mode", fontsize=9)
+    figure.supxlabel(f"VAL_SELECT, {condition}; the number of views behind each mode", fontsize=9)
     return figure
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.artifacts import library_versions, write_bytes_atomic
+from streetvision.data.schema import CONDITIONS
 from streetvision.evidence.decision import SPLIT
-from streetvision.evidence.decision_runs import AUTO, CONDITIONS, DEFAULT, STEPS, Run, as_dict
+from streetvision.evidence.decision_runs import AUTO, DEFAULT, STEPS, Run, as_dict
 from streetvision.evidence.fresh import ECE_TARGET
 from streetvision.evidence.report import Spread
 from streetvision.models.fusion import MODES
@@ -49,15 +50,15 @@ the global view, decided at 0.5; *fused* the same of the fused logit; *calibrate
 default calibrator, threshold at 0.5 and moved where its interval excludes 0.5; the last two rows with the \
 calibrator of the lowest out-of-fold log loss. ± is the standard deviation over the seeds; intervals, 95 %, \
 count groups. ECE has 15 bins; its floor is what a perfectly calibrated model of that size would show, 95 % of \
-them less than the bound. VAL_CALIB and VAL_TEST are under the same condition, both as they are or both \
-distorted; fusion is fitted and chosen on images as they are. {machine}."""
+them less than the bound. All parts, from TRAIN's fusion part to VAL_TEST, are under one condition, as they \
+are or distorted: fusion and policy are fitted for what is served. {machine}."""
 _HELD_OUT = """\
 The groups with both classes are held out in {folds} parts, in turn. The backbone is frozen, as it was \
 pretrained: no image of these data moved it. The head is balanced logistic regression on the global view of \
 all other groups; a quarter of these is VAL_SELECT, another one with each of {seeds} seeds, the rest is what \
 fusion is fitted on, with logits of heads that did not see the group. Pooled decisions on {images} images of \
-{groups} groups; ± over the seeds; Δ with the decisions of all seeds together. Rules without training \
-have the bias and scale that they would have learnt, the single view is as it is. `latent` keeps the \
+{groups} groups, not distorted; ± over the seeds; Δ with the decisions of all seeds together. Rules without \
+training have the bias and scale that they would have learnt, the single view is as it is. `latent` keeps the \
 head, which saw VAL_SELECT here, so `auto` chooses among the others; it chose {chosen}."""
 
 
@@ -100,11 +101,11 @@ def seeds_table(lines: Sequence[Line], condition: str) -> list[str]:
     return table(rows)
 
 
-def fusion_table(lines: Sequence[Line]) -> list[str]:
+def fusion_table(lines: Sequence[Line], condition: str) -> list[str]:
     """What VAL_SELECT says of fusion: whether it is on."""
     rows = [["seed", "chosen", "MCC", "Δ MCC", "log loss", "Δ log loss"]]
     for line in lines:
-        found = line["fusion"]
+        found = line["conditions"][condition]["fusion"]
         rows.append([str(line["number"]), found["mode"], *_before_after(found)])
     return table(rows)
 
@@ -157,11 +158,12 @@ def split_text(lines: Sequence[Line]) -> list[str]:
         f"{np.mean([line['groups'][name] for line in lines]):,.0f} groups"
         for name in lines[0]["images"]
     )
-    text = [f"{len(lines)} seeds; mean sizes: {sizes}.", "", "### Fusion, on VAL_SELECT", ""]
-    gains = [line["fusion"]["gain_mcc"] for line in lines]
-    text += [*fusion_table(lines), "", verdict("The chosen fusion", gains)]
+    text = [f"{len(lines)} seeds; mean sizes: {sizes}."]
     for condition in CONDITIONS:
         text += ["", f"### {CONDITION_NAMES[condition]}", "", *steps_table(lines, condition), ""]
+        gains = [line["conditions"][condition]["fusion"]["gain_mcc"] for line in lines]
+        text += ["Fusion, on VAL_SELECT:", "", *fusion_table(lines, condition), ""]
+        text += [verdict("The chosen fusion", gains), ""]
         text += [ece_verdict(lines, condition), "", "Out of fold on VAL_CALIB, fused → deployed:"]
         text += ["", *calibrators_table(lines, condition), ""]
         for name, what in ((DEFAULT, "The default calibrator"), (AUTO, "`auto`")):

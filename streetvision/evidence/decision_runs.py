@@ -1,6 +1,7 @@
 """One split: trained, embedded with views, fused, calibrated, decided; what each step does on VAL_TEST.
 
-Nothing is chosen on VAL_TEST: fusion's mode is on VAL_SELECT, the calibrator out of folds of VAL_CALIB.
+Nothing is chosen on VAL_TEST: fusion's mode is on VAL_SELECT, the calibrator out of folds of VAL_CALIB. After
+training all of it is done under each condition: with that `decision.fit_on`, tested on such images.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.artifacts import config_hash
+from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import Split
 from streetvision.evidence.data import Fold
 from streetvision.evidence.runs import train
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-# VAL_CALIB and VAL_TEST as they are, and distorted as the validator does.
-CONDITIONS = ("clean", "challenge")
 STEPS = ("single", "fused", "calibrated", "deployed", "calibrated_auto", "deployed_auto")
 METRICS = ("mcc", "log_loss", "ece", "ece_debiased")
 # The calibrator of the parameters, and the one with the lowest out-of-fold log loss.
@@ -85,7 +85,7 @@ def run_split(run: Run) -> dict[str, Any]:
     result = train(params, fold, run.root, run.scratch / "running" / run.key)
     model = result.model.to(device).eval()
 
-    def views(split: Split, condition: str = "clean") -> LabelledViews:
+    def views(split: Split, condition: str) -> LabelledViews:
         images = (
             (split.image(row) for row in range(len(split)))
             if condition == "clean"
@@ -97,41 +97,43 @@ def run_split(run: Run) -> dict[str, Any]:
         )  # fmt: skip
         return LabelledViews(scores, split.labels, split.groups)
 
-    fusion_part, select = (views(fold.open(name, "embed")) for name in ("train", "val_select"))
-    calib = {name: views(fold.open("val_calib", "embed"), name) for name in CONDITIONS}
+    fusion_part, select, calib = (
+        {condition: views(fold.open(name, "embed"), condition) for condition in CONDITIONS}
+        for name in ("train", "val_select", "val_calib")
+    )
+    test = {name: views(fold.open("val_test", "evaluate"), name) for name in CONDITIONS}
     clean = calib["clean"]
     swept, _ = sweep_thresholds(
         clean.scores.logits[:, 0], clean.labels, clean.groups,
         n_thresholds=params.sweep.n_thresholds, selection=params.sweep.selection,
         n_resamples=params.decision.n_resamples, seed=params.seed, split_used="val_calib",
     )  # fmt: skip
-    fusion, report = choose_fusion(
-        params.cvfm, params.views, fusion_part, select, model.head.cpu(), swept["threshold"],
-        params.seed,
-    )  # fmt: skip
-    model.to(device)
-    # Rules without training are compared with the bias and scale that the calibrator will give them.
+    head = model.head.cpu()
     single = Fusion(FusionConfig.of("single", params.cvfm, params.views, 0))
-    pair = [learnt_scale(f, fusion_part)(f.fuse(*select.scores)) for f in (single, fusion)]
-    gain = compare(select.labels, select.groups, pair[0], pair[1], params)
-    line: dict[str, Any] = {
-        "fusion": {"mode": report["mode"], "modes": report["modes"], **gain},
-        "conditions": {},
-    }
-    for condition in CONDITIONS:
-        test = views(fold.open("val_test", "evaluate"), condition)
-        line["conditions"][condition] = decide(
-            fusion.fuse(*calib[condition].scores), calib[condition], fusion.fuse(*test.scores),
-            test, params,
+    line: dict[str, Any] = {"conditions": {}}
+    for name in CONDITIONS:
+        fusion, report = choose_fusion(
+            params.cvfm, params.views, fusion_part[name], select, name, head, swept["threshold"],
+            params.seed,
         )  # fmt: skip
-    line["images"] = {
-        "TRAIN, fusion part": len(fusion_part.labels), "VAL_SELECT": len(select.labels),
-        "VAL_CALIB": len(clean.labels), "VAL_TEST": len(test.labels),
+        # Rules without training are compared with the bias and scale that the calibrator will give them.
+        judged = select[name]
+        pair = [
+            learnt_scale(f, fusion_part[name])(f.fuse(*judged.scores)) for f in (single, fusion)
+        ]
+        gain = compare(judged.labels, judged.groups, pair[0], pair[1], params)
+        decided = decide(
+            fusion.fuse(*calib[name].scores), calib[name], fusion.fuse(*test[name].scores),
+            test[name], params,
+        )  # fmt: skip
+        chosen = {"mode": report["mode"], "modes": report["modes"], **gain}
+        line["conditions"][name] = {"fusion": chosen, **decided}
+    parts = {
+        "TRAIN, fusion part": fusion_part["clean"], "VAL_SELECT": select["clean"],
+        "VAL_CALIB": clean, "VAL_TEST": test["clean"],
     }  # fmt: skip
-    line["groups"] = {
-        "TRAIN, fusion part": len(set(fusion_part.groups)), "VAL_SELECT": len(set(select.groups)),
-        "VAL_CALIB": len(set(clean.groups)), "VAL_TEST": len(set(test.groups)),
-    }  # fmt: skip
+    line["images"] = {name: len(part.labels) for name, part in parts.items()}
+    line["groups"] = {name: len(set(part.groups)) for name, part in parts.items()}
     return line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,13 +216,16 @@ def choose_fusion(
     settings: Cvfm,
     grid: ViewGrid,
     train: LabelledViews,
-    select: LabelledViews,
+    select: Mapping[str, LabelledViews],
+    fit_on: str,
     head: nn.Module | None,
     phase_2_threshold: float,
     seed: int,
 ) -> tuple[Fusion, dict[str, Any]]:
     """Fit every mode, report each on VAL_SELECT and return the chosen one with the report.
 
+    `train`'s images are under the condition `fit_on`, which is also the one of `select`'s conditions that
+    decides: training stops, `auto` chooses and the gain is counted there; the others are reported.
     `auto` takes the lowest log loss, the earlier in `MODES` of equals. A rule without training has no
     say on bias and scale, which the calibrator sets later: for its log loss and MCC at 0.5, and for nothing
     else, its logits pass a Platt map fitted on TRAIN's fusion part. Trained modes learnt both there.
@@ -231,44 +235,52 @@ def choose_fusion(
     UserError
         The mode that was asked for cannot be fitted.
     """
-    fits = fit_modes(settings, grid, train, select, head, seed)
-    rows: dict[str, dict[str, float]] = {}
+    fits = fit_modes(settings, grid, train, select[fit_on], head, seed)
+    rows: dict[str, dict[str, Any]] = {}
     for mode, fit in fits.items():
-        rows[mode] = _row(fit, train, select, phase_2_threshold)
-        log.info("%s: VAL_SELECT log loss %.4f, MCC %.4f", mode, rows[mode]["log_loss"],
-                 rows[mode]["mcc"])  # fmt: skip
+        rows[mode] = _costs(fit) | {
+            name: _scores(fit.fusion, train, part, phase_2_threshold)
+            for name, part in select.items()
+        }
+        log.info("%s: VAL_SELECT, %s: log loss %.4f, MCC %.4f", mode, fit_on,
+                 rows[mode][fit_on]["log_loss"], rows[mode][fit_on]["mcc"])  # fmt: skip
     chosen: str = settings.mode
     if chosen == "auto":
-        chosen = min(rows, key=lambda mode: rows[mode]["log_loss"])
+        chosen = min(rows, key=lambda mode: rows[mode][fit_on]["log_loss"])
     report = {
+        "fit_on": fit_on,
         "mode": chosen,
         "modes": rows,
         "gain": {
-            "mcc": rows[chosen]["mcc"] - rows["single"]["mcc"],
-            "log_loss": rows[chosen]["log_loss"] - rows["single"]["log_loss"],
+            name: rows[chosen][fit_on][name] - rows["single"][fit_on][name]
+            for name in ("mcc", "log_loss")
         },
         "fusion_images": len(train.labels),
-        "val_select_images": len(select.labels),
+        "val_select_images": len(select[fit_on].labels),
     }
     return fits[chosen].fusion, report
 
 
-def _row(
-    fit: FusionFit, train: LabelledViews, select: LabelledViews, threshold: float
-) -> dict[str, float]:
-    """One mode on VAL_SELECT."""
-    fused = fit.fusion.fuse(*select.scores)
-    scale = learnt_scale(fit.fusion, train)
-    scores = all_metrics(select.labels, sigmoid(scale(fused)))
-    at_threshold = metrics_at_threshold(fused, select.labels, threshold)
+def _costs(fit: FusionFit) -> dict[str, float]:
     network = fit.fusion.network
+    return {
+        "views": fit.fusion.n_views,
+        "parameters": sum(p.numel() for p in network.trainable().values()) if network else 0,
+        "epoch": float(np.mean(fit.epochs)),
+    }
+
+
+def _scores(
+    fusion: Fusion, train: LabelledViews, select: LabelledViews, threshold: float
+) -> dict[str, float]:
+    """One mode on VAL_SELECT under one condition; its bias and scale stay those of `train`."""
+    fused = fusion.fuse(*select.scores)
+    scores = all_metrics(select.labels, sigmoid(learnt_scale(fusion, train)(fused)))
+    at_threshold = metrics_at_threshold(fused, select.labels, threshold)
     return {
         "log_loss": scores["log_loss"],
         "mcc": scores["mcc"],
         "mcc_at_phase_2_threshold": at_threshold["mcc"],
-        "views": fit.fusion.n_views,
-        "parameters": sum(p.numel() for p in network.trainable().values()) if network else 0,
-        "epoch": float(np.mean(fit.epochs)),
     }
 
 

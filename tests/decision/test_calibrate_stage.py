@@ -59,7 +59,8 @@ def project(tmp_path: Path) -> ArtifactSchema:
     # Distorted, logits are half as large and lower.
     often = np.arange(ROWS).repeat(2)
     moved = logits[often] / 2 - 3 + rng.normal(0, 0.3, 2 * ROWS)
-    write_arrow(paths.challenge_embeddings, embeddings(moved, labels[often], groups[often], 2))
+    distorted = paths.embeddings("val_calib", "challenge")
+    write_arrow(distorted, embeddings(moved, labels[often], groups[often], 2))
     save_fusion(Fusion(FusionConfig.of("single", Cvfm(), ViewGrid(), 0)), paths.cvfm)
     (paths.classifier).mkdir(parents=True)
     document, _ = sweep_thresholds(

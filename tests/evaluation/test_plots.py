@@ -40,7 +40,7 @@ CASES = {
         lambda: plots.plot_threshold_sweep(GRID, GRID, GRID, GRID, GRID, GRID, 0.4),
         (6.4, 6.2),
     ),
-    "fusion": (lambda: plots.plot_fusion(MODES, "mlp"), (8.4, 0.9 + 0.42 * 3)),
+    "fusion": (lambda: plots.plot_fusion(MODES, "mlp", "clean"), (8.4, 0.9 + 0.42 * 3)),
 }
 
 
@@ -66,7 +66,12 @@ def test_drawing_leaves_the_configuration_alone():
 def test_pictures_depend_on_the_data():
     assert plots.plot_roc(Y, P) != plots.plot_roc(Y, 1 - P)
     assert plots.plot_reliability(Y, P) != plots.plot_reliability(Y, P, prior_weights(Y, 0.5))
-    assert plots.plot_fusion(MODES, "mlp") != plots.plot_fusion(MODES, "single")
+    pictures = {
+        plots.plot_fusion(MODES, mode, condition)
+        for mode in ("mlp", "single")
+        for condition in ("clean", "challenge")
+    }
+    assert len(pictures) == 4
 
 
 def test_reliability_and_confusion_of_one_class_are_drawn():

@@ -17,14 +17,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from streetvision import cli
+from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
 from streetvision.evidence import decision, decision_held_out, decision_report
 from streetvision.evidence.data import WHOLE
 from streetvision.evidence.decision_held_out import fit_head, run_held_out
-from streetvision.evidence.decision_runs import CONDITIONS, METRICS, STEPS, Run, compare, measured
+from streetvision.evidence.decision_runs import METRICS, STEPS, Run, compare, measured
 from streetvision.evidence.runs import results_file
 from streetvision.evidence.variants import SIZES
+from streetvision.models.fusion import MODES
 from streetvision.params import Cvfm, Params, ViewGrid
 
 QUICK = {
@@ -136,10 +138,15 @@ def check_tables(text: str, lines: list[dict[str, Any]]) -> None:
             assert cells[0] == str(line["number"])
             assert cells[2].split()[0] == f"{found['mcc']['value']:.3f}"
     assert len(seen) > 10, "the runs learnt nothing to tell apart"
-    fusion = next(t for t in seeds if t[0][1] in lines[0]["fusion"]["modes"])
-    for cells, line in zip(fusion, lines, strict=True):
-        assert cells[1] == line["fusion"]["mode"]
-        assert cells[3].split()[0] == f"{line['fusion']['gain_mcc']['value']:+.3f}"
+    fusions = [t for t in seeds if t[0][1] in MODES]
+    for condition, fusion in zip(CONDITIONS, fusions, strict=True):
+        for cells, line in zip(fusion, lines, strict=True):
+            found = line["conditions"][condition]["fusion"]
+            assert cells[1] == found["mode"]
+            assert cells[3].split()[0] == f"{found['gain_mcc']['value']:+.3f}"
+            # Chosen in the condition that it is tested in.
+            losses = {mode: row[condition]["log_loss"] for mode, row in found["modes"].items()}
+            assert found["mode"] == min(losses, key=lambda mode: losses[mode])
 
 
 # --------------------------------------------------------------------------- measures

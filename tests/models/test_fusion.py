@@ -561,11 +561,19 @@ def test_what_cannot_be_fitted() -> None:
 # --------------------------------------------------------------------------- choosing
 
 
+def choose(
+    settings: Cvfm, grid: ViewGrid, train: LabelledViews, select: LabelledViews,
+    head: nn.Module | None, threshold: float = 0.5,
+) -> tuple[Fusion, dict[str, Any]]:  # fmt: skip
+    """The choice under one condition."""
+    return choose_fusion(settings, grid, train, {"clean": select}, "clean", head, threshold, 7)
+
+
 def test_auto_takes_the_lowest_log_loss_and_reports_every_mode() -> None:
     settings_ = QUICK.model_copy(update={"epochs": 10})
-    fusion, report = choose_fusion(settings_, GRID, sample(), sample(200, 1), make_head(), 0.4, 7)
+    fusion, report = choose(settings_, GRID, sample(), sample(200, 1), make_head(), 0.4)
     assert set(report["modes"]) == set(MODES)
-    best = min(report["modes"].values(), key=lambda row: row["log_loss"])
+    best = min(report["modes"].values(), key=lambda row: row["clean"]["log_loss"])
     assert report["modes"][fusion.config.mode] == best
     assert report["mode"] == fusion.config.mode
     assert report["gain"]["log_loss"] < 0
@@ -577,7 +585,7 @@ def test_auto_takes_the_lowest_log_loss_and_reports_every_mode() -> None:
     fused = fusion.fuse(*select.scores)
     decided = (1 / (1 + np.exp(-fused)) > 0.4).astype(float)
     at_threshold = all_metrics(select.labels, decided)["mcc"]
-    assert best["mcc_at_phase_2_threshold"] == pytest.approx(at_threshold)
+    assert best["clean"]["mcc_at_phase_2_threshold"] == pytest.approx(at_threshold)
 
 
 def test_fusion_that_does_not_help_is_not_shipped() -> None:
@@ -593,11 +601,60 @@ def test_fusion_that_does_not_help_is_not_shipped() -> None:
             made.scores._replace(logits=logits, features=features), made.labels, made.groups
         )
 
-    fusion, report = choose_fusion(QUICK.model_copy(update={"epochs": 5, "weight_decay": 10.0}),
-                                   GRID, part(300, 0), part(300, 1), make_head(), 0.5, 7)  # fmt: skip
-    others = [report["modes"][mode]["log_loss"] for mode in ("simple_mean", "content_aware")]
-    assert report["modes"]["single"]["log_loss"] < min(others)
-    assert report["modes"][fusion.config.mode]["log_loss"] <= report["modes"]["single"]["log_loss"]
+    heavy = QUICK.model_copy(update={"epochs": 5, "weight_decay": 10.0})
+    fusion, report = choose(heavy, GRID, part(300, 0), part(300, 1), make_head())
+    losses = {mode: row["clean"]["log_loss"] for mode, row in report["modes"].items()}
+    assert losses["single"] < min(losses["simple_mean"], losses["content_aware"])
+    assert losses[fusion.config.mode] <= losses["single"]
+
+
+def test_fusion_is_chosen_in_the_condition_that_is_served() -> None:
+    """Tiles tell the truth on clean images and nothing on distorted ones."""
+    rng = np.random.default_rng(3)
+
+    def part(n: int, seed: int, condition: str) -> LabelledViews:
+        made = sample(n, seed)
+        truth = 2.0 * made.labels - 1
+        tiles = np.stack([2 * truth if condition == "clean" else 0 * truth] * 4, axis=1)
+        logits = np.column_stack([2 * truth, tiles]) + rng.normal(0, 2, (n, 5))
+        features = rng.normal(size=(n, 5, D)).astype(np.float16)
+        scores = made.scores._replace(logits=logits, features=features)
+        return LabelledViews(scores, made.labels, made.groups)
+
+    select = {name: part(400, 1, name) for name in ("clean", "challenge")}
+    settings_ = QUICK.model_copy(update={"epochs": 2})
+    found = {
+        name: choose_fusion(settings_, GRID, part(400, 0, name), select, name, make_head(), 0.5, 7)[
+            1
+        ]
+        for name in select
+    }
+    for name, report in found.items():
+        assert report["fit_on"] == name
+        losses = {mode: row[name]["log_loss"] for mode, row in report["modes"].items()}
+        assert report["mode"] == min(losses, key=lambda mode: losses[mode])
+        for metric, gain in report["gain"].items():
+            ours, single = (report["modes"][mode][name] for mode in (report["mode"], "single"))
+            assert gain == ours[metric] - single[metric]
+    # What gains on clean images loses on distorted ones, and is not shipped for them.
+    clean, served = found["clean"], found["challenge"]
+    assert clean["gain"]["mcc"] > 0.1
+    rows = clean["modes"]
+    assert rows[clean["mode"]]["challenge"]["mcc"] < rows["single"]["challenge"]["mcc"] - 0.1
+    assert served["gain"]["log_loss"] <= 0
+    assert served["mode"] != clean["mode"]
+
+
+def test_trained_modes_stop_in_the_condition_that_decides() -> None:
+    train, clean, other = sample(), sample(200, 1), sample(200, 2)
+    plain = choose(QUICK.model_copy(update={"mode": "mlp"}), GRID, train, clean, make_head())
+    both = choose_fusion(QUICK.model_copy(update={"mode": "mlp"}), GRID, train,
+                         {"clean": clean, "challenge": other}, "clean", make_head(), 0.5, 7)  # fmt: skip
+    for scores in (clean.scores, other.scores):
+        np.testing.assert_array_equal(plain[0].fuse(*scores), both[0].fuse(*scores))
+    assert plain[1]["gain"] == both[1]["gain"]
+    alone = choose(QUICK.model_copy(update={"mode": "mlp"}), GRID, train, other, make_head())[1]
+    assert both[1]["modes"]["single"]["challenge"] == alone["modes"]["single"]["clean"]
 
 
 def test_rules_are_compared_without_their_bias_and_scale() -> None:
@@ -610,8 +667,8 @@ def test_rules_are_compared_without_their_bias_and_scale() -> None:
         )
 
     plain, moved = (
-        choose_fusion(QUICK.model_copy(update={"mode": "single", "epochs": 1}), GRID, one(train), one(select),
-                      make_head(), 0.5, 7)[1]["modes"]["single"]
+        choose(QUICK.model_copy(update={"mode": "single", "epochs": 1}), GRID, one(train), one(select),
+               make_head())[1]["modes"]["single"]["clean"]
         for one in (lambda p: p, shifted)
     )  # fmt: skip
     assert plain["log_loss"] == pytest.approx(moved["log_loss"], abs=1e-6)
@@ -621,18 +678,15 @@ def test_rules_are_compared_without_their_bias_and_scale() -> None:
 def test_without_a_fusion_part_only_rules_take_part() -> None:
     scores = ViewScores(*(part[:0] for part in sample().scores))  # type: ignore[index]
     empty = LabelledViews(scores, np.zeros(0, np.int64), np.zeros(0, np.int64))
-    _, report = choose_fusion(QUICK, GRID, empty, sample(200, 1), make_head(), 0.5, 7)
+    _, report = choose(QUICK, GRID, empty, sample(200, 1), make_head())
     assert set(report["modes"]) == set(UNTRAINED)
     with pytest.raises(UserError, match="TRAIN's fusion part"):
-        choose_fusion(QUICK.model_copy(update={"mode": "mlp"}), GRID, empty, sample(200, 1),
-                      make_head(), 0.5, 7)  # fmt: skip
+        choose(QUICK.model_copy(update={"mode": "mlp"}), GRID, empty, sample(200, 1), make_head())
 
 
 def test_with_one_view_there_is_nothing_to_choose() -> None:
     grid = ViewGrid()
-    fusion, report = choose_fusion(
-        QUICK, grid, sample(grid=grid), sample(200, 1, grid), None, 0.5, 7
-    )
+    fusion, report = choose(QUICK, grid, sample(grid=grid), sample(200, 1, grid), None)
     assert fusion.config.mode == "single"
     assert set(report["modes"]) == {"single"}
     assert report["gain"] == {"mcc": 0.0, "log_loss": 0.0}

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from streetvision.data.schema import SPLITS
+from streetvision.data.schema import CONDITIONS, SPLITS
 from streetvision.data.store import CONTRACT
 from streetvision.presets import load_preset, merge
 
@@ -28,7 +28,7 @@ STAGES = (
 # Which embeddings a stage may read: the split contract behind `embed`.
 EMBEDDINGS = {
     "sweep": ["val_calib"],
-    "cvfm": ["train", "val_select"],
+    "cvfm": ["train", "train_challenge", "val_select", "val_select_challenge"],
     "calibrate": ["val_calib", "val_calib_challenge"],
 }
 # What runs leave beside the results: no part of a fresh project.
@@ -187,7 +187,11 @@ def contract_violations(document: Mapping[str, Any]) -> list[str]:
             ("embeddings", EMBEDDINGS.get(name, [])),
         ):
             wanted = {f"data/{folder}/{split}.arrow" for split in declared}
-            every = {f"data/{folder}/{split}.arrow" for split in (*SPLITS, "val_calib_challenge")}
+            every = {
+                f"data/{folder}/{split}{suffix}.arrow"
+                for split in SPLITS
+                for suffix in ("", *(f"_{condition}" for condition in CONDITIONS))
+            }
             listed = every & set(stage["deps"])
             found += [f"{name} lists {path}, not declared" for path in sorted(listed - wanted)]
             found += [f"{name} declares {path}, not listed" for path in sorted(wanted - listed)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from streetvision.artifacts import ArtifactSchema
-from streetvision.data.schema import SPLITS
+from streetvision.data.schema import CONDITIONS, SPLITS
 from streetvision.data.store import CONTRACT, SplitAccessError, open_split
 from streetvision.imports import import_closure
 from streetvision.params import Params, leaves
@@ -38,7 +38,7 @@ AGREED = {
     "train": {"train", "val_select"},
     "embed": {"train", "val_select", "val_calib"},
     "sweep": {"val_calib"},
-    "cvfm": {"train", "val_select"},
+    "cvfm": {"train", "train_challenge", "val_select", "val_select_challenge"},
     "calibrate": {"val_calib", "val_calib_challenge"},
     "export": set(),
     "evaluate": {"val_test"},
@@ -95,9 +95,8 @@ def test_paths_are_those_of_the_schema() -> None:
     fixed = {
         paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds,
         paths.scrc_params, paths.scrc_pickle, paths.cvfm, paths.bundle,
-        paths.challenge_embeddings,
         *(paths.split(name) for name in SPLITS),
-        *(paths.embeddings(name) for name in CONTRACT["embed"]),
+        *(paths.embeddings(name, each) for name in CONTRACT["embed"] for each in CONDITIONS),
     }  # fmt: skip
     written = [Path(name) for stage in STAGE.values() for name in outputs(stage)]
     read = [Path(name) for stage in STAGE.values() for name in data_deps(stage)]

@@ -157,6 +157,10 @@ def test_metrics_have_scalar_leaves(reproduced: Project) -> None:
     assert 0 <= challenge["reward"]["mean"] <= 1
     assert "SDXL" in challenge["unmeasured"]
     assert challenge["challenges_scored"] == 4 * challenge["n"] == 4 * evaluation["n"]
+    fusion = reproduced.read_json("metrics/cvfm.json")
+    assert fusion["fit_on"] == "challenge"
+    single = fusion["modes"]["single"]
+    assert single["clean"]["log_loss"] != single["challenge"]["log_loss"]
 
 
 # --------------------------------------------------------------------------- files that others know
@@ -350,7 +354,7 @@ def test_second_repro_runs_nothing(project: Project) -> None:
         ({"embed": {"batch_size": 32}}, ["probe", "embed", "export"]),
         ({"cvfm": {"mode": "single"}}, ["cvfm"]),
         ({"embed": {"challenge_repeats": 2}}, ["embed"]),
-        ({"decision": {"fit_on": "clean"}}, ["calibrate"]),
+        ({"decision": {"fit_on": "clean"}}, ["cvfm", "calibrate"]),
         ({"decision": {"exchangeable_unit": "drive"}}, ["calibrate"]),
         ({"decision": {"hard_image_views": "all"}}, ["calibrate"]),
         ({"challenge": {"level_0": 0.4, "level_1": 0.1}}, ["embed", "challenge"]),
