@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
@@ -22,6 +23,9 @@ from streetvision.data.store import open_split
 from streetvision.params import Cvfm, Hardware, Train, ViewGrid
 
 torch.set_num_threads(1)
+# The same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).resolve().parents[1]
 HEIGHT, WIDTH = 32, 48

@@ -141,6 +141,7 @@ def _visible(box: PixelBox, fit: Preprocessing) -> NDArray[np.float64]:
         return edges
     size = edges[2:] - edges[:2]
     scale = max(fit.width / size[0], fit.height / size[1])
-    cut = (size - np.array([fit.width, fit.height]) / scale) / 2
+    # Rounding must not put an edge that is not cut outside the box.
+    cut = np.maximum(size - np.array([fit.width, fit.height]) / scale, 0) / 2
     visible: NDArray[np.float64] = edges + np.concatenate([cut, -cut])
     return visible
