@@ -1,26 +1,23 @@
-"""`PolicyValidator`: policy documents against the JSON Schemas in `schemas/`.
-
-The schemas are plain draft 2020-12 for any reader. Here they are checked with the keywords that
-they use, which spares a dependency: `_CHECKS` and `_walk` are all of them.
-"""
+"""`PolicyValidator`: policy documents against the JSON Schemas in `schemas/`."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streetvision.decision.policy import policy_from_document
 from streetvision.errors import UserError
 
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
+
 SCHEMAS = Path(__file__).parent / "schemas"
 #: Schema file by `policy_type`.
 POLICY_SCHEMAS = {"scrc": "scrc_params.schema.json", "threshold": "thresholds.schema.json"}
-
-Schema = Mapping[str, Any]
 
 
 class PolicyValidator:
@@ -41,7 +38,7 @@ class PolicyValidator:
             raise UserError(
                 f"policy_type is {kind!r}; it must be one of {', '.join(POLICY_SCHEMAS)}"
             )
-        errors = list(schema_errors(document, _load(POLICY_SCHEMAS[kind])))
+        errors = list(_errors(document, _schema(POLICY_SCHEMAS[kind])))
         if errors:
             raise UserError("; ".join(errors))
         if kind == "scrc":
@@ -49,102 +46,63 @@ class PolicyValidator:
 
 
 @cache
-def _load(name: str) -> Schema:
-    schema: Schema = json.loads((SCHEMAS / name).read_text())
-    return schema
+def _schema(name: str) -> Draft202012Validator:
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    plain = Draft202012Validator.TYPE_CHECKER
+    # JSON has no NaN and no infinity, and every comparison with NaN would pass.
+    finite = plain.redefine("number", lambda _, v: plain.is_type(v, "number") and math.isfinite(v))
+    checker = extend(Draft202012Validator, type_checker=finite)  # type: ignore[no-untyped-call]
+    schema = json.loads((SCHEMAS / name).read_text())
+    checker.check_schema(schema)
+    found: Draft202012Validator = checker(schema)
+    return found
 
 
-def schema_errors(document: object, schema: Schema) -> Iterator[str]:
-    """Yield one line for each place where `document` breaks `schema`: the key, and why."""
-    yield from _walk(document, schema, schema, "")
+def _errors(document: object, schema: Draft202012Validator) -> Iterator[str]:
+    """Yield a line for each wrong key, those of outer objects first, and why it is wrong."""
+    said = set()
+    for error in sorted(schema.iter_errors(document), key=lambda each: len(each.absolute_path)):
+        path = error.json_path.removeprefix("$").removeprefix(".")
+        for about, line in _lines(error, path):
+            if about not in said:  # further errors of one value would repeat it
+                said.add(about)
+                yield line
 
 
-def _walk(value: Any, schema: Schema, root: Schema, path: str) -> Iterator[str]:
-    if "$ref" in schema:
-        yield from _walk(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root, path)
-    for part in schema.get("allOf", ()):
-        yield from _walk(value, part, root, path)
-    if "if" in schema and not any(_walk(value, schema["if"], root, path)):
-        yield from _walk(value, schema["then"], root, path)
-    for keyword, check in _CHECKS.items():
-        if keyword in schema and (wrong := check(value, schema[keyword])):
-            yield f"{path or 'the document'} is {_shown(value)}; {wrong}"
-            return  # what follows would repeat it
-    if isinstance(value, Mapping):
-        yield from _walk_object(value, schema, root, path)
-    if isinstance(value, list) and "items" in schema:
-        for index, item in enumerate(value):
-            yield from _walk(item, schema["items"], root, f"{path}[{index}]")
+def _lines(error: Any, path: str) -> Iterator[tuple[str, str]]:
+    """What an error is about, and its line."""
+    wanted: Any = error.validator_value
+    place = path or "the document"
+    if error.validator == "required":
+        for name in wanted:
+            if name not in error.instance:
+                yield f"{path}.{name}", f"{place} lacks {name}"
+    elif error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        for name in error.instance:
+            if name not in known:
+                inner = f"{path}.{name}" if path else name
+                yield inner, f"{inner} is unknown; allowed: {', '.join(sorted(known))}"
+    else:
+        text = repr(error.instance)
+        shown = text if len(text) <= 60 else f"{text[:57]}…"
+        must = _MUST.get(str(error.validator), f"{error.validator} must be {{}}")
+        if isinstance(wanted, list):
+            wanted = (" or " if error.validator == "type" else ", ").join(map(str, wanted))
+        elif not isinstance(wanted, str):
+            wanted = json.dumps(wanted)
+        yield path, f"{place} is {shown}; {must.format(wanted)}"
 
 
-def _walk_object(
-    value: Mapping[str, Any], schema: Schema, root: Schema, path: str
-) -> Iterator[str]:
-    known = schema.get("properties", {})
-    rest = schema.get("additionalProperties", {})
-    for name in schema.get("required", ()):
-        if name not in value:
-            yield f"{path or 'the document'} lacks {name}"
-    for name, item in value.items():
-        place = f"{path}.{name}" if path else str(name)
-        if name in known:
-            yield from _walk(item, known[name], root, place)
-        elif rest is False:
-            yield f"{place} is unknown; allowed: {', '.join(sorted(known))}"
-        else:
-            yield from _walk(item, rest, root, place)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "object": lambda v: isinstance(v, Mapping),
-    "array": lambda v: isinstance(v, list),
-    "string": lambda v: isinstance(v, str),
-    "number": _is_number,
-    "integer": lambda v: _is_number(v) and v == int(v),
-    "null": lambda v: v is None,
-}
-
-
-def _check_type(value: Any, wanted: str | list[str]) -> str | None:
-    names = [wanted] if isinstance(wanted, str) else wanted
-    return None if any(_TYPES[n](value) for n in names) else f"it must be {' or '.join(names)}"
-
-
-def _is_one_of(value: Any, allowed: list[Any]) -> bool:
-    """Equality as in JSON, where true is not 1."""
-    return any(
-        value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed
-    )
-
-
-def _bound(name: str, fits: Callable[[float, float], bool]) -> Callable[[Any, float], str | None]:
-    """Check of a number; other types pass, as JSON Schema has it."""
-    return lambda v, limit: (
-        None if not _is_number(v) or fits(v, limit) else f"it must be {name} {limit}"
-    )
-
-
-# Keyword to a check (value, keyword's value) -> what is wrong; in the order of checking.
-_CHECKS: dict[str, Callable[[Any, Any], str | None]] = {
-    "type": _check_type,
-    "const": lambda v, one: None if _is_one_of(v, [one]) else f"it must be {json.dumps(one)}",
-    "enum": lambda v, many: (
-        None if _is_one_of(v, many) else f"it must be one of {', '.join(map(str, many))}"
-    ),
-    "minimum": _bound(">=", lambda v, limit: v >= limit),
-    "exclusiveMinimum": _bound(">", lambda v, limit: v > limit),
-    "maximum": _bound("<=", lambda v, limit: v <= limit),
-    "exclusiveMaximum": _bound("<", lambda v, limit: v < limit),
-    "minItems": lambda v, least: (
-        f"it needs at least {least} items" if isinstance(v, list) and len(v) < least else None
-    ),
+_MUST = {
+    "type": "it must be {}",
+    "const": "it must be {}",
+    "enum": "it must be one of {}",
+    "minimum": "it must be >= {}",
+    "exclusiveMinimum": "it must be > {}",
+    "maximum": "it must be <= {}",
+    "exclusiveMaximum": "it must be < {}",
+    "minItems": "it needs at least {} items",
 }
