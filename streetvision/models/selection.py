@@ -147,6 +147,7 @@ class EpochSelection(Callback):  # type: ignore[misc]
         self.preprocessing = preprocessing
         self.rule = train.choose_epoch
         self.patience = train.patience_epochs
+        self.learning_rate = train.learning_rate
         self.batch_size = train.batch_size
         self.average = average
         self.history: list[dict[str, float]] = []
@@ -178,10 +179,12 @@ class EpochSelection(Callback):  # type: ignore[misc]
             )
         probabilities = torch.from_numpy(logits).double().sigmoid().numpy()
         scores = all_metrics(self.split.labels, probabilities)
+        # Groups differ by a factor, with layer decay or for the head; the schedule is common to them.
+        group = trainer.optimizers[0].param_groups[0]
         row = {
             "epoch": trainer.current_epoch,
             "train_loss": train_loss,
-            "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "learning_rate": float(self.learning_rate * group["lr"] / group["initial_lr"]),
             "val_loss": float(scores["log_loss"]),
             "val_mcc": float(scores["mcc"]),
             "val_accuracy": float(scores["accuracy"]),

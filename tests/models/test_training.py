@@ -469,6 +469,14 @@ def test_an_incomplete_accumulation_is_a_step_of_the_schedule(
     assert result.history[1]["learning_rate"] == pytest.approx(0, abs=1e-12)
 
 
+def test_the_learning_rate_that_is_shown_is_that_of_the_parameters(fit: Fit) -> None:
+    plain = fit()
+    factors = fit(layer_decay=0.5, head_learning_rate_factor=10.0)
+    assert plain.history[0]["learning_rate"] > 0
+    for one, other in zip(plain.history, factors.history, strict=True):
+        assert other["learning_rate"] == pytest.approx(one["learning_rate"], rel=1e-12)
+
+
 # --------------------------------------------------------------------------- averaged weights
 
 
