@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 QUARTERS = 4
+# Not a mode: what plain logistic regression gets from the views.
+REFERENCE = "reference"
 
 
 def run_held_out(run: Run, folds: int) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def run_held_out(run: Run, folds: int) -> dict[str, Any]:
     No photograph ever moved the backbone, so all other groups may fit. The head is logistic regression
     with balanced classes on the global view. A quarter of the other groups, another with each seed, is
     VAL_SELECT, where fusion is stopped and chosen; all others are the fusion part, on logits of heads that
-    did not see the group.
+    did not see the group. The reference is the same regression on the features of the global view beside
+    the mean of the others, fitted on all other groups.
     """
     from streetvision.data.views import ViewScores
     from streetvision.models.fusion_training import LabelledViews, fit_modes, learnt_scale
@@ -66,6 +69,9 @@ def run_held_out(run: Run, folds: int) -> dict[str, Any]:
             fused[mode] = asked.scores.logits[:, 0].tolist()
         else:
             fused[mode] = scale(fit.fusion.fuse(*asked.scores)).tolist()
+    beside = np.concatenate([features[:, 0], features[:, 1:].mean(axis=1)], axis=1)
+    reference = fit_head(beside[rest], labels[rest])
+    fused[REFERENCE] = _head_logits(reference, beside[test]).tolist()
     # Latent keeps the head that saw VAL_SELECT here: its loss there says nothing.
     chosen = min((mode for mode in losses if mode != "latent"), key=lambda mode: losses[mode])
     return {

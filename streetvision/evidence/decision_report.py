@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from streetvision.artifacts import library_versions, write_bytes_atomic
 from streetvision.data.schema import CONDITIONS
 from streetvision.evidence.decision import SPLIT
+from streetvision.evidence.decision_held_out import REFERENCE
 from streetvision.evidence.decision_runs import AUTO, DEFAULT, STEPS, Run, as_dict
 from streetvision.evidence.fresh import ECE_TARGET
 from streetvision.evidence.report import Spread
@@ -59,7 +60,9 @@ all other groups; a quarter of these is VAL_SELECT, another one with each of {se
 fusion is fitted on, with logits of heads that did not see the group. Pooled decisions on {images} images of \
 {groups} groups, not distorted; ± over the seeds; Δ with the decisions of all seeds together. Rules without \
 training have the bias and scale that they would have learnt, the single view is as it is. `latent` keeps the \
-head, which saw VAL_SELECT here, so `auto` chooses among the others; it chose {chosen}."""
+head, which saw VAL_SELECT here, so `auto` chooses among the others; it chose {chosen}. *Reference*: balanced \
+logistic regression on the global view's features beside the mean of the tiles', fitted on all other groups, \
+VAL_SELECT's too."""
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -196,7 +199,7 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
     labels, groups = pool("labels"), pool("groups")
     single = sigmoid(pool("logits", "single"))
     rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "sign-flip p"]]
-    for mode in (*MODES, AUTO):
+    for mode in (*MODES, AUTO, REFERENCE):
         fused = sigmoid(pool("logits", mode))
         found = [all_metrics(*each) for each in zip(labels, fused, strict=True)]
         cells = [
@@ -209,7 +212,8 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
             pair = (labels.ravel(), single.ravel(), fused.ravel(), groups.ravel())
             apart = as_dict(paired_group_interval(*pair, n_resamples=N_RESAMPLES, seed=seed))
             gain = [interval(apart, "+"), f"{group_sign_flip_test(*pair, seed=seed):.3f}"]
-        rows.append([f"**{mode}**" if mode == AUTO else mode, *cells, *gain])
+        marks = {AUTO: "**", REFERENCE: "*"}.get(mode, "")
+        rows.append([f"{marks}{mode}{marks}", *cells, *gain])
     names = [line["chosen"] for line in lines]
     chosen = ", ".join(f"{name} {names.count(name)} times" for name in sorted(set(names)))
     return [

@@ -358,11 +358,13 @@ def describe(
     *,
     images_at_once: int,
     images_a_step: int,
+    extra_passes: int = 0,
     extra_bytes: int = 0,
 ) -> dict[str, int]:
     """What a step of training `model` costs, from its architecture alone: no device, no data.
 
-    One forward and backward pass of two images [3, H, W] = `shape` is traced on the meta device.
+    One forward and backward pass of two images [3, H, W] = `shape` is traced on the meta device; each
+    image has `extra_passes` forward passes besides.
     Floating-point operations are those of matrix products, convolutions and attention, a multiplication
     and an addition being two. The peak of memory is, in FP32,
 
@@ -378,13 +380,13 @@ def describe(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     try:
-        flops, kept = _trace(model, torch.zeros(count, *shape, device="meta"))
+        forward, flops, kept = _trace(model, torch.zeros(count, *shape, device="meta"))
     except (NotImplementedError, RuntimeError):  # something in it needs numbers
-        flops, kept = _trace(model, torch.zeros(count, *shape))
+        forward, flops, kept = _trace(model, torch.zeros(count, *shape))
     return {
         "parameters": total,
         "trainable_parameters": trained,
-        "flops_per_step": flops * images_a_step // count,
+        "flops_per_step": (flops + extra_passes * forward) * images_a_step // count,
         "peak_memory_bytes": 4 * total
         + 12 * trained
         + kept * images_at_once // count
@@ -392,8 +394,8 @@ def describe(
     }
 
 
-def _trace(model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
-    """Floating-point operations and bytes kept for the backward pass of one step on `images`."""
+def _trace(model: nn.Module, images: torch.Tensor) -> tuple[int, int, int]:
+    """Of one step on `images`: floating-point operations forward and in all, bytes kept for the way back."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = copy.deepcopy(model).to(images.device)
@@ -412,8 +414,10 @@ def _trace(model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         outcome = model(images)
+        forward = int(counter.get_total_flops())
         (outcome[0] if isinstance(outcome, tuple) else outcome).sum().backward()
-    return int(counter.get_total_flops()), sum(storage.nbytes() for storage in kept.values())
+    total = int(counter.get_total_flops())
+    return forward, total, sum(storage.nbytes() for storage in kept.values())
 
 
 def _duration(seconds: float) -> str:

@@ -175,10 +175,7 @@ def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _cost(task: AdaptationTask, shape: tuple[int, int, int], images: int) -> dict[str, int]:
-    """What a step costs; as if on one device, since devices change no result.
-
-    The teacher's passes and the second ones of a gradient cache are not among the FLOPs.
-    """
+    """What a step costs; as if on one device, since devices change no result."""
     explora, objective = task.explora, task.objective
     views = 2 * min(explora.batch_size, images)
     size = sum(p.numel() for p in task.backbone.parameters())
@@ -188,6 +185,8 @@ def _cost(task: AdaptationTask, shape: tuple[int, int, int], images: int) -> dic
         shape,
         images_at_once=-(-views // explora.gradient_cache_chunks),
         images_a_step=views * explora.accumulate_batches,
+        # The teacher's, and the second one of a gradient cache.
+        extra_passes=objective.needs_teacher + (explora.gradient_cache_chunks > 1),
         extra_bytes=16 * heads + 4 * size * objective.needs_teacher,
     )
 

@@ -237,6 +237,7 @@ def test_each_group_is_held_out_once_and_fusion_gains(held_out: Run) -> None:
     gain = {cells[0].strip("*"): cells[4] for cells in rows}
     assert gain["single"] == ""
     assert float(gain["auto"].split()[0]) > 0.2
+    assert float(gain["reference"].split()[0]) > 0.1
     for line in lines:
         losses = {mode: x for mode, x in line["select_log_loss"].items() if mode != "latent"}
         assert line["chosen"] == min(losses, key=lambda mode: losses[mode])

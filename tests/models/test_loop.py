@@ -308,6 +308,8 @@ def test_cost_of_a_network_counted_by_hand() -> None:
     assert found["trainable_parameters"] == 145
     # Forward, and backward for the linear layer's weight: nothing before it needs a gradient.
     assert found["flops_per_step"] == 32 * 2 * (convolution + 2 * linear)
+    passes = describe(model, (3, 8, 8), images_at_once=16, images_a_step=32, extra_passes=2)
+    assert passes["flops_per_step"] == 32 * 2 * (3 * convolution + 4 * linear)
     # The linear layer keeps its input.
     assert found["peak_memory_bytes"] == 4 * 253 + 12 * 145 + 16 * 144 * 4 + 1000
 
