@@ -12,12 +12,13 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from streetvision.decision.inputs import (
+    check_groups,
     check_keys,
     check_number,
     check_positive,
@@ -80,19 +81,35 @@ class CalibrationMap(ABC):
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-class Calibrator(ABC):
+Map_co = TypeVar("Map_co", bound=CalibrationMap, covariant=True)
+
+
+class Sample(NamedTuple):
+    """Checked images that weigh something: logits, labels, weights and groups, each [N]."""
+
+    logits: FloatArray
+    truth: NDArray[np.bool_]
+    weight: FloatArray
+    groups: NDArray[Any]
+
+    def rows(self, chosen: NDArray[np.bool_]) -> Sample:
+        """The images where `chosen` [N] is true."""
+        logits, truth, weight, groups = self
+        return Sample(logits[chosen], truth[chosen], weight[chosen], groups[chosen])
+
+
+class Calibrator(ABC, Generic[Map_co]):
     """A way to fit a `CalibrationMap`. Fitting is pure: it changes nothing in the calibrator."""
 
     kind: ClassVar[str]
 
-    @abstractmethod
     def fit(
         self,
         logits: ArrayLike,
         labels: ArrayLike,
         groups: ArrayLike | None = None,
         weights: ArrayLike | None = None,
-    ) -> CalibrationMap:
+    ) -> Map_co:
         """Return the map fitted to logits [N] and labels 0 or 1 [N].
 
         Parameters
@@ -100,10 +117,30 @@ class Calibrator(ABC):
         logits, labels
             Of the calibration split, [N], both classes present.
         groups
-            Group of each image, [N], for calibrators that choose something out of fold.
+            Group of each image, [N], for calibrators that choose something out of fold; None makes
+            each image one.
         weights
             Weight of each image, [N]; None weighs all alike.
+
+        Raises
+        ------
+        UserError
+            If lengths differ, a logit is not finite, a label is not 0 or 1, or a class is missing.
+        RuntimeError
+            If the map should keep the prior and its mean probability misses it by more than 1e-6.
         """
+        return self.fit_sample(check_sample(logits, labels, groups, weights))
+
+    def fit_sample(self, sample: Sample) -> Map_co:
+        """As `fit`, of what is checked already."""
+        fitted = self._fit(sample)
+        if fitted.keeps_prior:
+            check_mean_is_prior(fitted, sample.logits, sample.truth, sample.weight)
+        return fitted
+
+    @abstractmethod
+    def _fit(self, sample: Sample) -> Map_co:
+        """Return the map; what it is, the class says."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +163,7 @@ class PlattMap(CalibrationMap):
         return self.slope * np.asarray(logits, dtype=np.float64) + self.intercept
 
 
-class Platt(Calibrator):
+class Platt(Calibrator[PlattMap]):
     """Logistic regression of the label on the logit, with an intercept, no penalty (Platt, 1999).
 
     The intercept is solved for last, so the mean calibrated probability is the split's prior.
@@ -141,23 +178,8 @@ class Platt(Calibrator):
 
     kind: ClassVar[str] = "platt"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> PlattMap:
-        """Return the maximum-likelihood map with a slope > 0.
-
-        Raises
-        ------
-        UserError
-            If lengths differ, a logit is not finite, a label is not 0 or 1, or a class is missing.
-        RuntimeError
-            If the mean calibrated probability misses the prior by more than 1e-6.
-        """
-        values, truth, weight = check_sample(logits, labels, weights)
+    def _fit(self, sample: Sample) -> PlattMap:
+        values, truth, weight, _ = sample
         scaled, centre, spread = standardise(values, weight)
         slope = logistic_slope(scaled, smoothed_targets(scaled, truth, weight), weight)
         if slope < SLOPE_FLOOR:
@@ -168,19 +190,18 @@ class Platt(Calibrator):
             )
             slope = SLOPE_FLOOR
         intercept = solve_intercept(slope * scaled, truth, weight)
-        fitted = PlattMap(slope / spread, intercept - slope * centre / spread)
-        check_mean_is_prior(fitted, values, truth, weight)
-        return fitted
+        return PlattMap(slope / spread, intercept - slope * centre / spread)
 
 
 def check_sample(
-    logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None
-) -> tuple[FloatArray, NDArray[np.bool_], FloatArray]:
-    """Return the logits, labels and weights of the images that weigh something; UserError if bad."""
+    logits: ArrayLike, labels: ArrayLike, groups: ArrayLike | None, weights: ArrayLike | None
+) -> Sample:
+    """Return the images that weigh something; UserError if anything of them is unusable."""
     values, truth = check_scores(logits, labels)
     weight = check_weights(weights, truth)
-    used = weight > 0
-    return values[used], truth[used], weight[used]
+    names = np.arange(values.size) if groups is None else np.asarray(groups)
+    check_groups(names, values.size)
+    return Sample(values, truth, weight, names).rows(weight > 0)
 
 
 def standardise(values: FloatArray, weight: FloatArray) -> tuple[FloatArray, float, float]:

@@ -21,6 +21,7 @@ from streetvision.decision.calibrators import (
     FloatArray,
     Platt,
     PlattMap,
+    check_sample,
 )
 from streetvision.decision.ensemble import TIERS, EnsembleMap, fit_ensembles
 from streetvision.decision.folds import (
@@ -62,7 +63,7 @@ _MAPS: dict[str, type[CalibrationMap]] = {
     )
 }  # fmt: skip
 #: Fewest parameters first: of equally good ones the first is chosen.
-CALIBRATORS: dict[str, Calibrator] = {
+CALIBRATORS: dict[str, Calibrator[CalibrationMap]] = {
     each.kind: each
     for each in (
         Temperature(), Platt(), Beta(), Quadratic(), Isotonic(), Pchip(), VennAbers(),
@@ -131,7 +132,7 @@ def _fit_tiers(
     logits: FloatArray, truth: NDArray[np.bool_], groups: NDArray[Any]
 ) -> dict[str, EnsembleMap]:
     members = {name: tier.members for name, tier in TIERS.items()}
-    return fit_ensembles(members, logits, truth, groups)
+    return fit_ensembles(members, check_sample(logits, truth, groups, None))
 
 
 def choose_calibrator(truth: NDArray[np.bool_], estimates: Mapping[str, OutOfFold]) -> str:
@@ -215,5 +216,5 @@ def fit_kind(
             kind = choose_calibrator(truth, estimates)
         else:
             kind = choose_multi_objective(logits, truth, estimates, served_prior)
-    chosen: Calibrator = TIERS[kind] if kind in TIERS else CALIBRATORS[kind]
+    chosen: Calibrator[CalibrationMap] = TIERS[kind] if kind in TIERS else CALIBRATORS[kind]
     return chosen.fit(logits, truth, groups)

@@ -22,8 +22,8 @@ from streetvision.decision.calibrators import (
     FloatArray,
     Platt,
     PlattMap,
+    Sample,
     check_mean_is_prior,
-    check_sample,
     solve_intercept,
 )
 from streetvision.decision.folds import group_folds
@@ -43,7 +43,7 @@ from streetvision.errors import UserError
 LEAST_WEIGHT = 1e-6
 WEIGHT_TOLERANCE = 1e-9
 
-_MEMBERS: dict[str, tuple[Calibrator, type[CalibrationMap]]] = {
+_MEMBERS: dict[str, tuple[Calibrator[CalibrationMap], type[CalibrationMap]]] = {
     one.kind: (one, its_map)
     for one, its_map in (
         (Temperature(), TemperatureMap), (Platt(), PlattMap), (Beta(), BetaMap),
@@ -116,7 +116,7 @@ def _member_from_dict(document: object) -> CalibrationMap:
 
 
 @dataclass(frozen=True)
-class Ensemble(Calibrator):
+class Ensemble(Calibrator[EnsembleMap]):
     """Fits `members` (kinds) to all images, and their weights to log loss out of group folds.
 
     The weights are the point of the simplex with the lowest log loss of the mixture, which is
@@ -129,15 +129,8 @@ class Ensemble(Calibrator):
 
     kind: ClassVar[str] = "ensemble"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> EnsembleMap:
-        """Return the ensemble; without groups every image is one; errors as `Platt.fit`."""
-        return fit_ensembles({"": self.members}, logits, labels, groups, weights, self.seed)[""]
+    def _fit(self, sample: Sample) -> EnsembleMap:
+        return fit_ensembles({"": self.members}, sample, self.seed)[""]
 
 
 #: Members by tier.
@@ -149,29 +142,17 @@ TIERS: dict[str, Ensemble] = {
 
 
 def fit_ensembles(
-    members: Mapping[str, tuple[str, ...]],
-    logits: ArrayLike,
-    labels: ArrayLike,
-    groups: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    seed: int = 0,
+    members: Mapping[str, tuple[str, ...]], sample: Sample, seed: int = 0
 ) -> dict[str, EnsembleMap]:
-    """Return an ensemble of each entry of `members`; what they share is fitted once.
-
-    Arguments and errors are those of `Calibrator.fit`.
-    """
-    values, truth, weight = check_sample(logits, labels, weights)
-    names = np.arange(values.size) if groups is None else np.asarray(groups)
-    if weights is not None and groups is not None:
-        names = names[np.asarray(weights) > 0]
+    """Return an ensemble of each entry of `members`; what they share is fitted once."""
+    values, truth, weight, names = sample
     kinds = [kind for kind in _MEMBERS if any(kind in chosen for chosen in members.values())]
     folds = group_folds(truth, names, seed)
     held = {kind: np.empty_like(values) for kind in kinds}
     for fold in folds:
         for kind in kinds:
-            fitted = _MEMBERS[kind][0].fit(values[~fold], truth[~fold], names[~fold], weight[~fold])
-            held[kind][fold] = fitted(values[fold])
-    maps = {kind: _MEMBERS[kind][0].fit(values, truth, names, weight) for kind in kinds}
+            held[kind][fold] = _MEMBERS[kind][0].fit_sample(sample.rows(~fold))(values[fold])
+    maps = {kind: _MEMBERS[kind][0].fit_sample(sample) for kind in kinds}
     found = {}
     for name, chosen in members.items():
         share = np.full(len(chosen), 1 / len(chosen))

@@ -17,8 +17,7 @@ from streetvision.decision.calibrators import (
     CalibrationMap,
     Calibrator,
     FloatArray,
-    check_mean_is_prior,
-    check_sample,
+    Sample,
     solve_intercept,
     standardise,
 )
@@ -89,7 +88,7 @@ class IsotonicMap(CalibrationMap):
         return _log_odds(np.interp(x, self.knots, self.probabilities))
 
 
-class Isotonic(Calibrator):
+class Isotonic(Calibrator[IsotonicMap]):
     """Isotonic regression (Zadrozny & Elkan, 2002), by pooling adjacent violators.
 
     Clipped to [1 / (n₋ + 2), (n₊ + 1) / (n₊ + 2)], without which its log loss is infinite.
@@ -97,15 +96,8 @@ class Isotonic(Calibrator):
 
     kind: ClassVar[str] = "isotonic"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> IsotonicMap:
-        """Return the non-decreasing map with the least squared error; errors as `Platt.fit`."""
-        ties = _ties(*check_sample(logits, labels, weights))
+    def _fit(self, sample: Sample) -> IsotonicMap:
+        ties = _ties(*sample[:3])
         share, blocks = _isotonic_blocks(ties)
         # A block is flat from its first to its last logit; one logit alone is one knot.
         knots = np.stack([ties.logit[blocks[:-1]], ties.logit[blocks[1:] - 1]], axis=1).ravel()
@@ -157,7 +149,7 @@ class PchipMap(CalibrationMap):
         return np.asarray(spline(np.clip(x, low, high)), dtype=np.float64) + beyond
 
 
-class Pchip(Calibrator):
+class Pchip(Calibrator[PchipMap]):
     """PCHIP (Fritsch & Butland, 1984) of log-odds through the centres of the isotonic blocks.
 
     A block's centre is its mean logit, its height its clipped share of positives (`Isotonic`).
@@ -168,15 +160,8 @@ class Pchip(Calibrator):
 
     kind: ClassVar[str] = "pchip"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> PchipMap:
-        """Return the strictly increasing spline; errors as `Platt.fit`."""
-        values, truth, weight = check_sample(logits, labels, weights)
+    def _fit(self, sample: Sample) -> PchipMap:
+        values, truth, weight, _ = sample
         scaled, centre, spread = standardise(values, weight)
         ties = _ties(np.round(scaled, KNOT_DECIMALS), truth, weight)
         share, blocks = _isotonic_blocks(ties)
@@ -190,9 +175,7 @@ class Pchip(Calibrator):
         slopes = _pchip_slopes(knots, height) + SLOPE_FLOOR / spread
         shape = PchipMap(*(tuple(row.tolist()) for row in (knots, raised, slopes)))
         shift = solve_intercept(shape(values), truth, weight)
-        fitted = PchipMap(shape.knots, tuple((raised + shift).tolist()), shape.slopes)
-        check_mean_is_prior(fitted, values, truth, weight)
-        return fitted
+        return PchipMap(shape.knots, tuple((raised + shift).tolist()), shape.slopes)
 
 
 def _pchip_slopes(knots: FloatArray, height: FloatArray) -> FloatArray:
@@ -241,7 +224,7 @@ class VennAbersMap(CalibrationMap):
         return np.log(upper) - np.log1p(-lower)
 
 
-class VennAbers(Calibrator):
+class VennAbers(Calibrator[VennAbersMap]):
     """The inductive Venn–Abers predictor (Vovk, Petej & Fedorova, 2015, arXiv 1511.00213).
 
     The merged probability minimises the largest regret of log loss over the two. A tested logit
@@ -250,15 +233,8 @@ class VennAbers(Calibrator):
 
     kind: ClassVar[str] = "venn_abers"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> VennAbersMap:
-        """Return the map for all logits, O(K) after sorting; errors as `Platt.fit`."""
-        ties = _ties(*check_sample(logits, labels, weights))
+    def _fit(self, sample: Sample) -> VennAbersMap:
+        ties = _ties(*sample[:3])
         upper = _with_a_positive(ties.weight, ties.positive)
         # The lower one mirrors it: logits reversed, classes swapped.
         lower = 1 - _with_a_positive(ties.weight[::-1], (ties.weight - ties.positive)[::-1])[::-1]

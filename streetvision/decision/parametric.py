@@ -22,8 +22,7 @@ from streetvision.decision.calibrators import (
     CalibrationMap,
     Calibrator,
     FloatArray,
-    check_mean_is_prior,
-    check_sample,
+    Sample,
     logistic_slope,
     smoothed_targets,
     solve_intercept,
@@ -58,7 +57,7 @@ class TemperatureMap(CalibrationMap):
         return np.asarray(logits, dtype=np.float64) / self.temperature
 
 
-class Temperature(Calibrator):
+class Temperature(Calibrator[TemperatureMap]):
     """Maximum likelihood of the temperature (Guo et al., 2017, arXiv 1706.04599).
 
     It has no intercept, so its mean is not the prior: for reporting only. Where the sign of the
@@ -68,17 +67,10 @@ class Temperature(Calibrator):
 
     kind: ClassVar[str] = "temperature"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> TemperatureMap:
-        """Return the maximum-likelihood map; errors as `Platt.fit`."""
+    def _fit(self, sample: Sample) -> TemperatureMap:
         from scipy.optimize import brentq
 
-        values, truth, weight = check_sample(logits, labels, weights)
+        values, truth, weight, _ = sample
         scale = float(np.sqrt(np.average(values**2, weights=weight))) or 1.0
         x = values / scale
         separable = x[truth].min() >= -NO_OVERLAP and x[~truth].max() <= NO_OVERLAP
@@ -126,7 +118,7 @@ class BetaMap(CalibrationMap):
         return log_odds
 
 
-class Beta(Calibrator):
+class Beta(Calibrator[BetaMap]):
     """Beta calibration (Kull et al., 2017, PMLR 54), a and b at least `SLOPE_FLOOR` over the spread.
 
     Maximum likelihood under these bounds; separable logits use Platt's smoothed targets.
@@ -134,15 +126,8 @@ class Beta(Calibrator):
 
     kind: ClassVar[str] = "beta"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> BetaMap:
-        """Return the best strictly increasing map; errors as `Platt.fit`."""
-        values, truth, weight = check_sample(logits, labels, weights)
+    def _fit(self, sample: Sample) -> BetaMap:
+        values, truth, weight, _ = sample
         scaled, _, spread = standardise(values, weight)
         target = smoothed_targets(scaled, truth, weight)
         start = max(logistic_slope(scaled, target, weight), SLOPE_FLOOR) / spread
@@ -150,9 +135,7 @@ class Beta(Calibrator):
         if scaled.any() and spread > BETA_SPREAD:  # 0 where the logits are constant
             features = np.stack([-np.logaddexp(0.0, -values), np.logaddexp(0.0, values)])
             a, b = bounded_logistic(features, target, weight, SLOPE_FLOOR / spread, start)
-        fitted = BetaMap(a, b, solve_intercept(BetaMap(a, b, 0.0)(values), truth, weight))
-        check_mean_is_prior(fitted, values, truth, weight)
-        return fitted
+        return BetaMap(a, b, solve_intercept(BetaMap(a, b, 0.0)(values), truth, weight))
 
 
 @dataclass(frozen=True)
@@ -190,7 +173,7 @@ class QuadraticMap(CalibrationMap):
         return log_odds
 
 
-class Quadratic(Calibrator):
+class Quadratic(Calibrator[QuadraticMap]):
     """Logistic regression on the logit and its square, constrained to increase over the data.
 
     The slope of a parabola is linear, so it is positive over the data if it is at both ends: the
@@ -200,15 +183,8 @@ class Quadratic(Calibrator):
 
     kind: ClassVar[str] = "quadratic"
 
-    def fit(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        groups: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-    ) -> QuadraticMap:
-        """Return the best strictly increasing map; errors as `Platt.fit`."""
-        values, truth, weight = check_sample(logits, labels, weights)
+    def _fit(self, sample: Sample) -> QuadraticMap:
+        values, truth, weight, _ = sample
         scaled, _, spread = standardise(values, weight)
         target = smoothed_targets(scaled, truth, weight)
         start = max(logistic_slope(scaled, target, weight), SLOPE_FLOOR) / spread
@@ -220,9 +196,7 @@ class Quadratic(Calibrator):
         else:
             low, high = low - 0.5, high + 0.5
         shape = QuadraticMap(low, high, slopes[0], slopes[1], 0.0)
-        fitted = replace(shape, intercept=solve_intercept(shape(values), truth, weight))
-        check_mean_is_prior(fitted, values, truth, weight)
-        return fitted
+        return replace(shape, intercept=solve_intercept(shape(values), truth, weight))
 
 
 def _quadratic_features(x: FloatArray, low: float, high: float) -> FloatArray:

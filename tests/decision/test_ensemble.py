@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, softmax
 from sklearn.metrics import log_loss
 
-from streetvision.decision.calibrators import PlattMap
+from streetvision.decision.calibrators import PlattMap, check_sample
 from streetvision.decision.choice import CALIBRATORS, calibration_map_from_dict
 from streetvision.decision.ensemble import (
     TIERS,
@@ -145,7 +145,8 @@ def test_weights_come_from_groups_that_the_members_did_not_see() -> None:
 def test_fitting_together_is_fitting_apart() -> None:
     data = simulated(3)
     members = {name: tier.members for name, tier in TIERS.items()}
-    assert fit_ensembles(members, *data) == {name: t.fit(*data) for name, t in TIERS.items()}
+    together = fit_ensembles(members, check_sample(*data, None))
+    assert together == {name: t.fit(*data) for name, t in TIERS.items()}
 
 
 def test_a_weight_of_zero_is_no_image() -> None:
