@@ -224,12 +224,7 @@ def _vit(size: str) -> Comparison:
             "lora_fast", "trainable part", against="lora", trainable="lora", learning_rate=0.004
         ),
         _explora_lora(),
-        LAYER_DECAY,
         _train("muon", "optimisation", optimiser="muon"),
-        _train(
-            "lora_muon", "optimisation", against="lora", trainable="lora", optimiser="muon"
-        ),
-        AVERAGES[0],
     )  # fmt: skip
     return Comparison(
         "synthetic-xcit",
@@ -258,6 +253,7 @@ def _photos(size: str) -> Comparison:
     fast = _train(
         "lora_fast", "trainable part", against="lora", trainable="lora", learning_rate=0.0015
     )
+    objectives = OBJECTIVES if large else OBJECTIVES[:1]
     parts = [each for each in PARTS if each.name != "lora_rslora"]  # the transformer has it
     preset = yaml.safe_load((PRESETS / "photos.yaml").read_text())
     side = {"smoke": 32, "cpu": 160, "large": 256}[size]
@@ -281,7 +277,7 @@ def _photos(size: str) -> Comparison:
         "photos",
         "Photographs, MobileNetV2 pretrained on ImageNet",
         merge(preset, changes),
-        (BASE, *OBJECTIVES, *parts, fast, LOSSES[0], *AUGMENTATIONS, AVERAGES[0]),
+        (BASE, *objectives, *parts, fast, LOSSES[0], *AUGMENTATIONS, AVERAGES[0]),
         folds=10 if large else 3,
         seconds=20,
         adaptation_seconds=12,
