@@ -1,4 +1,4 @@
-"""From the bytes of a JPEG, PNG or WebP file to an upright RGB image at training size, and back.
+"""From the bytes of a JPEG, PNG or WebP file to an upright RGB image, at training size or its own, and back.
 
 Every size is (width, height) in pixels. Colour profiles are ignored, transparency lies on black,
 16-bit grey keeps its high byte, and of an animation the first frame counts.
@@ -7,6 +7,8 @@ Every size is (width, height) in pixels. Colour profiles are ignored, transparen
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +32,8 @@ REASONS = (
 )
 
 _ORIENTATION_TAG = 0x0112
+# Where Pillow reads an orientation from.
+_ORIENTED_BY = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 # EXIF orientation -> what makes the image upright, as in `PIL.ImageOps.exif_transpose`.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,27 +90,47 @@ def decode_image(data: bytes, *, side_px: int, square_crop: bool, max_pixels: in
     UnusableImageError
         With one of `REASONS`.
     """
-    image = _open(data)
+    image = _open(data, max_pixels)
     _check_size(image.size, max_pixels)
     target = _target_size(image.size, side_px)
     width, height = image.size
     is_jpeg = isinstance(image, JpegImageFile)
-    try:
+    with _decoding():
         image.draft(None, target)  # only JPEG follows
         image.load()
         orientation = _orientation(image)
         as_is = is_jpeg and image.mode == "RGB" and (width, height) == target
-        upright = _resized(_to_rgb(image), target, square_crop)
-    except MemoryError:
-        raise  # says something about this machine, not about the image
-    except Exception as error:  # decoders raise nearly anything on hostile bytes
-        raise _broken(error) from error
-    if orientation in _UPRIGHT:
-        upright = upright.transpose(_UPRIGHT[orientation])
+        upright = _turned(_resized(_to_rgb(image), target, square_crop), orientation)
     if orientation >= 5:
         width, height = height, width
     as_is = as_is and orientation == 1 and upright.size == (width, height)
     return DecodedImage(upright, width, height, as_is)
+
+
+def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode an image at its own size; limits and errors are those of `decode_image`."""
+    return upright_rgb(_open(data, max_pixels), max_pixels)
+
+
+def upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Turn an image of any mode upright, as its EXIF block says, and into RGB.
+
+    The limits are those of `decode_image`, and are checked before a pixel of an image that Pillow has
+    only opened is decoded. Needs up to 20 bytes a pixel for a while, 4 for the result. Mode I is taken
+    as 16-bit grey, mode F as 0 to 255. The same object comes back if nothing is to be done.
+
+    Raises
+    ------
+    UnusableImageError
+        With one of `REASONS`.
+    """
+    _check_size(image.size, max_pixels)
+    with _decoding():
+        image.load()
+        orientation = _orientation(image)
+        if orientation == 1 and image.mode == "RGB" and not image.has_transparency_data:
+            return image
+        return _turned(_to_rgb(image), orientation)
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
@@ -144,7 +168,7 @@ def box_in_central_square(box: list[float], width: int, height: int) -> list[flo
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header; not by `Image.open`, which has a pixel limit of its own."""
     opener: type[ImageFile.ImageFile]
     if not data:
@@ -157,12 +181,25 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         opener = WebPImageFile
         if len(data) < 8 + int.from_bytes(data[4:8], "little"):
             raise UnusableImageError("truncated")  # libwebp itself only says that it failed
+        if data[12:16] == b"VP8X":  # the decoder makes room for the canvas when it is opened
+            _check_size((_uint24(data, 24) + 1, _uint24(data, 27) + 1), max_pixels)
     else:
         raise UnusableImageError("not an image")
-    try:
+    with _decoding():
         return opener(io.BytesIO(data))
+
+
+def _uint24(data: bytes, start: int) -> int:
+    return int.from_bytes(data[start : start + 3], "little")
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn whatever a decoder raises on hostile bytes into a reason."""
+    try:
+        yield
     except MemoryError:
-        raise
+        raise  # says something about this machine, not about the image
     except Exception as error:
         raise _broken(error) from error
 
@@ -196,11 +233,21 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn upright, and forget the orientation: whoever looks at the result shall not turn it again."""
+    if orientation not in _UPRIGHT:
+        return image
+    upright = image.transpose(_UPRIGHT[orientation])
+    upright.info = {key: value for key, value in image.info.items() if key not in _ORIENTED_BY}
+    return upright
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode that JPEG, PNG and WebP files have to RGB."""
+    """Convert any mode to RGB."""
     if image.mode.startswith("I"):
         # `convert` would clip 16-bit grey at 255 instead of scaling it.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.clip(np.asarray(image), 0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (0, 0, 0, 255))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from streetvision.data.decode import (
     UnusableImageError,
     box_in_central_square,
     decode_image,
+    decode_upright,
     encode_jpeg,
+    upright_rgb,
 )
 
 
@@ -41,8 +44,12 @@ def run(data: bytes, side: int = 64, crop: bool = False, limit: int = 10**8) -> 
 
 
 def reason(data: bytes, **options: int) -> str:
+    return reason_of(lambda: run(data, **options))
+
+
+def reason_of(decode_it: Callable[[], object]) -> str:
     with pytest.raises(UnusableImageError) as caught:
-        run(data, **options)
+        decode_it()
     assert caught.value.reason in REASONS
     return caught.value.reason
 
@@ -129,6 +136,64 @@ def test_modes(mode: str) -> None:
     result = run(data).image
     assert result.size == (96, 64)
     assert difference(result, expected.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_at_its_own_size_as_pillow_decodes_it(kind: str) -> None:
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        data = encode(picture(120, 80), kind, exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        result = decode_upright(data, 120 * 80)
+        assert result.mode == "RGB"
+        assert np.array_equal(result, upright)
+        # An image that is upright says so: a second look does not turn it again.
+        assert upright_rgb(result, 10**6) is result
+        again = upright_rgb(run(data).image, 10**6)
+        assert difference(again, run(data).image) == 0
+    assert reason_of(lambda: decode_upright(encode(picture(120, 80), kind), 120 * 80 - 1)) == (
+        "too many pixels"
+    )
+
+
+PIL_MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "F"]
+
+
+@pytest.mark.parametrize("mode", PIL_MODES)
+def test_every_mode_of_a_pil_image(mode: str) -> None:
+    colour = picture(96, 64)
+    given = colour.convert({"PA": "P", "RGBa": "RGBA"}.get(mode, mode)).convert(mode)
+    result = upright_rgb(given, 10**6)
+    assert (result.mode, result.size) == ("RGB", (96, 64))
+    assert (
+        difference(result, given.convert("RGBA" if mode == "RGBa" else "RGB").convert("RGB")) == 0
+    )
+    if mode != "1":  # dithered
+        grey = mode in {"L", "LA", "F"}
+        assert difference(result, colour.convert("L").convert("RGB") if grey else colour) < 25
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
+def test_integer_modes_are_16_bit_grey(mode: str) -> None:
+    levels = np.arange(256, dtype=np.uint16).repeat(16).reshape(64, 64)
+    kind = {"I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")
+    given = Image.frombytes(mode, (64, 64), (levels.astype(np.int32) * 257).astype(kind).tobytes())
+    assert np.array_equal(np.asarray(upright_rgb(given, 10**6))[..., 0], levels)
+    outside = Image.fromarray(np.tile(np.array([-5, 70_000], np.int32), (32, 16)))
+    assert np.asarray(upright_rgb(outside, 10**6))[0, :2, 0].tolist() == [0, 255]
+
+
+def test_a_mode_that_pillow_cannot_convert() -> None:
+    assert reason_of(lambda: upright_rgb(Image.new("La", (64, 64)), 10**6)) == "corrupt"
+
+
+def test_the_canvas_of_a_webp_is_checked_before_the_decoder_makes_room_for_it() -> None:
+    frames = [Image.new("RGBA", (64, 64), colour) for colour in ("red", "blue")]
+    data = bytearray(encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
+    assert data[12:16] == b"VP8X"
+    data[24:30] = b"\xfe\xff\x00" * 2  # 65,535 x 65,535 pixels: 32 GB of canvas
+    assert reason(bytes(data)) == "too many pixels"
 
 
 def test_palette_with_a_transparent_colour_lies_on_black() -> None:
