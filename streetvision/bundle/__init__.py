@@ -1,4 +1,4 @@
-"""The deployable bundle and its predictor."""
+"""The deployable bundle, its validator and its predictor."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streetvision.bundle.predictor import Predictor
+    from streetvision.bundle.validate import BundleValidator
 
-__all__ = ["Predictor"]
+__all__ = ["BundleValidator", "Predictor"]
 
 
 def __getattr__(name: str) -> Any:
     """Import `Predictor`, and with it torch, when it is asked for."""
-    if name != "Predictor":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from streetvision.bundle.predictor import Predictor
+    if name == "Predictor":
+        from streetvision.bundle.predictor import Predictor
 
-    return Predictor
+        return Predictor
+    if name == "BundleValidator":
+        from streetvision.bundle.validate import BundleValidator
+
+        return BundleValidator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

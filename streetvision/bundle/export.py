@@ -17,13 +17,15 @@ from streetvision.artifacts import (
     write_bytes_atomic,
     write_json_atomic,
 )
-from streetvision.bundle.validate import BUNDLE_JSON, read_bundle, sealed
+from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, sealed
 from streetvision.data.schema import CLASS_NAMES
 from streetvision.errors import UserError
 from streetvision.models import fusion
 from streetvision.models.classifier import CONFIG, WEIGHTS, ClassifierConfig, load_weights_into
 
 FORMAT_VERSION = 1
+# What the predictor reads; `cvfm_weights.pth` beside it holds the same numbers in a pickle.
+FUSION_WEIGHTS = "cvfm_weights.safetensors"
 
 
 def export_bundle(
@@ -48,6 +50,7 @@ def export_bundle(
         Lists every missing artifact and the stage that makes it.
     """
     import torch
+    from safetensors.torch import save_file
 
     needed = {
         classifier / WEIGHTS: "train",
@@ -67,21 +70,30 @@ def export_bundle(
         copied.append(cvfm / fusion.WEIGHTS)
     output.mkdir(parents=True, exist_ok=True)
     # DVC empties the folder first; by hand an old file would stay.
-    (output / fusion.WEIGHTS).unlink(missing_ok=True)
+    for old in (fusion.WEIGHTS, FUSION_WEIGHTS):
+        (output / old).unlink(missing_ok=True)
     for source in copied:
         write_atomic(output / source.name, partial(shutil.copyfile, source))
+    names = ["model.pth", *(source.name for source in copied)]
+    if views.network is not None:
+        # Fitted and stored in float32: nothing is lost.
+        state = {
+            name: value.float().contiguous() for name, value in views.network.own_state().items()
+        }
+        write_atomic(output / FUSION_WEIGHTS, partial(save_file, state))
+        names.append(FUSION_WEIGHTS)
     # A plain state dict beside the safetensors file, for tools that read nothing else.
     buffer = io.BytesIO()
     torch.save(dict(model.state_dict()), buffer)
     write_bytes_atomic(output / "model.pth", buffer.getvalue())
-    names = sorted(["model.pth", *(source.name for source in copied)])
+    names.sort()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "policy_type": "scrc",
         "policy": {"policy_type": "scrc", "policy_path": scrc_params.name},
         "model_checkpoint": WEIGHTS,
-        "cvfm_weights": fusion.WEIGHTS if views.network is not None else None,
+        "cvfm_weights": FUSION_WEIGHTS if views.network is not None else None,
         "classifier": config.to_dict(),
         "views": views.config.to_dict(),
         "class_names": list(CLASS_NAMES),
@@ -90,23 +102,26 @@ def export_bundle(
         "files": {name: sha256_file(output / name) for name in names},
     }
     write_json_atomic(output / BUNDLE_JSON, sealed(document))
-    read_bundle(output)
+    BundleValidator().validate(output)
     size = sum((output / name).stat().st_size for name in [*names, BUNDLE_JSON])
     if make_tar:
         write_atomic(
-            output / "bundle.tar.gz", lambda path: _tar(output, [*names, BUNDLE_JSON], path)
+            output / "bundle.tar.gz", lambda path: _tar(output, [BUNDLE_JSON, *names], path)
         )
     return {"parameters": parameters, "bytes": size, "files": len(names) + 1}
 
 
 def _tar(folder: Path, names: list[str], path: Path) -> None:
-    """A tar.gz whose bytes depend on the files' content alone: no times, owners or file name."""
+    """A tar.gz whose bytes depend on the files' content alone: no times, owners or file name.
+
+    `bundle.json` comes first: it tells whoever unpacks what else may be there.
+    """
     with (
         path.open("wb") as raw,
         gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w") as tar,
     ):
-        for name in sorted(names):
+        for name in names:
             info = tarfile.TarInfo(name)
             data = (folder / name).read_bytes()
             info.size = len(data)

@@ -1,20 +1,34 @@
-"""Reading a bundle's `bundle.json` with every check that a deployment relies on."""
+"""Every check that a deployment relies on, from the bytes of `bundle.json` to a first answer.
+
+`read_bundle` checks the manifest and the files, `load_bundle` builds the parts and checks them, too:
+`Predictor.load` and `BundleValidator` both go through it, so that nothing is served that was not checked.
+No pickle is read: weights are safetensors, the policy is JSON.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streetvision.artifacts import config_hash, json_text, read_json, sha256_file
+from streetvision.artifacts import config_hash, json_text, sha256_file
 from streetvision.errors import UserError
+from streetvision.json_schema import schema_errors
+
+if TYPE_CHECKING:
+    from streetvision.decision.policy import Policy
+    from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier
+    from streetvision.models.fusion import Fusion
 
 BUNDLE_JSON = "bundle.json"
-REQUIRED = (
-    "format_version", "policy_type", "policy", "model_checkpoint", "cvfm_weights", "classifier",
-    "views", "class_names", "parameters", "batch_size", "files", "sha256",
-)  # fmt: skip
+SCHEMA = Path(__file__).parent / "schemas/bundle.schema.json"
+MAX_JSON_BYTES = 4 * 2**20
+# No part starts with a dot, so none is `..`; a part is what every file system takes.
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,37 @@ class BundleManifest:
         return self.folder / str(self.document["cvfm_weights"] or "")
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """The parts of a checked bundle, on the CPU."""
+
+    document: dict[str, Any]
+    model: RoadworkClassifier
+    config: ClassifierConfig
+    fusion: Fusion
+    policy: Policy
+
+
+class BundleValidator:
+    """Checks a bundle as `Predictor.load` does: nothing passes here that would not load there."""
+
+    def validate(self, bundle: Path | str) -> None:
+        """Check a bundle folder or a `bundle.tar.gz`.
+
+        The seal and the schema of `bundle.json`; one active policy; relative paths; the SHA-256 of every
+        file; the policy; names, shapes and finiteness of the weights; that the model gives an answer.
+
+        Raises
+        ------
+        UserError
+            Names the key, file or tensor that is wrong.
+        """
+        from streetvision.bundle.archive import bundle_folder
+
+        with bundle_folder(Path(bundle)) as folder:
+            load_bundle(folder)
+
+
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """`document` with the hash of its other keys as `sha256`: no other file vouches for it."""
     content = {key: value for key, value in document.items() if key != "sha256"}
@@ -47,46 +92,123 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_bundle(folder: Path) -> BundleManifest:
-    """Read and check a bundle folder: keys, one active policy, relative paths, SHA-256 of every file.
+    """Read and check a bundle folder: `bundle.json` and the SHA-256 of every file.
 
     Raises
     ------
     UserError
         Names the key or file that is wrong.
     """
-    document = read_json(folder / BUNDLE_JSON, "export")
-    missing = [key for key in REQUIRED if key not in document]
-    if missing:
-        raise UserError(f"{folder / BUNDLE_JSON}: missing {', '.join(missing)}")
-    if (folder / BUNDLE_JSON).read_text() != json_text(sealed(document)):
-        raise UserError(
-            f"bundle {folder}: {BUNDLE_JSON} was changed after export (SHA-256 differs)"
-        )
-    policy = document["policy"]
-    if document["policy_type"] != "scrc" or policy.get("policy_type") != "scrc":
-        raise UserError(
-            f'{folder / BUNDLE_JSON}: policy_type must be "scrc", the one active policy'
-        )
-    used = [policy["policy_path"], document["model_checkpoint"]]
-    if document["cvfm_weights"] is not None:
-        used.append(document["cvfm_weights"])
-    _check_files(folder, document["files"], used)
-    return BundleManifest(folder, document)
-
-
-def _check_files(folder: Path, files: Mapping[str, str], used: list[str]) -> None:
-    """Refuse paths that leave the bundle, files without a hash, missing and changed ones."""
-    for name in [*files, *used]:
-        inner = PurePosixPath(name)
-        if inner.is_absolute() or ".." in inner.parts or "\\" in name:
-            raise UserError(f'{folder / BUNDLE_JSON}: path "{name}" must stay inside the bundle')
-    for name in used:
-        if name not in files:
-            raise UserError(f'{folder / BUNDLE_JSON}: "{name}" has no SHA-256 in files')
-    for name, expected in files.items():
+    document = parse_manifest(_json_bytes(folder / BUNDLE_JSON), folder)
+    for name, expected in document["files"].items():
         path = folder / name
         # A link is as good as a file (DVC may make one): the content is checked.
         if not path.is_file():
             raise UserError(f"bundle {folder}: file {name} is missing")
         if sha256_file(path) != expected:
             raise UserError(f"bundle {folder}: {name} was changed after export (SHA-256 differs)")
+    return BundleManifest(folder, document)
+
+
+def parse_manifest(data: bytes, bundle: Path) -> dict[str, Any]:
+    """Check the bytes of a `bundle.json`: seal, schema, names of files; errors call it by `bundle`.
+
+    Raises
+    ------
+    UserError
+        Names the key that is wrong.
+    """
+    place = bundle / BUNDLE_JSON
+    document = _parsed(data, place)
+    try:
+        whole = data == json_text(sealed(document)).encode()
+    except (ValueError, RecursionError):  # NaN, lone surrogates: no export writes that
+        whole = False
+    if not whole:
+        raise UserError(
+            f"bundle {bundle}: {BUNDLE_JSON} was changed after export (SHA-256 differs)"
+        )
+    _check_schema(document, place)
+    files: Mapping[str, str] = document["files"]
+    used = [document["policy"]["policy_path"], document["model_checkpoint"]]
+    if document["cvfm_weights"] is not None:
+        used.append(document["cvfm_weights"])
+    for name in [*files, *used]:
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f'{place}: path "{name}" must stay inside the bundle: names of letters, digits, ".", "_" '
+                'and "-", with "/" between folders'
+            )
+    for name in used:
+        if name not in files:
+            raise UserError(f'{place}: "{name}" has no SHA-256 in files')
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    if clash := sorted((folders | {BUNDLE_JSON}) & files.keys()):
+        raise UserError(f'{place}: "{clash[0]}" cannot be a file of the bundle')
+    return document
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Check a bundle folder in every way and build its parts; runs no stored code.
+
+    Raises
+    ------
+    UserError
+        Names the key, file or tensor that is wrong.
+    """
+    from streetvision.bundle.parts import build_model, build_views, check_answer
+    from streetvision.decision.policy import policy_from_document
+    from streetvision.decision.validator import PolicyValidator
+
+    manifest = read_bundle(folder)
+    document = manifest.document
+    policy_path = manifest.policy_path
+    content = _parsed(_json_bytes(policy_path), policy_path)
+    with _named(policy_path):
+        PolicyValidator().validate(content)
+        policy = policy_from_document(content)
+    place = folder / BUNDLE_JSON
+    with _named(place):
+        model, config = build_model(document, manifest.model_path)
+        fusion = build_views(document, manifest.fusion_path, model)
+        check_answer(model, config, fusion, policy)
+    return Bundle(document, model, config, fusion, policy)
+
+
+def _check_schema(document: Mapping[str, Any], place: Path) -> None:
+    with _named(place):
+        errors = schema_errors(document, SCHEMA)
+        if errors:
+            raise UserError("; ".join(errors))
+
+
+def _json_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; the stage `export` makes it")
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes")
+    return data
+
+
+def _parsed(data: bytes, place: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{place} must hold a JSON object")
+    return document
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Say in which file the error is, unless it says so itself; a recursion is deep JSON."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if str(place.parent) in text else f"{place}: {text}") from error
+    except RecursionError as error:
+        raise UserError(f"{place} is nested too deeply") from error

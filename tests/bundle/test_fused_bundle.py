@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from PIL.Image import Image
+from safetensors.torch import load_file, save_file
 
-from streetvision.bundle.export import export_bundle
+from streetvision.artifacts import json_text, sha256_file
+from streetvision.bundle.export import FUSION_WEIGHTS, export_bundle
 from streetvision.bundle.predictor import Predictor
-from streetvision.bundle.validate import BUNDLE_JSON
+from streetvision.bundle.validate import BUNDLE_JSON, sealed
 from streetvision.data.store import open_split
 from streetvision.data.views import ViewScores
 from streetvision.decision.hard_images import HardImages
@@ -87,7 +92,8 @@ def test_the_bundle_fuses_as_the_policy_was_fitted(
     document = json.loads((bundle / BUNDLE_JSON).read_text())
     assert document["views"]["mode"] == mode
     assert (document["cvfm_weights"] is not None) == (mode in TRAINED)
-    assert (WEIGHTS in document["files"]) == (mode in TRAINED) == (bundle / WEIGHTS).is_file()
+    for name in (WEIGHTS, FUSION_WEIGHTS):
+        assert (name in document["files"]) == (mode in TRAINED) == (bundle / name).is_file()
     predictor = Predictor.load(bundle, "cpu")
     expected = fusion.fuse(*scored.test)
     found = predictor.logits(scored.images)
@@ -132,18 +138,72 @@ def test_a_second_pass_is_composed_as_the_policy_was_fitted(
     assert sum(passes) == len(single) + chosen.sum() * fusion.n_views
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, FUSION_WEIGHTS])
 def test_changed_fusion_weights_are_refused(
+    name: str, trained: Trained, scored: Scored, tmp_path: Path
+) -> None:
+    bundle = export(make("mlp", trained, scored), trained, tmp_path)
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} was changed after export"):
+        Predictor.load(bundle, "cpu")
+    (bundle / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        Predictor.load(bundle, "cpu")
+
+
+def forge(bundle: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    """The refusal of a bundle that is changed by somebody who knows how it is sealed."""
+    document = json.loads((bundle / BUNDLE_JSON).read_text())
+    change(document)
+    for name in document["files"]:
+        document["files"][name] = sha256_file(bundle / name)
+    (bundle / BUNDLE_JSON).write_text(json_text(sealed(document)))
+    with pytest.raises(UserError) as caught:
+        Predictor.load(bundle, "cpu")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_fusion_that_does_not_fit_is_refused(
     trained: Trained, scored: Scored, tmp_path: Path
 ) -> None:
     bundle = export(make("mlp", trained, scored), trained, tmp_path)
-    data = bytearray((bundle / WEIGHTS).read_bytes())
-    data[len(data) // 2] ^= 1
-    (bundle / WEIGHTS).write_bytes(data)
-    with pytest.raises(UserError, match=f"{WEIGHTS} was changed after export"):
-        Predictor.load(bundle, "cpu")
-    (bundle / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=f"{WEIGHTS} is missing"):
-        Predictor.load(bundle, "cpu")
+    shutil.copytree(bundle, tmp_path / "one")
+    refused = forge(tmp_path / "one", lambda d: d.update(cvfm_weights=WEIGHTS))
+    assert "cvfm_weights is 'cvfm_weights.pth'; it must match" in refused
+    shutil.copytree(bundle, tmp_path / "two")
+    refused = forge(tmp_path / "two", lambda d: d.update(cvfm_weights=None))
+    assert "views.mode mlp needs cvfm_weights" in refused
+    shutil.copytree(bundle, tmp_path / "three")
+    refused = forge(tmp_path / "three", lambda d: d["views"].update(features=63))
+    assert "views.features is 63; the backbone has 64" in refused
+    shutil.copytree(bundle, tmp_path / "four")
+    refused = forge(
+        tmp_path / "four",
+        lambda d: d["views"]["options"].update(hidden_dim=10**12, hidden_layers=4),
+    )
+    assert "views cannot be built" in refused or "far larger than its weights" in refused
+    state = load_file(bundle / FUSION_WEIGHTS)
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    save_file(state, bundle / FUSION_WEIGHTS)
+    assert "not finite" in forge(bundle, lambda _: None)
+
+
+def test_loading_runs_no_pickle(
+    trained: Trained, scored: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = export(make("latent", trained, scored), trained, tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a pickle was loaded")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    for path in (bundle, bundle / "bundle.tar.gz"):
+        assert Predictor.load(path, "cpu").probabilities([]).shape == (0,)
 
 
 def test_an_old_fusion_leaves_nothing_behind(
@@ -152,6 +212,7 @@ def test_an_old_fusion_leaves_nothing_behind(
     export(make("mlp", trained, scored), trained, tmp_path)
     bundle = export(make("single", trained, scored), trained, tmp_path)
     assert not (bundle / WEIGHTS).exists()
+    assert not (bundle / FUSION_WEIGHTS).exists()
     assert not (tmp_path / "cvfm" / WEIGHTS).exists()
     assert load_fusion(tmp_path / "cvfm", torch.nn.Identity).config.mode == "single"
 

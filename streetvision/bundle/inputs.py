@@ -1,0 +1,124 @@
+"""Whatever a caller has of an image → an upright RGB image, or one clear line why not."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from streetvision.data.decode import (
+    MAX_ASPECT,
+    MIN_SIDE_PX,
+    UnusableImageError,
+    decode_upright,
+    upright_rgb,
+)
+from streetvision.errors import UserError
+from streetvision.params import Data
+
+ImageInput = (
+    Image.Image | bytes | bytearray | memoryview | str | os.PathLike[str] | NDArray[np.uint8]
+)
+# What `ingest` and `prepare` accept by default is what a bundle answers for.
+MAX_PIXELS: int = Data().max_source_pixels
+# 16-bit RGBA without compression; a larger file is not read.
+_BYTES_A_PIXEL = 8
+_SHOWN_CHARACTERS = 200
+
+
+def upright_image(
+    source: ImageInput, max_pixels: int = MAX_PIXELS, name: str = "image"
+) -> Image.Image:
+    """Return an upright RGB image; an image that is one already comes back as it is.
+
+    Parameters
+    ----------
+    source
+        A PIL image of any mode (of an animation the frame that it shows); the bytes of a JPEG, PNG or
+        WebP file, or the path of one (of an animation the first frame); or a uint8 array: grey [H, W],
+        RGB [H, W, 3] or RGBA [H, W, 4]. EXIF orientation is applied, transparency lies on black.
+    max_pixels
+        Larger images are refused before they are decoded.
+    name
+        What errors call it; a path is called by its own.
+
+    Raises
+    ------
+    UserError
+        Not an image of these kinds; damaged, too large, smaller than 16 pixels or more than 10 times as
+        long as wide.
+    """
+    if isinstance(source, str | os.PathLike):
+        name = one_line(source)
+        if len(name) > _SHOWN_CHARACTERS:
+            name = f"{name[:_SHOWN_CHARACTERS]}…"
+    try:
+        if isinstance(source, Image.Image):
+            return upright_rgb(source, max_pixels)
+        if isinstance(source, np.ndarray):
+            return upright_rgb(_from_array(source, name), max_pixels)
+        if isinstance(source, str | os.PathLike):
+            return decode_upright(_read(source, max_pixels, name), max_pixels)
+        if isinstance(source, bytes | bytearray | memoryview):
+            return decode_upright(bytes(source), max_pixels)
+    except UnusableImageError as error:
+        raise UserError(f"{name}: {_explained(error, max_pixels)}") from error
+    raise UserError(
+        f"{name} is a {type(source).__name__}; a PIL image, encoded bytes, a path or a uint8 array is needed"
+    )
+
+
+def one_line(path: str | os.PathLike[str]) -> str:
+    """A path as text of one line that any terminal takes."""
+    return " ".join(os.fspath(path).encode("utf-8", "backslashreplace").decode().split())
+
+
+def _explained(error: UnusableImageError, max_pixels: int) -> str:
+    allowed = {
+        "no image": "there are no bytes",
+        "not an image": "JPEG, PNG and WebP files are read",
+        "too many pixels": f"at most {max_pixels:,} are read",
+        "too small": f"each side needs at least {MIN_SIDE_PX} pixels",
+        "too elongated": f"no side may be more than {MAX_ASPECT} times the other",
+    }
+    # What the decoder said.
+    why = allowed.get(error.reason) or " ".join(str(error.__cause__ or "").split())
+    return f"{error.reason}; {why}" if why else error.reason
+
+
+def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
+    channels = array.shape[2:]
+    if array.dtype != np.uint8 or array.ndim not in {2, 3} or channels not in {(), (3,), (4,)}:
+        shape = ", ".join(map(str, array.shape))
+        raise UserError(
+            f"{name} is an array of {array.dtype} [{shape}]; uint8 [H, W], [H, W, 3] or [H, W, 4] is needed"
+        )
+    if array.size == 0:
+        raise UserError(f"{name} is an empty array")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _read(path: str | os.PathLike[str], max_pixels: int, name: str) -> bytes:
+    """The content of a regular file that is not larger than an image may be."""
+    limit = _BYTES_A_PIXEL * max_pixels + 2**20
+    try:
+        found = Path(path).stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise UserError(f"{name} is a folder, not an image file")
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{name} is not a regular file")
+        with Path(path).open("rb") as file:
+            data = file.read(min(found.st_size, limit) + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"{name} does not exist") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the path
+        raise UserError(f"{name} is not a path: {error}") from error
+    if len(data) > limit:
+        raise UserError(f"{name} is larger than an image of {max_pixels:,} pixels can be")
+    return data

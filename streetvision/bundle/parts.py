@@ -1,0 +1,179 @@
+"""The parts of a bundle built from their documents and weights, and checked, whoever wrote them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from streetvision.data.views import view_names
+from streetvision.decision.policy import Policy
+from streetvision.errors import UserError
+from streetvision.models.backbone import ARCHITECTURES
+from streetvision.models.classifier import (
+    ClassifierConfig,
+    RoadworkClassifier,
+    load_weights_into,
+)
+from streetvision.models.fusion import TRAINED, Fusion, fusion_from
+from streetvision.models.multiview import score_views
+from streetvision.params import ViewGrid
+
+# All that an export writes; timm has more that fetch, read a file or change what is built.
+_ARGUMENTS = {"img_size"}.union(*(each.arguments for each in ARCHITECTURES.values()))
+_DTYPES = {"F32", "F16", "BF16", "I64"}
+# What an architecture may build and throw away again while it is built.
+_SPARE_PARAMETERS = 2**20
+
+
+def build_model(
+    document: Mapping[str, Any], weights: Path
+) -> tuple[RoadworkClassifier, ClassifierConfig]:
+    """Build the classifier that `bundle.json` describes, with its weights, on the CPU.
+
+    Raises
+    ------
+    UserError
+        No such architecture; tensors missing, superfluous, of another shape or not finite; more
+        parameters than the weights hold, found before room is made for them.
+    """
+    import timm
+
+    config = ClassifierConfig.from_dict(document["classifier"])
+    name = config.backbone.split(".")[0]
+    if not timm.is_model(name):
+        raise UserError(f'classifier.backbone "{config.backbone}" is no architecture of timm')
+    if unknown := sorted(config.arguments.keys() - _ARGUMENTS):
+        raise UserError(
+            f"classifier.arguments.{unknown[0]} is unknown; allowed: {', '.join(sorted(_ARGUMENTS))}"
+        )
+    size = [config.preprocessing.height, config.preprocessing.width]
+    if config.arguments.get("img_size", size) != size:
+        raise UserError(f"classifier.arguments.img_size must be {size}, as in preprocessing")
+    with _building("classifier", weights):
+        model = load_weights_into(config, weights)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != document["parameters"]:
+        raise UserError(f"parameters is {document['parameters']}; the model has {parameters}")
+    return model, config
+
+
+def build_views(document: Mapping[str, Any], weights: Path, model: RoadworkClassifier) -> Fusion:
+    """Build the fusion that `bundle.json` describes.
+
+    Raises
+    ------
+    UserError
+        Mode, options, features and weights do not fit each other, or a weight is not finite.
+    """
+    views = document["views"]
+    trained = views["mode"] in TRAINED
+    if trained != (document["cvfm_weights"] is not None):
+        raise UserError(
+            f"views.mode {views['mode']} {'needs' if trained else 'has no'} cvfm_weights"
+        )
+    if not trained:
+        return fusion_from(views, weights, lambda: model.head)
+    if views["features"] != model.backbone.num_features:
+        raise UserError(
+            f"views.features is {views['features']}; the backbone has {model.backbone.num_features}"
+        )
+    with _building("views", weights):
+        fusion = fusion_from(views, weights, lambda: model.head)
+    network = fusion.network
+    if network is None or not all(bool(t.isfinite().all()) for t in network.state_dict().values()):
+        raise UserError(f"{weights} holds numbers that are not finite")
+    return fusion
+
+
+def check_answer(
+    model: RoadworkClassifier, config: ClassifierConfig, fusion: Fusion, policy: Policy
+) -> None:
+    """Score one grey image; fusion gets the views of nothing, which cost no pass.
+
+    Raises
+    ------
+    UserError
+        What was stored fits together in no answer.
+    """
+    preprocessing, cpu = config.preprocessing, torch.device("cpu")
+    image = Image.new("RGB", (preprocessing.width, preprocessing.height), "grey")
+    one = ViewGrid(grid=1, flip=False)
+    count = len(view_names(fusion.config.grid))
+    try:
+        scores = next(score_views(model, preprocessing, [image], one, 1, cpu))
+        fused = fusion.fuse(
+            np.repeat(scores.logits, count, axis=1),
+            np.repeat(scores.features, count, axis=1) if scores.features is not None else None,
+            np.ones((1, count), dtype=np.int64),
+            np.repeat(scores.boxes, count, axis=1),
+        )
+        policy.deployed_probability(np.concatenate([scores.logits[0], fused]))
+    except Exception as error:  # torch raises nearly anything on layers that do not fit
+        raise UserError(f"the parts give no answer: {_line(error)}") from error
+
+
+@contextmanager
+def _building(key: str, weights: Path) -> Iterator[None]:
+    """Bound what is built by what `weights` hold, and turn torch's errors into one line."""
+    try:
+        with _at_most(2 * _stored_numbers(weights) + _SPARE_PARAMETERS):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{key} cannot be built: {_line(error)}") from error
+
+
+def _stored_numbers(weights: Path) -> int:
+    """How many numbers a safetensors file holds, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    if not weights.is_file():
+        raise UserError(f"weights file {weights} does not exist")
+    count = 0
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a handle, no mapping)
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{weights}: {name} is of type {tensor.get_dtype()}; "
+                        f"allowed: {', '.join(sorted(_DTYPES))}"
+                    )
+                count += int(np.prod(tensor.get_shape(), dtype=object))
+    except SafetensorError as error:
+        raise UserError(f"weights file {weights} cannot be read: {error}") from error
+    return count
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stop this thread from building modules with more parameters; only the last one has room by then."""
+    left, thread = parameters, threading.get_ident()
+
+    def count(_module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if parameter is None or threading.get_ident() != thread:
+            return
+        left -= parameter.numel()
+        if left < 0:
+            raise UserError(f"the model is far larger than its weights (at {name})")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
