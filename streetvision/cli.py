@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from streetvision.artifacts import ArtifactSchema
 
 PARAMS = "params.yaml"
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--mistakes", type=int, default=24, help="images in the contact sheet")
     evaluate.add_argument("--seed", type=int, default=7)
     evaluate.add_argument("--output", type=Path, help="folder for evaluation.json and plots")
+    predict = add("predict", _predict, "score image files; exit status 1 if any could not be read")
+    predict.add_argument("bundle", type=Path, help="a bundle folder or bundle.tar.gz")
+    predict.add_argument("images", nargs="+", help="files, folders (all below them) and globs")
+    predict.add_argument("--csv", type=Path, help="write path, probability, decision, error here")
+    predict.add_argument("--device", default="auto", help="auto, cpu or cuda")
     crossval = add(
         "crossval", _crossval, "leave one group out: train, calibrate and decide on each in turn"
     )
@@ -131,6 +137,31 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.output is not None:
         write_evaluation(evaluation, options.output / "evaluation.json", options.output / "plots")
     _say(json_text(evaluation.report).rstrip())
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from streetvision.bundle.inputs import one_line
+    from streetvision.bundle.predict import find_images, predict_files, write_predictions
+    from streetvision.bundle.predictor import Predictor
+    from streetvision.data.schema import CLASS_NAMES
+    from streetvision.progress import progress
+
+    predictor = Predictor.load(options.bundle, options.device)
+    paths = find_images(options.images)
+    done = []
+    for each in progress(predict_files(predictor, paths), len(paths), "scoring"):
+        done.append(each)
+        if each.error:
+            log.warning("%s", each.error)
+        elif options.csv is None:
+            _say(
+                f"{each.probability:.6f}\t{CLASS_NAMES[each.decision or 0]}\t{one_line(each.path)}"
+            )
+    if options.csv is not None:
+        write_predictions(done, options.csv)
+    failed = sum(bool(each.error) for each in done)
+    log.info("%d of %d images scored, %d failed", len(done) - failed, len(done), failed)
+    return int(failed > 0)
 
 
 def _crossval(options: argparse.Namespace) -> None:
