@@ -1,0 +1,165 @@
+"""Fuzzing with coverage: `python tests/fuzz/fuzz_bundle.py TARGET [CORPUS] [-max_total_time=60 …]`.
+
+Targets: `image` (the bytes of an image file), `manifest` (of bundle.json) and `archive` (of the tar within
+bundle.tar.gz). Anything but a result or a `UserError` of one line is a finding; atheris stops there and keeps
+the input. Needs `pip install atheris`; without it the script says so and ends well, so that it can stand in a
+list of checks. What follows the target goes to libFuzzer: https://llvm.org/docs/LibFuzzer.html#options
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from streetvision.errors import UserError
+
+MAX_PIXELS = 10**6
+
+
+def image(data: bytes) -> None:
+    """Bytes of an image file."""
+    from streetvision.bundle.inputs import upright_image
+
+    found = upright_image(data, MAX_PIXELS)
+    if found.mode != "RGB" or found.width * found.height > MAX_PIXELS:
+        raise AssertionError(f"{found.mode} {found.size}")
+
+
+def manifest(data: bytes) -> None:
+    """Bytes of bundle.json, sealed where they are an object: past the seal is more to be found."""
+    import json
+
+    from streetvision.artifacts import json_text
+    from streetvision.bundle.validate import parse_manifest, sealed
+
+    try:
+        document = json.loads(data)
+        data = json_text(sealed(document)).encode()
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    parse_manifest(data, Path("bundle"))
+
+
+def archive(data: bytes) -> None:
+    """Bytes of the tar within bundle.tar.gz; nothing may be written but files in the target."""
+    from streetvision.bundle.archive import unpack
+
+    with tempfile.TemporaryDirectory() as home:
+        packed, target = Path(home) / "bundle.tar.gz", Path(home) / "target"
+        packed.write_bytes(gzip.compress(data, 0))
+        target.mkdir()
+        try:
+            unpack(packed, target)
+        finally:
+            names = {each.name for each in Path(home).iterdir()}
+            odd = [each for each in target.rglob("*") if each.is_symlink()]
+            if names != {"bundle.tar.gz", "target"} or odd:
+                raise AssertionError(f"written outside: {names}, {odd}")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "image": image, "manifest": manifest, "archive": archive,
+}  # fmt: skip
+
+
+def attempt(target: str, data: bytes) -> str:
+    """Run a target; returns the error's line, or nothing."""
+    try:
+        TARGETS[target](data)
+    except UserError as error:
+        if "\n" in str(error):
+            raise AssertionError(str(error)) from error
+        return str(error)
+    return ""
+
+
+def seeds(target: str) -> list[bytes]:
+    """Something for the fuzzer to start from."""
+    from PIL import Image
+
+    if target == "image":
+        pictures = []
+        for mode, kind in (
+            ("RGB", "JPEG"),
+            ("CMYK", "JPEG"),
+            ("P", "PNG"),
+            ("LA", "PNG"),
+            ("RGB", "WEBP"),
+        ):
+            buffer = io.BytesIO()
+            Image.linear_gradient("L").resize((24, 20)).convert(mode).save(buffer, kind)
+            pictures.append(buffer.getvalue())
+        return pictures
+    bundle = _empty_bundle()
+    return [bundle] if target == "manifest" else [_tar(bundle)]
+
+
+def _empty_bundle() -> bytes:
+    """A bundle.json that passes all checks of a manifest."""
+    from streetvision.artifacts import json_text
+    from streetvision.bundle.validate import sealed
+
+    preprocessing = {
+        "height": 32, "width": 48, "fit": "letterbox", "square_crop": False,
+        "mean": [0.5] * 3, "std": [0.5] * 3,
+    }  # fmt: skip
+    document = {
+        "format_version": 1, "policy_type": "scrc", "model_checkpoint": "m.safetensors",
+        "policy": {"policy_type": "scrc", "policy_path": "p.json"}, "cvfm_weights": None,
+        "classifier": {"backbone": "resnet18", "arguments": {}, "preprocessing": preprocessing},
+        "views": {
+            "mode": "single", "grid": {"grid": 1, "growth": 0.15, "flip": False}, "features": 0, "options": {}
+        },
+        "class_names": ["None", "Roadwork"], "parameters": 1, "batch_size": 1,
+        "files": {"m.safetensors": "0" * 64, "p.json": "1" * 64},
+    }  # fmt: skip
+    return json_text(sealed(document)).encode()
+
+
+def _tar(bundle: bytes) -> bytes:
+    import tarfile
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in (("bundle.json", bundle), ("m.safetensors", b"abc"), ("p.json", b"{}")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def main(arguments: list[str]) -> int:
+    """Fuzz a target until a finding or a limit among `arguments`."""
+    if not arguments or arguments[0] not in TARGETS:
+        sys.stderr.write(
+            f"usage: fuzz_bundle.py {'|'.join(TARGETS)} [CORPUS] [-max_total_time=60]\n"
+        )
+        return 2
+    try:
+        import atheris
+    except ImportError:
+        sys.stdout.write("skipped: atheris is not installed (pip install atheris)\n")
+        return 0
+    warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF blocks
+    target = arguments[0]
+    with atheris.instrument_imports(include=["PIL", "streetvision"]):
+        for data in seeds(target):  # imports what the target imports
+            attempt(target, data)
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, data in enumerate(seeds(target)):
+            (Path(corpus) / str(number)).write_bytes(data)
+        rest = arguments[1:] if any(not each.startswith("-") for each in arguments[1:]) else [
+            corpus, *arguments[1:]
+        ]  # fmt: skip
+        atheris.Setup([sys.argv[0], *rest], lambda data: attempt(target, data) and None)
+        atheris.Fuzz()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
