@@ -158,21 +158,26 @@ def _stored_numbers(weights: Path) -> int:
 @contextmanager
 def _at_most(parameters: int) -> Iterator[None]:
     """Stop this thread from building modules with more parameters; only the last one has room by then."""
-    left, thread = parameters, threading.get_ident()
-
-    def count(_module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal left
-        if parameter is None or threading.get_ident() != thread:
-            return
-        left -= parameter.numel()
-        if left < 0:
-            raise UserError(f"the model is far larger than its weights (at {name})")
-
-    handle = register_module_parameter_registration_hook(count)
+    _budget.left = parameters
     try:
         yield
     finally:
-        handle.remove()
+        _budget.left = None
+
+
+def _count(_module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    left: int | None = getattr(_budget, "left", None)
+    if left is None or parameter is None:
+        return
+    _budget.left = left - parameter.numel()
+    if _budget.left < 0:
+        raise UserError(f"the model is far larger than its weights (at {name})")
+
+
+# Parameters that this thread may still build; without it nothing is counted.
+_budget = threading.local()
+# Once and for all: torch's hooks may not come and go while another thread builds a module.
+register_module_parameter_registration_hook(_count)
 
 
 def _line(error: Exception) -> str:

@@ -116,7 +116,7 @@ def upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     """Turn an image of any mode upright, as its EXIF block says, and into RGB.
 
     The limits are those of `decode_image`, and are checked before a pixel of an image that Pillow has
-    only opened is decoded. Needs up to 20 bytes a pixel for a while, 4 for the result. Mode I is taken
+    only opened is decoded. Needs up to 30 bytes a pixel for a while, 4 for the result. Mode I is taken
     as 16-bit grey, mode F as 0 to 255. The same object comes back if nothing is to be done.
 
     Raises

@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +190,23 @@ def test_what_does_not_fit_is_refused_before_memory_is_taken(
     forge(bundle, change)
     assert message in refusal(bundle)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+def test_loading_in_threads_counts_for_each_alone(bundle: Path, trained: Trained) -> None:
+    forge(bundle, arguments(channels=[8192] * 4))
+
+    def load(number: int) -> str:
+        try:
+            Predictor.load((bundle, trained.bundle)[number % 2], "cpu")
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(6) as pool:
+        said = list(pool.map(load, range(8)))
+    assert ["far larger" in each for each in said] == [True, False] * 4
+    assert said[1::2] == [""] * 4
+    torch.nn.Linear(3000, 3000)  # nothing is counted outside
 
 
 def test_tensors_that_do_not_fit(bundle: Path) -> None:
