@@ -78,9 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evidence.add_argument("--bundle", type=Path, help="of ece; default: models/bundle")
     evidence.add_argument("--images", type=int, default=20_000, help="of ece: new scenes")
     evidence.add_argument("--cities", type=int, default=80, help="of ece: new cities")
+    _add_natix(add("natix", _natix_install, "serve a bundle on Bittensor Subnet 72"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     return guarded(f"streetvision {options.command}", lambda: options.run(options))
+
+
+def _add_natix(natix: argparse.ArgumentParser) -> None:
+    parts = natix.add_subparsers(dest="part", required=True)
+    text = "write the detector, its YAML and the bundle into a checkout of the subnet's repository"
+    install = parts.add_parser("install", help=text, description=text)
+    install.add_argument("bundle", type=Path)
+    install.add_argument("checkout", type=Path)
+    text = "run the installed detector as a miner does: latency, malformed payloads, same answers"
+    check = parts.add_parser("check", help=text, description=text)
+    check.set_defaults(run=_natix_check)
+    check.add_argument("bundle", type=Path)
+    check.add_argument("--challenges", type=int, default=100, help="timed ones")
+    check.add_argument("--python", default=sys.executable, help="the miner's interpreter")
+    check.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
 
 
 def _say(text: str) -> None:
@@ -243,6 +259,24 @@ def _evidence_ece(options: argparse.Namespace, paths: ArtifactSchema) -> None:
         f"python -m streetvision evidence ece --images {options.images} --cities {options.cities}"
     )
     _say(write_report(report, options.out, command))
+
+
+def _natix_install(options: argparse.Namespace) -> None:
+    from streetvision.bundle.natix.install import install
+
+    installed = install(options.bundle, options.checkout)
+    changed = "".join(f"\n  {name}" for name in installed.changed) or " nothing, all is there"
+    _say(f"written into {options.checkout}:{changed}\nset in its miner.env:")
+    _say("\n".join(installed.miner_env))
+
+
+def _natix_check(options: argparse.Namespace) -> int:
+    from streetvision.bundle.natix.check import check
+
+    findings = check(options.bundle, options.challenges, options.python, options.device)
+    for finding in findings:
+        _say(f"{'ok' if finding.ok else 'FAILED':6}  {finding.name}: {finding.found}")
+    return int(not all(finding.ok for finding in findings))
 
 
 def _command(options: argparse.Namespace) -> str:

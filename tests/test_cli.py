@@ -12,7 +12,17 @@ import pytest
 from streetvision import cli
 from streetvision.data import hub
 
-COMMANDS = ("doctor", "preset", "repro", "pin", "evaluate", "predict", "crossval", "evidence")
+COMMANDS = (
+    "doctor",
+    "preset",
+    "repro",
+    "pin",
+    "evaluate",
+    "predict",
+    "crossval",
+    "evidence",
+    "natix",
+)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""The detector for Bittensor Subnet 72: written into a subnet checkout, and checked as a miner runs it."""

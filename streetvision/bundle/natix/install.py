@@ -1,0 +1,128 @@
+"""Writing a bundle and the detector that serves it into a checkout of the subnet's repository.
+
+The bundle is copied, not referenced: the next `dvc repro` must not change what a miner loads at its next
+start, and the checkout can be moved. Only what the detector reads is copied, so neither `model.pth` nor the
+pickled policy. Each bundle gets a folder named by its hash; earlier ones stay, for going back.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from streetvision.artifacts import read_json, sha256_file, write_atomic, write_bytes_atomic
+from streetvision.bundle.validate import BUNDLE_JSON, BundleManifest, read_bundle
+from streetvision.decision.policy import policy_from_document
+from streetvision.errors import UserError
+from streetvision.models.fusion import FusionConfig
+
+NAME = "StreetVision"
+CONFIG = f"{NAME}.yaml"
+DETECTORS = "base_miner/detectors"
+DETECTOR = "streetvision_detector.py"
+# What `neurons/miner.py` imports is this package, so it must import the detector, which registers itself.
+IMPORT = "from .streetvision_detector import StreetVisionDetector  # noqa: F401"
+MARKER = "# Written by `python -m streetvision natix install`"
+CHECKOUT = (
+    "base_miner/registry.py", f"{DETECTORS}/__init__.py", f"{DETECTORS}/feature_detector.py",
+    f"{DETECTORS}/configs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What an installation changed, in its order, relative to the checkout, and the lines of `miner.env`."""
+
+    changed: tuple[str, ...]
+    miner_env: tuple[str, ...] = (f"IMAGE_DETECTOR={NAME}", f"IMAGE_DETECTOR_CONFIG={CONFIG}")
+
+
+def install(bundle: Path, checkout: Path) -> Installed:
+    """Copy a bundle's files into a subnet checkout, with the detector, its YAML and its import.
+
+    Each step is atomic, and the files before it do no harm without it: an interruption leaves the miner that
+    was there. A second installation of the same bundle changes nothing.
+
+    Raises
+    ------
+    UserError
+        The bundle is incomplete or was changed; `checkout` is none; a file of the same name is not ours.
+    """
+    manifest = read_bundle(bundle)
+    policy_from_document(read_json(manifest.policy_path, "export"))
+    FusionConfig.from_dict(manifest.document["views"])
+    missing = [name for name in CHECKOUT if not (checkout / name).exists()]
+    if missing:
+        raise UserError(f"{checkout} is no checkout of the subnet: it has no {', '.join(missing)}")
+    detectors = checkout / DETECTORS
+    detector, config = detectors / DETECTOR, detectors / "configs" / CONFIG
+    for path in (detector, config):
+        if path.exists() and not path.read_bytes().startswith(MARKER.encode()):
+            raise UserError(f"{path} was not written by this command; move it away first")
+
+    name = f"streetvision-{manifest.document['sha256'][:12]}"
+    weights = f"{name}/{manifest.document['model_checkpoint']}"
+    own = Path(__file__).with_name(DETECTOR).read_bytes()
+    changed = [
+        _copy_bundle(manifest, detectors / "weights" / name),
+        _write(detector, own),
+        _write(config, _yaml(weights).encode()),
+        _write(detectors / "__init__.py", _with_import(detectors / "__init__.py")),
+    ]
+    return Installed(tuple(path.relative_to(checkout).as_posix() for path in changed if path))
+
+
+def _copy_bundle(manifest: BundleManifest, target: Path) -> Path | None:
+    """Copy what the detector reads; None if it is there and whole."""
+    document = manifest.document
+    names = [document["policy"]["policy_path"], document["model_checkpoint"]]
+    if document["cvfm_weights"] is not None:
+        names.append(document["cvfm_weights"])
+    expected = {name: document["files"][name] for name in names}
+    expected[BUNDLE_JSON] = sha256_file(manifest.folder / BUNDLE_JSON)
+    if all(_holds(target / name, sha256) for name, sha256 in expected.items()):
+        return None
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".streetvision-") as temporary:
+            copy = Path(temporary) / "bundle"
+            for name in expected:
+                write_atomic(copy / name, partial(shutil.copyfile, manifest.folder / name))
+            if target.is_dir():  # damaged: its name is the hash of what it should hold
+                shutil.rmtree(target)
+            copy.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_file(path) == sha256
+
+
+def _write(path: Path, data: bytes) -> Path | None:
+    """Write a file unless it holds just that; return what was written."""
+    if path.is_file() and path.read_bytes() == data:
+        return None
+    return write_bytes_atomic(path, data)
+
+
+def _yaml(weights: str) -> str:
+    """The detector's configuration: the keys that the subnet's base class knows."""
+    return (
+        f"{MARKER}; run that again to change it.\n"
+        "hf_repo: ''  # nothing is downloaded\n"
+        f"config_name: {CONFIG}\n"
+        f"weights: {weights}  # below {DETECTORS}/weights; the bundle is the folder around it\n"
+    )
+
+
+def _with_import(path: Path) -> bytes:
+    """The package's file with the line that imports the detector, after all others."""
+    text = path.read_text(encoding="utf-8")
+    if IMPORT in text.splitlines():
+        return text.encode()
+    return f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{IMPORT}\n".encode()
