@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PARAMS = "params.yaml"
 log = logging.getLogger(__name__)
+ALARM = 3  # exit code of `replay`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evidence.add_argument("--images", type=int, default=20_000, help="of ece: new scenes")
     evidence.add_argument("--cities", type=int, default=80, help="of ece: new cities")
     _add_natix(add("natix", _natix_install, "serve a bundle on Bittensor Subnet 72"))
+    _add_replay(
+        add("replay", _replay, "logged challenges through a bundle; alarm if it does badly")
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     return guarded(f"streetvision {options.command}", lambda: options.run(options))
@@ -97,6 +101,18 @@ def _add_natix(natix: argparse.ArgumentParser) -> None:
     check.add_argument("--challenges", type=int, default=100, help="timed ones")
     check.add_argument("--python", default=sys.executable, help="the miner's interpreter")
     check.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def _add_replay(replay: argparse.ArgumentParser) -> None:
+    replay.add_argument(
+        "log", type=Path, help="CSV or JSON lines: image and, where known, prediction and label"
+    )
+    replay.add_argument("--bundle", type=Path, help="default: models/bundle")
+    replay.add_argument(
+        "--min-mcc", type=float, default=0.8, help="over the last 100; below: alarm"
+    )
+    replay.add_argument("--min-accuracy", type=float, default=0.6, help="over the last 10")
+    replay.add_argument("--output", type=Path, help="folder of CSV and plot; default: the log's")
 
 
 def _say(text: str) -> None:
@@ -277,6 +293,20 @@ def _natix_check(options: argparse.Namespace) -> int:
     for finding in findings:
         _say(f"{'ok' if finding.ok else 'FAILED':6}  {finding.name}: {finding.found}")
     return int(not all(finding.ok for finding in findings))
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from streetvision.artifacts import ArtifactSchema
+    from streetvision.bundle.predictor import Predictor
+    from streetvision.evaluation.replay import replay
+
+    predictor = Predictor.load(options.bundle or ArtifactSchema(Path.cwd()).bundle)
+    stem = (options.output or options.log.parent) / f"{options.log.stem}.replay"
+    lines, alarms = replay(
+        options.log, predictor.probabilities, stem, options.min_mcc, options.min_accuracy
+    )
+    _say("\n".join(lines + alarms))
+    return ALARM if alarms else 0
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ COMMANDS = (
     "crossval",
     "evidence",
     "natix",
+    "replay",
 )
 
 

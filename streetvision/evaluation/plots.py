@@ -333,6 +333,29 @@ def plot_reward(rewards: ArrayLike, expected: float) -> Figure:
 
 
 @_picture
+def plot_replay(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    min_mcc: float,
+    min_accuracy: float,
+) -> Figure:
+    """MCC over the last 100 and accuracy over the last 10 labelled challenges, with their bounds.
+
+    `series` has, by the name of who answered, rows of the log and both after each of these, [T] each.
+    """
+    figure, axes = _figure(8.4, 5.6, nrows=2, sharex=True)
+    panels = (("MCC over the last 100", min_mcc), ("accuracy over the last 10", min_accuracy))
+    for index, (ax, (title, bound)) in enumerate(zip(axes, panels, strict=True), 1):
+        for (name, values), colour in zip(series.items(), (BLUE, GREY), strict=False):
+            ax.plot(np.asarray(values[0]) + 1, np.asarray(values[index]), color=colour, label=name)
+        ax.axhline(bound, color=ORANGE, linestyle="--", linewidth=1, label=f"alarm below {bound:g}")
+        ax.set_title(title)
+        ax.set_ylim(top=1.03)
+    axes[0].legend(loc="lower right", ncols=3)
+    axes[1].set_xlabel("challenge in the log")
+    return figure
+
+
+@_picture
 def plot_fusion(modes: Mapping[str, Mapping[str, float]], chosen: str, condition: str) -> Figure:
     """Log loss and MCC on VAL_SELECT of each fusion mode, with its views; the chosen one stands out.
 

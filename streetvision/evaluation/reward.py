@@ -38,6 +38,17 @@ def rewards(predictions: ArrayLike, labels: ArrayLike) -> Floats:
         Shapes differ, labels outside {0, 1}, NaN.
     """
     p = np.asarray(predictions, dtype=np.float64)
+    mcc, accuracy = rolling_metrics(p, labels)
+    paid: Floats = ((np.maximum(mcc, 0) + accuracy) / 2) ** POWER * ((p >= 0) & (p <= 1))
+    return paid
+
+
+def rolling_metrics(predictions: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
+    """MCC over the last 100 and accuracy over the last 10 after each challenge, as the reward takes them.
+
+    Arguments and errors are those of `rewards`; MCC is not clipped. 0 where no metric exists.
+    """
+    p = np.asarray(predictions, dtype=np.float64)
     y = np.asarray(labels)
     if p.shape != y.shape or not p.ndim:
         raise UserError(
@@ -54,13 +65,12 @@ def rewards(predictions: ArrayLike, labels: ArrayLike) -> Floats:
     tp, fp = said_yes & (y == 1), said_yes & (y == 0)
     tn, fn = said_no & (y == 0), said_no & (y == 1)
     mcc = mcc_from_counts(*(_window_sums(x, MCC_WINDOW) for x in (tp, fp, tn, fn)))
-    mcc = np.where(_window_sums(unusable, MCC_WINDOW) > 0, 0.0, np.maximum(mcc, 0.0))
+    mcc = np.where(_window_sums(unusable, MCC_WINDOW) > 0, 0.0, mcc)
     counted = _window_sums(answered, ACCURACY_WINDOW)
     right = _window_sums(tp | tn, ACCURACY_WINDOW)
     accuracy = np.divide(right, counted, out=np.zeros(p.shape), where=counted > 0)
     accuracy = np.where(_window_sums(unusable, ACCURACY_WINDOW) > 0, 0.0, accuracy)
-    paid: Floats = ((mcc + accuracy) / 2) ** POWER * ((p >= 0) & (p <= 1))
-    return paid
+    return mcc, accuracy
 
 
 def _window_sums(values: NDArray[np.bool_], window: int) -> NDArray[np.int64]:

@@ -31,7 +31,7 @@ def test_help_of_a_stage_is_light(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "preset", "repro", "evaluate", "doctor", "pin", "crossval", "natix"]
+    "command", ["", "preset", "repro", "evaluate", "doctor", "pin", "crossval", "natix", "replay"]
 )
 def test_help_of_a_command_is_light(command: str) -> None:
     text, packages = imported("streetvision", *filter(None, [command]))

@@ -1,0 +1,308 @@
+"""Logged challenges through a bundle: what the validator's windows would have shown, and when to worry.
+
+A log is a CSV file (`.csv`, with a header) or JSON lines (`.jsonl`), oldest challenge first:
+
+- `image`: path of the image file, absolute or from the log's folder;
+- `prediction`, may be absent: what was answered; −1 is no answer, empty or null unknown;
+- `label`, may be absent: 1 roadwork, 0 none; empty, null or −1 (what the subnet sends) unknown.
+
+Other columns are ignored. Only challenges with a label enter the windows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
+from streetvision.errors import UserError
+from streetvision.evaluation.reward import (
+    ACCURACY_WINDOW,
+    MCC_WINDOW,
+    NO_ANSWER,
+    rewards,
+    rolling_metrics,
+)
+from streetvision.progress import progress
+
+Floats = NDArray[np.float64]
+CSV_SUFFIX, JSON_SUFFIX = ".csv", ".jsonl"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """One row of a log; what is None is not known."""
+
+    image: Path
+    prediction: float | None
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Answers to labelled challenges, and the windows after each.
+
+    Attributes
+    ----------
+    rows : their rows in the log [T]
+    mcc : over the last 100, not clipped [T]
+    accuracy : over the last 10 [T]
+    reward : [T]
+    unanswered : how many of the predictions are −1
+    """
+
+    rows: NDArray[np.intp]
+    mcc: Floats
+    accuracy: Floats
+    reward: Floats
+    unanswered: int
+
+
+def read_log(path: Path) -> list[Challenge]:
+    """Read and check a log.
+
+    Raises
+    ------
+    UserError
+        Names the line that is wrong, and what is allowed; or no image or label is there at all.
+    """
+    readers = {CSV_SUFFIX: _csv_rows, JSON_SUFFIX: _json_rows}
+    if path.suffix not in readers:
+        raise UserError(f"{path} is neither CSV ({CSV_SUFFIX}) nor JSON lines ({JSON_SUFFIX})")
+    try:
+        rows = list(readers[path.suffix](path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not UTF-8 text in that form: {error}") from error
+    challenges = [_challenge(row, path.parent, f"{path} line {line}") for line, row in rows]
+    missing = [
+        (line, challenge.image)
+        for (line, _), challenge in zip(rows, challenges, strict=True)
+        if not challenge.image.is_file()
+    ]
+    if missing:
+        line, image = missing[0]
+        raise UserError(
+            f"{path} line {line}: image {image} is missing ({len(missing)} of {len(rows)} are)"
+        )
+    if all(challenge.label is None for challenge in challenges):
+        raise UserError(f"{path} has no challenge with a label: there is nothing to measure")
+    return challenges
+
+
+def replay(
+    log: Path,
+    score: Callable[[Iterable[Image.Image]], Floats],
+    stem: Path,
+    min_mcc: float,
+    min_accuracy: float,
+) -> tuple[list[str], list[str]]:
+    """Score a log's images, write `<stem>.csv` and `<stem>.png`, and say where both answerers stand.
+
+    Parameters
+    ----------
+    log
+        See the module.
+    score
+        Images to probabilities [N], as `Predictor.probabilities`.
+    stem
+        Of what is written.
+    min_mcc, min_accuracy
+        Bounds on the last 100 and the last 10 labelled challenges, for the bundle and for the log.
+
+    Returns
+    -------
+    lines, alarms
+        What there is to say; and what is below a bound, nothing if all is well.
+
+    Raises
+    ------
+    UserError
+        As `read_log`.
+    """
+    challenges = read_log(log)
+    bundle = answers(score, challenges)
+    given = {"bundle": bundle.tolist(), "log": [one.prediction for one in challenges]}
+    found = {name: windows(predictions, challenges) for name, predictions in given.items()}
+    series = {name: one for name, one in found.items() if one is not None}
+    written = write_replay(stem, challenges, bundle, series, min_mcc, min_accuracy)
+    lines = [describe(name, one) for name, one in series.items()]
+    lines.append(f"written: {', '.join(map(str, written))}")
+    bounds = (min_mcc, min_accuracy)
+    return lines, [line for name, one in series.items() for line in alarms(name, one, *bounds)]
+
+
+def answers(
+    score: Callable[[Iterable[Image.Image]], Floats], challenges: Sequence[Challenge]
+) -> Floats:
+    """Probabilities [N] that `score` gives the images, read as it takes them; −1 where one is unusable."""
+    found = np.full(len(challenges), NO_ANSWER)
+    read: list[int] = []
+
+    def images() -> Iterator[Image.Image]:
+        for row in progress(range(len(challenges)), len(challenges), "replay"):
+            try:
+                with Image.open(challenges[row].image) as opened:
+                    image = ImageOps.exif_transpose(opened).convert("RGB")
+            except Exception as error:  # decoders raise nearly anything
+                _log.warning("%s cannot be used: %s", challenges[row].image, error)
+                continue
+            read.append(row)
+            yield image
+
+    probabilities = score(images())
+    found[read] = probabilities
+    return found
+
+
+def windows(predictions: Sequence[float | None], challenges: Sequence[Challenge]) -> Series | None:
+    """The validator's windows over the challenges that have a label and a prediction; None without any."""
+    pairs = [
+        (row, prediction, challenge.label)
+        for row, (prediction, challenge) in enumerate(zip(predictions, challenges, strict=True))
+        if prediction is not None and challenge.label is not None
+    ]
+    if not pairs:
+        return None
+    rows, values, labels = (np.array(column) for column in zip(*pairs, strict=True))
+    mcc, accuracy = rolling_metrics(values, labels)
+    unanswered = int((values == NO_ANSWER).sum())
+    return Series(rows, mcc, accuracy, rewards(values, labels), unanswered)
+
+
+def describe(name: str, series: Series) -> str:
+    """One line on where a series stands at its end."""
+    return (
+        f"{name}: {len(series.rows)} labelled; MCC over the last {MCC_WINDOW} {series.mcc[-1]:.3f}, "
+        f"accuracy over the last {ACCURACY_WINDOW} {series.accuracy[-1]:.2f}, mean reward "
+        f"{series.reward.mean():.3f}, unanswered {series.unanswered}"
+    )
+
+
+def alarms(name: str, series: Series, min_mcc: float, min_accuracy: float) -> list[str]:
+    """One line for each window that stands below its bound; a window that is not full raises none."""
+    found = []
+    for text, values, window, bound in (
+        ("MCC", series.mcc, MCC_WINDOW, min_mcc),
+        ("accuracy", series.accuracy, ACCURACY_WINDOW, min_accuracy),
+    ):
+        if len(values) >= window and values[-1] < bound:
+            found.append(
+                f"ALARM: {name}: {text} over the last {window} is {values[-1]:.3f}, below {bound:g}"
+            )
+    return found
+
+
+def write_replay(
+    stem: Path,
+    challenges: Sequence[Challenge],
+    bundle: Floats,
+    series: Mapping[str, Series],
+    min_mcc: float,
+    min_accuracy: float,
+) -> list[Path]:
+    """Write `<stem>.csv`, a row a challenge, and `<stem>.png`; series are `bundle` and perhaps `log`."""
+    from streetvision.evaluation.plots import plot_replay
+
+    columns: dict[str, list[Any]] = {
+        "image": [str(challenge.image) for challenge in challenges],
+        "label": [_cell(challenge.label) for challenge in challenges],
+        "log": [_cell(challenge.prediction) for challenge in challenges],
+        "bundle": bundle.tolist(),
+    }
+    for name, one in series.items():
+        for metric, values in (
+            ("mcc", one.mcc),
+            ("accuracy", one.accuracy),
+            ("reward", one.reward),
+        ):
+            cells: list[Any] = [""] * len(challenges)
+            for row, value in zip(one.rows, values, strict=True):
+                cells[row] = float(value)
+            columns[f"{name}_{metric}"] = cells
+    picture = plot_replay(
+        {name: (one.rows, one.mcc, one.accuracy) for name, one in series.items()},
+        min_mcc,
+        min_accuracy,
+    )
+    return [
+        write_csv_atomic(stem.with_name(f"{stem.name}.csv"), columns),
+        write_bytes_atomic(stem.with_name(f"{stem.name}.png"), picture),
+    ]
+
+
+def _cell(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        header = reader.fieldnames or []
+        if "image" not in header:
+            raise UserError(
+                f"{path} has no column image; its columns are {', '.join(header) or 'none'}"
+            )
+        if len(set(header)) < len(header):
+            raise UserError(f"{path} names a column twice: {', '.join(header)}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path} line {reader.line_num}: not {len(header)} cells")
+            yield reader.line_num, row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{path} line {line} is not JSON: {error}") from error
+            if not isinstance(row, dict) or "image" not in row:
+                raise UserError(f'{path} line {line} is no object with the key "image"')
+            yield line, row
+
+
+def _challenge(row: Mapping[str, Any], folder: Path, place: str) -> Challenge:
+    name = row["image"]
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{place}: image is {name!r}; the path of a file is needed")
+    labels: dict[Any, int | None] = {0: 0, 1: 1, -1: None, None: None}
+    given = row.get("label")
+    label = _number(given)
+    if label not in labels:
+        raise UserError(f"{place}: label is {given!r}; it must be 0, 1, or empty or -1 if unknown")
+    given = row.get("prediction")
+    prediction = _number(given)
+    if prediction is not None and not math.isfinite(prediction):
+        raise UserError(
+            f"{place}: prediction is {given!r}; it must be a finite number, -1 for no answer, "
+            "or empty if unknown"
+        )
+    return Challenge(folder / name.strip(), prediction, labels[label])
+
+
+def _number(value: Any) -> float | None:
+    """A cell's number, None if it is empty, NaN if it is none."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
