@@ -144,11 +144,13 @@ def test_a_file_that_is_no_log(folder: Path) -> None:
 
 
 def test_an_unusable_image_gets_no_answer(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    names = ["a.png", "broken.png", "b.png", "broken.png", "a.png"]
+    Image.new("RGB", (9, 20)).save(folder / "small.png")
+    names = ["a.png", "broken.png", "b.png", "small.png", "a.png"]
     challenges = [Challenge(folder / name, None, 1) for name in names]
     found = answers(brightness, challenges)
     np.testing.assert_allclose(found, [200 / 255, -1, 20 / 255, -1, 200 / 255])
-    assert caplog.text.count("broken.png cannot be used") == 2
+    assert "broken.png cannot be used: truncated" in caplog.text
+    assert "small.png cannot be used: too small" in caplog.text
     assert (answers(brightness, challenges[1:2]) == -1).all()
 
 
