@@ -68,7 +68,7 @@ for case in json.load(sys.stdin):
         found.append(f"{{type(error).__name__}}: {{error}}")
 json.dump(found, answers)
 """
-EMPTY = {"metrics": {"before": None, "after": None}}
+EMPTY = {"metrics": {"before": {}, "after": None}}
 
 
 def served(checkout: Path, cases: list[tuple[str, list[Path]]]) -> list[list[float] | str]:
