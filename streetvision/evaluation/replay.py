@@ -12,7 +12,6 @@ Other columns are ignored. Only challenges with a label enter the windows.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
-from streetvision.data.decode import decode_image
+from streetvision.bundle.inputs import upright_image
 from streetvision.errors import UserError
 from streetvision.evaluation.reward import (
     ACCURACY_WINDOW,
@@ -35,7 +34,6 @@ from streetvision.evaluation.reward import (
     rewards,
     rolling_metrics,
 )
-from streetvision.params import Data
 from streetvision.progress import progress
 
 Floats = NDArray[np.float64]
@@ -157,9 +155,9 @@ def answers(
     def images() -> Iterator[Image.Image]:
         for row in progress(range(len(challenges)), len(challenges), "replay"):
             try:
-                image = _upright(challenges[row].image)
-            except Exception as error:  # decoders raise nearly anything
-                _log.warning("%s cannot be used: %s", challenges[row].image, error)
+                image = upright_image(challenges[row].image)
+            except UserError as error:
+                _log.warning("%s", error)
                 continue
             read.append(row)
             yield image
@@ -167,15 +165,6 @@ def answers(
     probabilities = score(images())
     found[read] = probabilities
     return found
-
-
-def _upright(path: Path) -> Image.Image:
-    """The image at its own size, upright and in RGB, if it is one that a bundle answers for."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as header:
-        side_px = min(header.size)
-    limit = Data().max_source_pixels
-    return decode_image(data, side_px=side_px, square_crop=False, max_pixels=limit).image
 
 
 def windows(predictions: Sequence[float | None], challenges: Sequence[Challenge]) -> Series | None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from streetvision.artifacts import read_json, sha256_file, write_atomic, write_bytes_atomic
-from streetvision.bundle.validate import BUNDLE_JSON, BundleManifest, read_bundle
-from streetvision.decision.policy import policy_from_document
+from streetvision.artifacts import sha256_file, write_atomic, write_bytes_atomic
+from streetvision.bundle.archive import bundle_folder
+from streetvision.bundle.validate import BUNDLE_JSON, load_bundle
 from streetvision.errors import UserError
-from streetvision.models.fusion import FusionConfig
 
 NAME = "StreetVision"
 CONFIG = f"{NAME}.yaml"
@@ -41,7 +42,7 @@ class Installed:
 
 
 def install(bundle: Path, checkout: Path) -> Installed:
-    """Copy a bundle's files into a subnet checkout, with the detector, its YAML and its import.
+    """Copy the files of a bundle, folder or tar.gz, into a subnet checkout, with the detector and its YAML.
 
     Each step is atomic, and the files before it do no harm without it: an interruption leaves the miner that
     was there. A second installation of the same bundle changes nothing.
@@ -49,11 +50,13 @@ def install(bundle: Path, checkout: Path) -> Installed:
     Raises
     ------
     UserError
-        The bundle is incomplete or was changed; `checkout` is none; a file of the same name is not ours.
+        `BundleValidator` does not pass the bundle; `checkout` is none; a file of the same name is not ours.
     """
-    manifest = read_bundle(bundle)
-    policy_from_document(read_json(manifest.policy_path, "export"))
-    FusionConfig.from_dict(manifest.document["views"])
+    with bundle_folder(bundle) as folder:
+        return _install(folder, load_bundle(folder).document, checkout)
+
+
+def _install(folder: Path, document: Mapping[str, Any], checkout: Path) -> Installed:
     missing = [name for name in CHECKOUT if not (checkout / name).exists()]
     if missing:
         raise UserError(f"{checkout} is no checkout of the subnet: it has no {', '.join(missing)}")
@@ -63,11 +66,11 @@ def install(bundle: Path, checkout: Path) -> Installed:
         if path.exists() and not path.read_bytes().startswith(MARKER.encode()):
             raise UserError(f"{path} was not written by this command; move it away first")
 
-    name = f"streetvision-{manifest.document['sha256'][:12]}"
-    weights = f"{name}/{manifest.document['model_checkpoint']}"
+    name = f"streetvision-{document['sha256'][:12]}"
+    weights = f"{name}/{document['model_checkpoint']}"
     own = Path(__file__).with_name(DETECTOR).read_bytes()
     changed = [
-        _copy_bundle(manifest, detectors / "weights" / name),
+        _copy_bundle(folder, document, detectors / "weights" / name),
         _write(detector, own),
         _write(config, _yaml(weights).encode()),
         _write(detectors / "__init__.py", _with_import(detectors / "__init__.py")),
@@ -75,14 +78,13 @@ def install(bundle: Path, checkout: Path) -> Installed:
     return Installed(tuple(path.relative_to(checkout).as_posix() for path in changed if path))
 
 
-def _copy_bundle(manifest: BundleManifest, target: Path) -> Path | None:
+def _copy_bundle(folder: Path, document: Mapping[str, Any], target: Path) -> Path | None:
     """Copy what the detector reads; None if it is there and whole."""
-    document = manifest.document
     names = [document["policy"]["policy_path"], document["model_checkpoint"]]
     if document["cvfm_weights"] is not None:
         names.append(document["cvfm_weights"])
     expected = {name: document["files"][name] for name in names}
-    expected[BUNDLE_JSON] = sha256_file(manifest.folder / BUNDLE_JSON)
+    expected[BUNDLE_JSON] = sha256_file(folder / BUNDLE_JSON)
     if all(_holds(target / name, sha256) for name, sha256 in expected.items()):
         return None
     try:
@@ -90,7 +92,7 @@ def _copy_bundle(manifest: BundleManifest, target: Path) -> Path | None:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".streetvision-") as temporary:
             copy = Path(temporary) / "bundle"
             for name in expected:
-                write_atomic(copy / name, partial(shutil.copyfile, manifest.folder / name))
+                write_atomic(copy / name, partial(shutil.copyfile, folder / name))
             if target.is_dir():  # damaged: its name is the hash of what it should hold
                 shutil.rmtree(target)
             copy.rename(target)

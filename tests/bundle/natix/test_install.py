@@ -77,6 +77,12 @@ def test_a_second_time_nothing_changes(checkout: Path, trained: Trained) -> None
     assert state(checkout) == before
 
 
+def test_an_archive_is_as_good(checkout: Path, trained: Trained) -> None:
+    archive = trained.bundle / "bundle.tar.gz"
+    assert len(install(archive, checkout).changed) == 4
+    assert install(trained.bundle, checkout).changed == ()
+
+
 def test_another_bundle_takes_over_and_the_first_stays(
     checkout: Path, trained: Trained, tmp_path: Path
 ) -> None:
