@@ -438,9 +438,9 @@ class Cvfm(Section):
         0.25, description="share of training images that keep a random number of their tiles only"
     )
     fits: Annotated[Integer, Field(ge=1, le=5)] = Field(
-        5,
-        description="networks whose logits are averaged, each fitted without another fifth of the "
-        "fusion part's groups; 1: one network on all of them",
+        1,
+        description="1: one network on the whole fusion part; more: the mean logit of so many, each "
+        "fitted without another fifth of the groups",
     )
     epochs: Count = Field(40, description="of L-BFGS on the whole fusion part")
     patience_epochs: Count = Field(10, description="stop after so many without a better one")
