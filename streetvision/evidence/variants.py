@@ -67,7 +67,7 @@ DATA = ("synthetic", "photos")
 
 
 def comparisons(size: str) -> list[Comparison]:
-    """All tables at a size: `smoke` tests the code, `cpu` takes about an hour on two cores, `large` a GPU.
+    """All tables at a size: `smoke` tests the code, `cpu` takes about an hour and a half on two cores, `large` a GPU.
 
     Raises
     ------
@@ -182,8 +182,8 @@ def _resnet(size: str) -> Comparison:
         (BASE, *OBJECTIVES, LAYER_DECAY, *LOSSES, *AUGMENTATIONS, HEAD, GROKFAST, *AVERAGES,
          *precision),
         pretraining=_pretraining(size, {"epochs": {"smoke": 1, "cpu": 6, "large": 30}[size]}),
-        seconds=40,
-        adaptation_seconds=30,
+        seconds=52,
+        adaptation_seconds=67,
     )  # fmt: skip
 
 
@@ -233,8 +233,8 @@ def _vit(size: str) -> Comparison:
         {"data": scenes, "train": train, "explora": explora},
         variants,
         pretraining=_pretraining(size, start),
-        seconds=40,
-        adaptation_seconds=25,
+        seconds=52,
+        adaptation_seconds=62,
     )
 
 
@@ -281,8 +281,8 @@ def _photos(size: str) -> Comparison:
         merge(preset, changes),
         variants if large else tuple(each for each in variants if each.name not in left_out),
         folds=10 if large else 3,
-        seconds=20,
-        adaptation_seconds=12,
+        seconds=45,
+        adaptation_seconds=40,
     )  # fmt: skip
 
 
