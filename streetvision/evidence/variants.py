@@ -67,7 +67,7 @@ DATA = ("synthetic", "photos")
 
 
 def comparisons(size: str) -> list[Comparison]:
-    """All tables at a size: `smoke` tests the code, `cpu` takes about an hour and a half on two cores, `large` a GPU.
+    """All tables at a size: `smoke` tests the code, `cpu` takes 90 minutes on two cores, `large` a GPU.
 
     Raises
     ------
