@@ -56,6 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predict.add_argument("images", nargs="+", help="files, folders (all below them) and globs")
     predict.add_argument("--csv", type=Path, help="write path, probability, decision, error here")
     predict.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    fold = add("fold", _fold, "write a bundle of one view as a model that stock transformers opens")
+    fold.add_argument("bundle", type=Path, help="a bundle folder or bundle.tar.gz")
+    fold.add_argument("output", type=Path, help="the new folder")
+    fold.add_argument(
+        "--approximate",
+        action="store_true",
+        help="take the nearest affine rule where none is exact",
+    )
+    fold.add_argument(
+        "--embeddings", type=Path,
+        help="VAL_CALIB's, to fit that rule on; default: this project's, if they are of this bundle",
+    )  # fmt: skip
     crossval = add(
         "crossval", _crossval, "leave one group out: train, calibrate and decide on each in turn"
     )
@@ -194,6 +206,17 @@ def _predict(options: argparse.Namespace) -> int:
     failed = sum(bool(each.error) for each in done)
     log.info("%d of %d images scored, %d failed", len(done) - failed, len(done), failed)
     return int(failed > 0)
+
+
+def _fold(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import ArtifactSchema
+    from streetvision.bundle.folded import describe, fold_bundle
+
+    record = fold_bundle(
+        options.bundle, options.output, approximate=options.approximate,
+        embeddings=options.embeddings, project=ArtifactSchema(Path.cwd()),
+    )  # fmt: skip
+    _say(f"{options.output} is written.\n{describe(record)}")
 
 
 def _crossval(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ COMMANDS = (
     "evidence",
     "natix",
     "replay",
+    "fold",
 )
 
 
