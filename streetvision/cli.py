@@ -56,18 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predict.add_argument("images", nargs="+", help="files, folders (all below them) and globs")
     predict.add_argument("--csv", type=Path, help="write path, probability, decision, error here")
     predict.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    fold = add("fold", _fold, "write a bundle of one view as a model that stock transformers opens")
-    fold.add_argument("bundle", type=Path, help="a bundle folder or bundle.tar.gz")
-    fold.add_argument("output", type=Path, help="the new folder")
-    fold.add_argument(
-        "--approximate",
-        action="store_true",
-        help="take the nearest affine rule where none is exact",
-    )
-    fold.add_argument(
-        "--embeddings", type=Path,
-        help="VAL_CALIB's, to fit that rule on; default: this project's, if they are of this bundle",
-    )  # fmt: skip
+    _deploying(add)
     crossval = add(
         "crossval", _crossval, "leave one group out: train, calibrate and decide on each in turn"
     )
@@ -125,6 +114,41 @@ def _add_replay(replay: argparse.ArgumentParser) -> None:
     )
     replay.add_argument("--min-accuracy", type=float, default=0.6, help="over the last 10")
     replay.add_argument("--output", type=Path, help="folder of CSV and plot; default: the log's")
+
+
+def _deploying(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that take a bundle elsewhere."""
+    fold = add("fold", _fold, "write a bundle of one view as a model that stock transformers opens")
+    fold.add_argument("bundle", type=Path, help="a bundle folder or bundle.tar.gz")
+    fold.add_argument("output", type=Path, help="the new folder")
+    fold.add_argument(
+        "--approximate",
+        action="store_true",
+        help="take the nearest affine rule where none is exact",
+    )
+    fold.add_argument(
+        "--embeddings", type=Path,
+        help="VAL_CALIB's, to fit that rule on; default: this project's, if they are of this bundle",
+    )  # fmt: skip
+    publish = add("publish", _publish, "write a bundle's cards; with --upload, put it on the hub")
+    publish.add_argument("bundle", type=Path, help="a bundle folder or bundle.tar.gz")
+    publish.add_argument("repo", help="owner/name on the hub; made if it is not there")
+    publish.add_argument("--hotkey", required=True, help="the miner's SS58 address")
+    publish.add_argument("--model-version", required=True, help="X.Y.Z")
+    publish.add_argument("--backbone-licence", default="", help="as you acknowledge it")
+    publish.add_argument("--data-licence", default="", help="of the training images, likewise")
+    publish.add_argument("--name", help="default: the repository's")
+    publish.add_argument(
+        "--description", default="Roadwork in street images, as a calibrated probability."
+    )
+    publish.add_argument(
+        "--folded", type=Path, help="what `fold` made of the bundle: the repo's root"
+    )
+    publish.add_argument(
+        "--output", type=Path, default=Path("report/publish"), help="folder of the two cards"
+    )
+    publish.add_argument("--private", action="store_true", help="make a new repository private")
+    publish.add_argument("--upload", action="store_true", help="do it; without: say what would be")
 
 
 def _say(text: str) -> None:
@@ -217,6 +241,28 @@ def _fold(options: argparse.Namespace) -> None:
         embeddings=options.embeddings, project=ArtifactSchema(Path.cwd()),
     )  # fmt: skip
     _say(f"{options.output} is written.\n{describe(record)}")
+
+
+def _publish(options: argparse.Namespace) -> None:
+    import time
+
+    from streetvision.artifacts import ArtifactSchema
+    from streetvision.bundle.publish import Submission, check_repo, publication, upload
+
+    check_repo(options.repo)
+    submission = Submission(
+        options.name or options.repo.split("/")[1], options.description, options.model_version,
+        options.hotkey, int(time.time()), options.backbone_licence, options.data_licence,
+    )  # fmt: skip
+    project = ArtifactSchema(Path.cwd())
+    with publication(options.bundle, submission, project, options.output, options.folded) as files:
+        for name, path in sorted(files.items()):
+            _say(f"{path.stat().st_size:>12,}  {name}")
+        if not options.upload:
+            _say(f"Nothing was uploaded; the cards are in {options.output}, --upload publishes.")
+            return
+        message = f"{submission.name} {submission.version}"
+        _say(upload(options.repo, files, message, private=options.private or None))
 
 
 def _crossval(options: argparse.Namespace) -> None:

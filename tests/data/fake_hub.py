@@ -29,7 +29,7 @@ class FakeHub:
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (self.handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -38,6 +38,11 @@ class FakeHub:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    @property
+    def handler(self) -> type[Handler]:
+        """What answers; hubs that take uploads, too, have their own."""
+        return Handler
 
     @property
     def endpoint(self) -> str:
@@ -58,7 +63,7 @@ class FakeHub:
         return entries
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
 
