@@ -98,9 +98,10 @@ def plain_vit(backbone: nn.Module) -> dict[str, Any] | None:
     from timm.models.vision_transformer import Block, VisionTransformer
 
     # timm's model checked part by part: whatever is not known to be the same is not.
-    if type(backbone) is not VisionTransformer or type(backbone.patch_embed) is not PatchEmbed:
+    model: Any = backbone
+    if type(model) is not VisionTransformer or type(model.patch_embed) is not PatchEmbed:
         return None
-    blocks: list[Any] = list(backbone.blocks)
+    blocks = list(model.blocks)
     if not blocks or any(type(block) is not Block for block in blocks):
         return None
     bias = blocks[0].attn.qkv.bias is not None
@@ -113,13 +114,13 @@ def plain_vit(backbone: nn.Module) -> dict[str, Any] | None:
         inside -= set() if bias else {"attn.qkv.bias"}
         inside |= {"ls1.gamma", "ls2.gamma"} if scaled else set()
         names |= {f"blocks.{index}.{name}" for name in inside}
-    norms = [backbone.norm, *(norm for block in blocks for norm in (block.norm1, block.norm2))]
-    height, width = backbone.patch_embed.grid_size
+    norms = [model.norm, *(norm for block in blocks for norm in (block.norm1, block.norm2))]
+    height, width = model.patch_embed.grid_size
     same = (
-        set(backbone.state_dict()) == names
-        and backbone.global_pool == "token"
-        and backbone.num_prefix_tokens == 1
-        and tuple(backbone.pos_embed.shape) == (1, height * width + 1, backbone.embed_dim)
+        set(model.state_dict()) == names
+        and model.global_pool == "token"
+        and model.num_prefix_tokens == 1
+        and tuple(model.pos_embed.shape) == (1, height * width + 1, model.embed_dim)
         and all(isinstance(norm, nn.LayerNorm) and norm.eps == norms[0].eps for norm in norms)
         and all(type(b.mlp.act) is nn.GELU and b.mlp.act.approximate == "none" for b in blocks)
         and len({block.attn.num_heads for block in blocks}) == 1
@@ -129,7 +130,7 @@ def plain_vit(backbone: nn.Module) -> dict[str, Any] | None:
     return {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
-        "hidden_size": backbone.embed_dim,
+        "hidden_size": model.embed_dim,
         "num_hidden_layers": len(blocks),
         "num_attention_heads": blocks[0].attn.num_heads,
         "intermediate_size": blocks[0].mlp.fc1.out_features,
@@ -137,8 +138,8 @@ def plain_vit(backbone: nn.Module) -> dict[str, Any] | None:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": norms[0].eps,
-        "image_size": list(backbone.patch_embed.img_size),
-        "patch_size": list(backbone.patch_embed.patch_size),
+        "image_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
         "num_channels": 3,
         "qkv_bias": bias,
         "problem_type": "single_label_classification",
