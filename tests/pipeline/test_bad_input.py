@@ -184,7 +184,7 @@ def test_weights_of_another_architecture(project: Project) -> None:
         ("train", ["data/splits/train.arrow", "`prepare`"]),
         ("embed", ["models/classifier/config.json", "`train`"]),
         ("sweep", ["data/embeddings/val_calib.arrow", "`embed`"]),
-        ("cvfm", ["data/embeddings/train.arrow", "`embed`"]),
+        ("cvfm", ["data/embeddings/val_select.arrow", "`embed`"]),
         ("calibrate", ["models/cvfm/config.json", "`cvfm`"]),
         ("export", ["model.safetensors", "`train`", "scrc_params.json", "`calibrate`"]),
         ("evaluate", ["models/bundle/bundle.json", "`export`"]),
