@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streetvision.errors import UserError, guarded
 
@@ -306,12 +306,7 @@ def _evidence_training(options: argparse.Namespace, paths: ArtifactSchema) -> No
 
     names = options.variants.split(",") if options.variants else None
     chosen = named(comparisons(options.size), options.data, names)
-    arguments = (chosen, options.seeds, paths.root, options.scratch, options.workers)
-    if options.list:
-        _say(listing(*arguments))
-        return
-    write_evidence(run_all(*arguments), options.out, _command(options), options.workers)
-    _say(f"{options.out} is written; its runs are in {options.scratch}")
+    _list_or_run(options, paths, chosen, (listing, run_all, write_evidence))
 
 
 def _evidence_decision(options: argparse.Namespace, paths: ArtifactSchema) -> None:
@@ -319,6 +314,13 @@ def _evidence_decision(options: argparse.Namespace, paths: ArtifactSchema) -> No
     from streetvision.evidence.decision_report import write_evidence
 
     chosen = studies(options.size, options.data)
+    _list_or_run(options, paths, chosen, (listing, run_all, write_evidence))
+
+
+def _list_or_run(
+    options: argparse.Namespace, paths: ArtifactSchema, chosen: Any, steps: tuple[Any, Any, Any]
+) -> None:
+    listing, run_all, write_evidence = steps
     arguments = (chosen, options.seeds, paths.root, options.scratch, options.workers)
     if options.list:
         _say(listing(*arguments))
