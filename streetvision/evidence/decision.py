@@ -21,7 +21,7 @@ import yaml
 from streetvision.artifacts import exclusive
 from streetvision.errors import UserError
 from streetvision.evidence.data import Fold, plan_folds, prepare_all, prepare_folds
-from streetvision.evidence.decision_held_out import make_features, run_held_out
+from streetvision.evidence.decision_held_out import QUARTERS, make_features, run_held_out
 from streetvision.evidence.decision_runs import Run, run_split
 from streetvision.evidence.runs import append_line, results_file, whole_lines
 from streetvision.evidence.variants import DATA, SIZES
@@ -120,10 +120,10 @@ def plan(study: Study, seeds: int, root: Path, scratch: Path) -> list[Run]:
         runs.append(Run(study.data, SPLIT, seed, params, fold.folder, root, scratch, code))
     params = check_params(document, f"evidence decision {study.data}")
     kind = f"held out of {study.folds}"
-    for seed, part in product(range(seeds), range(study.folds)):
+    for quarter, part in product(range(QUARTERS), range(study.folds)):
         (fold,) = plan_folds(params.data, 1, root, scratch / "whole")
         source = fold.folder.parent
-        runs.append(Run(study.data, kind, seed, params, source, root, scratch, code, part))
+        runs.append(Run(study.data, kind, quarter, params, source, root, scratch, code, part))
     return runs
 
 

@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 QUARTERS = 4
-# Not a mode: what plain logistic regression gets from the views.
-REFERENCE = "reference"
+# Not modes: plain logistic regression on all views' features, and both regressions on all other groups.
+REFERENCE, SINGLE_ALL, REFERENCE_ALL = "reference", "single, all", "reference, all"
+REFERENCES = (REFERENCE, SINGLE_ALL, REFERENCE_ALL)
 
 
 def run_held_out(run: Run, folds: int) -> dict[str, Any]:
     """Hold a part of the groups out: head and fusion on the rest, on features of the frozen backbone.
 
-    No photograph ever moved the backbone, so all other groups may fit. The head is logistic regression
-    with balanced classes on the global view. A quarter of the other groups, another with each seed, is
-    VAL_SELECT, where fusion is stopped and chosen; all others are the fusion part, on logits of heads that
-    did not see the group. The reference is the same regression on the features of the global view beside
-    the mean of the others, fitted on all other groups.
+    No photograph ever moved the backbone, so the head and fusion may be fitted on the same groups. A quarter of
+    the other groups, another with each number, is VAL_SELECT, where fusion is stopped and chosen; the rest is
+    what the head, logistic regression with balanced classes on the global view, and fusion are fitted on:
+    fusion on logits of heads that did not see the group. The reference is the same regression on the
+    features of the global view beside the mean of the others.
     """
     from streetvision.data.views import ViewScores
     from streetvision.models.fusion_training import LabelledViews, fit_modes, learnt_scale
@@ -46,12 +47,11 @@ def run_held_out(run: Run, folds: int) -> dict[str, Any]:
     scores = _features(run)
     halves = np.asarray(scores.features)
     features = halves.astype(np.float32)
-    head = fit_head(features[rest, 0], labels[rest])
-    logits = np.zeros(features.shape[:2])
-    logits[test] = _head_logits(head, features[test])
-    for fitted, read in _group_parts(rest, groups, 5):
+    fusion_rows, select_rows = _group_parts(rest, groups, QUARTERS)[run.number]
+    head = fit_head(features[fusion_rows, 0], labels[fusion_rows])
+    logits = _head_logits(head, features)
+    for fitted, read in _group_parts(fusion_rows, groups, 5):
         logits[read] = _head_logits(fit_head(features[fitted, 0], labels[fitted]), features[read])
-    fusion_rows, select_rows = _group_parts(rest, groups, QUARTERS)[run.number % QUARTERS]
 
     def part(rows: NDArray[np.int64]) -> LabelledViews:
         views = ViewScores(logits[rows], halves[rows], scores.content[rows], scores.boxes[rows])
@@ -70,10 +70,13 @@ def run_held_out(run: Run, folds: int) -> dict[str, Any]:
         else:
             fused[mode] = scale(fit.fusion.fuse(*asked.scores)).tolist()
     beside = np.concatenate([features[:, 0], features[:, 1:].mean(axis=1)], axis=1)
-    reference = fit_head(beside[rest], labels[rest])
-    fused[REFERENCE] = _head_logits(reference, beside[test]).tolist()
-    # Latent keeps the head that saw VAL_SELECT here: its loss there says nothing.
-    chosen = min((mode for mode in losses if mode != "latent"), key=lambda mode: losses[mode])
+    others = (
+        (REFERENCE, beside, fusion_rows), (SINGLE_ALL, features[:, 0], rest),
+        (REFERENCE_ALL, beside, rest),
+    )  # fmt: skip
+    for name, values, rows in others:
+        fused[name] = _head_logits(fit_head(values[rows], labels[rows]), values[test]).tolist()
+    chosen = min(losses, key=lambda mode: losses[mode])
     return {
         "labels": asked.labels.tolist(),
         "groups": [str(group) for group in asked.groups],
@@ -115,6 +118,7 @@ def _group_parts(
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     from sklearn.model_selection import GroupKFold
 
+    parts = min(parts, len(np.unique(groups[rows])))
     found = GroupKFold(parts).split(rows, groups=groups[rows])
     return [(rows[fitted], rows[read]) for fitted, read in found]
 

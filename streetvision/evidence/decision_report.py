@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streetvision.artifacts import library_versions, write_bytes_atomic
 from streetvision.data.schema import CONDITIONS
 from streetvision.evidence.decision import SPLIT
-from streetvision.evidence.decision_held_out import REFERENCE
+from streetvision.evidence.decision_held_out import REFERENCE_ALL, REFERENCES, SINGLE_ALL
 from streetvision.evidence.decision_runs import AUTO, DEFAULT, STEPS, Run, as_dict
 from streetvision.evidence.fresh import ECE_TARGET
 from streetvision.evidence.report import Spread
@@ -55,14 +55,14 @@ them less than the bound. All parts, from TRAIN's fusion part to VAL_TEST, are u
 are or distorted: fusion and policy are fitted for what is served. {machine}."""
 _HELD_OUT = """\
 The groups with both classes are held out in {folds} parts, in turn. The backbone is frozen, as it was \
-pretrained: no image of these data moved it. The head is balanced logistic regression on the global view of \
-all other groups; a quarter of these is VAL_SELECT, another one with each of {seeds} seeds, the rest is what \
-fusion is fitted on, with logits of heads that did not see the group. Pooled decisions on {images} images of \
-{groups} groups, not distorted; ± over the seeds; Δ with the decisions of all seeds together. Rules without \
-training have the bias and scale that they would have learnt, the single view is as it is. `latent` keeps the \
-head, which saw VAL_SELECT here, so `auto` chooses among the others; it chose {chosen}. *Reference*: balanced \
-logistic regression on the global view's features beside the mean of the tiles', fitted on all other groups, \
-VAL_SELECT's too."""
+pretrained: no image of these data moved it. A quarter of all other groups is VAL_SELECT, each of the \
+{quarters} in turn. The head is balanced logistic regression on the global view of the rest, which fusion is \
+fitted on, too, with logits of heads that did not see the group. Pooled decisions on {images} images of \
+{groups} groups, not distorted; ± over the quarters; Δ with the decisions of all of them together. Rules \
+without training have the bias and scale that they would have learnt, the single view is as it is. `auto` \
+chose {chosen}. *Reference*: balanced logistic regression on the global view's features beside the mean of \
+the tiles', fitted on the same images as the head. *All*: the head and the reference fitted on all other \
+groups, VAL_SELECT's too; the gain of the one over the other is {gain_all}."""
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -182,38 +182,41 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
     from streetvision.evaluation.bootstrap import group_sign_flip_test, paired_group_interval
     from streetvision.evaluation.metrics import all_metrics
 
-    seeds = sorted({line["number"] for line in lines})
+    quarters = sorted({line["number"] for line in lines})
 
     def pool(name: str, mode: str | None = None) -> NDArray[Any]:
-        """Values of all seeds, [seeds, images]."""
+        """Values of all quarters, [quarters, images]."""
         found = [
             [
                 line[name] if mode is None else line[name][mode]
                 for line in lines
                 if line["number"] == k
             ]
-            for k in seeds
+            for k in quarters
         ]
         return np.stack([np.concatenate(parts) for parts in found])
 
     labels, groups = pool("labels"), pool("groups")
     single = sigmoid(pool("logits", "single"))
     rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "sign-flip p"]]
-    for mode in (*MODES, AUTO, REFERENCE):
+
+    def gain(before: NDArray[Any], after: NDArray[Any]) -> tuple[str, str]:
+        # An image counts once a quarter, and its group stays one group.
+        pair = (labels.ravel(), before.ravel(), after.ravel(), groups.ravel())
+        apart = as_dict(paired_group_interval(*pair, n_resamples=N_RESAMPLES, seed=seed))
+        return interval(apart, "+"), f"{group_sign_flip_test(*pair, seed=seed):.3f}"
+
+    for mode in (*MODES, AUTO, *REFERENCES):
         fused = sigmoid(pool("logits", mode))
         found = [all_metrics(*each) for each in zip(labels, fused, strict=True)]
         cells = [
             Spread.of([each[name] for each in found]).text()
             for name in ("mcc", "roc_auc", "log_loss")
         ]
-        gain = ["", ""]
-        if mode != "single":
-            # An image counts once a seed, and its group stays one group.
-            pair = (labels.ravel(), single.ravel(), fused.ravel(), groups.ravel())
-            apart = as_dict(paired_group_interval(*pair, n_resamples=N_RESAMPLES, seed=seed))
-            gain = [interval(apart, "+"), f"{group_sign_flip_test(*pair, seed=seed):.3f}"]
-        marks = {AUTO: "**", REFERENCE: "*"}.get(mode, "")
-        rows.append([f"{marks}{mode}{marks}", *cells, *gain])
+        gains = ("", "") if mode == "single" else gain(single, fused)
+        marks = (dict.fromkeys(REFERENCES, "*") | {AUTO: "**"}).get(mode, "")
+        rows.append([f"{marks}{mode}{marks}", *cells, *gains])
+    gain_all, _ = gain(*(sigmoid(pool("logits", name)) for name in (SINGLE_ALL, REFERENCE_ALL)))
     names = [line["chosen"] for line in lines]
     chosen = ", ".join(f"{name} {names.count(name)} times" for name in sorted(set(names)))
     return [
@@ -221,7 +224,7 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
         "",
         _HELD_OUT.format(
             folds=len({line["part"] for line in lines}), images=labels.shape[1],
-            groups=len(set(groups[0])), seeds=len(seeds), chosen=chosen,
+            groups=len(set(groups[0])), quarters=len(quarters), chosen=chosen, gain_all=gain_all,
         ),
         "",
         *table(rows),
