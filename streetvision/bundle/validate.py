@@ -53,6 +53,16 @@ class BundleManifest:
         """The weights of a trained fusion; the folder where the mode has none."""
         return self.folder / str(self.document["cvfm_weights"] or "")
 
+    def policy(self) -> Policy:
+        """The active policy, after every check; raises `UserError` with the key that is wrong."""
+        from streetvision.decision.policy import policy_from_document
+        from streetvision.decision.validator import PolicyValidator
+
+        content = _parsed(_json_bytes(self.policy_path), self.policy_path)
+        with _named(self.policy_path):
+            PolicyValidator().validate(content)
+            return policy_from_document(content)
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -157,16 +167,10 @@ def load_bundle(folder: Path) -> Bundle:
         Names the key, file or tensor that is wrong.
     """
     from streetvision.bundle.parts import build_model, build_views, check_answer
-    from streetvision.decision.policy import policy_from_document
-    from streetvision.decision.validator import PolicyValidator
 
     manifest = read_bundle(folder)
     document = manifest.document
-    policy_path = manifest.policy_path
-    content = _parsed(_json_bytes(policy_path), policy_path)
-    with _named(policy_path):
-        PolicyValidator().validate(content)
-        policy = policy_from_document(content)
+    policy = manifest.policy()
     place = folder / BUNDLE_JSON
     with _named(place):
         model, config = build_model(document, manifest.model_path)

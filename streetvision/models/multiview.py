@@ -1,22 +1,33 @@
-"""The classifier on the views of images: one forward pass an image, whatever else is scored with it."""
+"""The classifier on the views of images: one forward pass an image, whatever else is scored with it.
+
+Whatever runs the network: nothing here needs torch until a torch model is given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
-from streetvision.data.views import Views, ViewScores, view_names, views_of
-from streetvision.models.classifier import RoadworkClassifier, score
+from streetvision.data.views import ViewScores, view_names, views_of
 from streetvision.params import ViewGrid
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+
+    from streetvision.data.store import Split
+    from streetvision.models.classifier import RoadworkClassifier
+
+T = TypeVar("T")
+# Model inputs, uint8 [H, W, 3] each → their logits [B], and features [B, D] where fusion needs them.
+Network = Callable[
+    [list[NDArray[np.uint8]]], tuple[NDArray[np.float32], NDArray[np.float16] | None]
+]
 
 
 def score_views(
@@ -27,6 +38,24 @@ def score_views(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[ViewScores]:
+    """What `network_scores` yields, of a classifier in torch."""
+    from streetvision.models.classifier import score
+
+    def network(
+        inputs: list[NDArray[np.uint8]],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+        return score(model, preprocessing, inputs, len(inputs), device)
+
+    return network_scores(network, preprocessing, images, grid, batch_size)
+
+
+def network_scores(
+    network: Network,
+    preprocessing: Preprocessing,
+    images: Iterable[Image],
+    grid: ViewGrid,
+    batch_size: int,
+) -> Iterator[ViewScores]:
     """Yield the scores of images in their order, some images at a time; images are read as needed.
 
     With several views an image is a batch of its own, so that its scores, and the fusion of its features
@@ -34,13 +63,13 @@ def score_views(
     """
     per_pass = batch_size if len(view_names(grid)) == 1 else 1
     made = (views_of(image, preprocessing, grid) for image in images)
-    for chunk in _batched(made, per_pass):
+    for chunk in batched(made, per_pass):
         inputs = [view for views in chunk for view in views.inputs]
-        logits, features = score(model, preprocessing, inputs, len(inputs), device)
+        logits, features = network(inputs)
         shape = (len(chunk), len(chunk[0].names))
         yield ViewScores(
             logits.reshape(shape).astype(np.float64),
-            features.reshape(*shape, -1),
+            features.reshape(*shape, -1) if features is not None else None,
             np.stack([views.content for views in chunk]),
             np.stack([views.boxes for views in chunk]),
         )
@@ -87,9 +116,10 @@ def score_all_views(
     )
 
 
-def _batched(views: Iterable[Views], size: int) -> Iterator[list[Views]]:
-    chunk: list[Views] = []
-    for one in views:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items in their order; the last may be shorter."""
+    chunk: list[T] = []
+    for one in items:
         chunk.append(one)
         if len(chunk) == size:
             yield chunk
