@@ -139,6 +139,11 @@ class ArtifactSchema:
         return self.root / ".streetvision/runs.jsonl"
 
     @property
+    def export_timing(self) -> Path:
+        """Latencies and memory of the bundle on this machine; not tracked by Git or DVC."""
+        return self.root / ".streetvision/export_timing.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder of checkpoints and partial outputs; not tracked by Git or DVC."""
         return self.root / ".streetvision/scratch"

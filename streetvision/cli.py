@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predict.add_argument("images", nargs="+", help="files, folders (all below them) and globs")
     predict.add_argument("--csv", type=Path, help="write path, probability, decision, error here")
     predict.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    predict.add_argument(
+        "--engine", default="torch", help="torch, or onnx or onnx_int8 where the bundle has it"
+    )
     _deploying(add)
     crossval = add(
         "crossval", _crossval, "leave one group out: train, calibrate and decide on each in turn"
@@ -208,13 +211,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from streetvision.bundle.engines import load_predictor
     from streetvision.bundle.inputs import one_line
     from streetvision.bundle.predict import find_images, predict_files, write_predictions
-    from streetvision.bundle.predictor import Predictor
     from streetvision.data.schema import CLASS_NAMES
     from streetvision.progress import progress
 
-    predictor = Predictor.load(options.bundle, options.device)
+    predictor = load_predictor(options.bundle, options.engine, options.device)
     paths = find_images(options.images)
     done = []
     for each in progress(predict_files(predictor, paths), len(paths), "scoring"):

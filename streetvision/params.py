@@ -539,6 +539,25 @@ class Export(Section):
     """Phase 6: the bundle."""
 
     make_tar: bool = Field(False, description="also write bundle.tar.gz")
+    onnx: bool = Field(False, description="also write ONNX models, for onnxruntime without torch")
+    max_logit_difference: Annotated[Number, Field(gt=0)] = Field(
+        1e-3, description="between torch and ONNX on any VAL_CALIB image; no decision may change"
+    )
+    int8: Literal["none", "dynamic", "static"] = Field(
+        "none", description="also an int8 ONNX model: matrix products alone, or nearly everything"
+    )
+    max_mcc_drop: Annotated[Number, Field(ge=0, le=2)] = Field(
+        0.005, description="of int8 on VAL_SELECT; a model that loses more is not shipped"
+    )
+    timed_images: Annotated[Integer, Field(ge=0)] = Field(
+        0, description="single predictions to time on the CPU, with each engine; 0 times none"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.int8 != "none" and not self.onnx:
+            raise ValueError(f"int8 {self.int8} needs onnx: true")
+        return self
 
 
 class Evaluate(Section):

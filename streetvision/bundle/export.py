@@ -6,9 +6,10 @@ import gzip
 import io
 import shutil
 import tarfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streetvision.artifacts import (
     read_json,
@@ -17,11 +18,16 @@ from streetvision.artifacts import (
     write_bytes_atomic,
     write_json_atomic,
 )
+from streetvision.bundle.onnx_session import ONNX_FILES, OnnxParts
 from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, sealed
 from streetvision.data.schema import CLASS_NAMES
+from streetvision.decision.policy import policy_from_document
 from streetvision.errors import UserError
 from streetvision.models import fusion
 from streetvision.models.classifier import CONFIG, WEIGHTS, ClassifierConfig, load_weights_into
+
+if TYPE_CHECKING:
+    from streetvision.bundle.predictor import Predictor
 
 FORMAT_VERSION = 1
 # What the predictor reads; `cvfm_weights.pth` beside it holds the same numbers in a pickle.
@@ -37,12 +43,19 @@ def export_bundle(
     cvfm: Path,
     batch_size: int,
     make_tar: bool,
+    make_onnx: Callable[[Predictor, Path], OnnxParts] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle folder from its parts and read it back through all checks.
 
+    Parameters
+    ----------
+    make_onnx
+        Writes ONNX models of a predictor on the CPU into a folder: `onnx_gate.make_onnx` with its settings.
+
     Returns
     -------
-    Content of `metrics/export.json`: parameters, bytes, number of files.
+    Content of `metrics/export.json`: bytes, number of files, what `cost.prediction_cost` counts, and what
+    `make_onnx` measured.
 
     Raises
     ------
@@ -51,6 +64,9 @@ def export_bundle(
     """
     import torch
     from safetensors.torch import save_file
+
+    from streetvision.bundle.cost import prediction_cost
+    from streetvision.bundle.predictor import Predictor
 
     needed = {
         classifier / WEIGHTS: "train",
@@ -70,7 +86,7 @@ def export_bundle(
         copied.append(cvfm / fusion.WEIGHTS)
     output.mkdir(parents=True, exist_ok=True)
     # DVC empties the folder first; by hand an old file would stay.
-    for old in (fusion.WEIGHTS, FUSION_WEIGHTS):
+    for old in (fusion.WEIGHTS, FUSION_WEIGHTS, *ONNX_FILES):
         (output / old).unlink(missing_ok=True)
     for source in copied:
         write_atomic(output / source.name, partial(shutil.copyfile, source))
@@ -86,8 +102,16 @@ def export_bundle(
     buffer = io.BytesIO()
     torch.save(dict(model.state_dict()), buffer)
     write_bytes_atomic(output / "model.pth", buffer.getvalue())
+    policy = policy_from_document(read_json(scrc_params, "calibrate"))
+    onnx = OnnxParts({}, {})
+    if make_onnx is not None:
+        cpu = torch.device("cpu")
+        onnx = make_onnx(Predictor(model, config, views, policy, batch_size, cpu), output)
+        names += onnx.files.values()
     names.sort()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    cost = prediction_cost(
+        model, config.preprocessing, views, second_pass=policy.hard_images is not None
+    )
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "policy_type": "scrc",
@@ -97,9 +121,10 @@ def export_bundle(
         "classifier": config.to_dict(),
         "views": views.config.to_dict(),
         "class_names": list(CLASS_NAMES),
-        "parameters": parameters,
+        "parameters": cost["parameters"],
         "batch_size": batch_size,
         "files": {name: sha256_file(output / name) for name in names},
+        **onnx.files,
     }
     write_json_atomic(output / BUNDLE_JSON, sealed(document))
     BundleValidator().validate(output)
@@ -108,7 +133,7 @@ def export_bundle(
         write_atomic(
             output / "bundle.tar.gz", lambda path: _tar(output, [BUNDLE_JSON, *names], path)
         )
-    return {"parameters": parameters, "bytes": size, "files": len(names) + 1}
+    return {**cost, "bytes": size, "files": len(names) + 1, **onnx.metrics}
 
 
 def _tar(folder: Path, names: list[str], path: Path) -> None:

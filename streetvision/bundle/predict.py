@@ -17,7 +17,7 @@ from streetvision.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from streetvision.bundle.predictor import Predictor
+    from streetvision.bundle.base import BasePredictor
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def find_images(places: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def predict_files(predictor: Predictor, paths: Sequence[Path]) -> Iterator[Prediction]:
+def predict_files(predictor: BasePredictor, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Yield the predictions in the order of `paths`, a batch at a time; one image is in memory at once."""
     for start in range(0, len(paths), predictor.batch_size):
         chunk = paths[start : start + predictor.batch_size]

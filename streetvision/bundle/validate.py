@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 BUNDLE_JSON = "bundle.json"
 SCHEMA = Path(__file__).parent / "schemas/bundle.schema.json"
 MAX_JSON_BYTES = 4 * 2**20
+# Keys of `bundle.json` that name what `export.onnx` and `export.int8` add, where they did.
+ONNX_KEYS = ("onnx_model", "onnx_int8_model", "onnx_fusion")
 # No part starts with a dot, so none is `..`; a part is what every file system takes.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
@@ -141,8 +143,8 @@ def parse_manifest(data: bytes, bundle: Path) -> dict[str, Any]:
     _check_schema(document, place)
     files: Mapping[str, str] = document["files"]
     used = [document["policy"]["policy_path"], document["model_checkpoint"]]
-    if document["cvfm_weights"] is not None:
-        used.append(document["cvfm_weights"])
+    optional = ("cvfm_weights", *ONNX_KEYS)
+    used += [document[key] for key in optional if document.get(key) is not None]
     for name in [*files, *used]:
         if not _NAME.fullmatch(name):
             raise UserError(

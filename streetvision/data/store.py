@@ -46,6 +46,9 @@ CONTRACT: dict[str, dict[str, Access]] = {
     "probe": {"train": Access("fit"), "val_select": Access()},
     "train": {"train": Access("fit"), "val_select": Access()},
     "embed": {"train": Access("fusion"), "val_select": Access(), "val_calib": Access()},
+    # Only with `export.onnx`: the same model in another format, or in int8. VAL_CALIB's images show that
+    # the answers are the same, without labels; on VAL_SELECT it is chosen whether the int8 one ships.
+    "export": {"val_select": Access(), "val_calib": Access(labels=False)},
     "evaluate": {"val_test": Access()},
     "challenge": {"val_test": Access()},
     # No stage: `python -m streetvision crossval` divides all data anew in each of its folds.

@@ -138,8 +138,8 @@ class Fusion:
         if len(z) == 0:
             return np.zeros(0)
         present = content > 0
-        if self.network is not None and features is not None:
-            return self.network.fuse_arrays(z, np.asarray(features), present, np.asarray(boxes))
+        if self.needs_features and features is not None:
+            return self.fuse_trained(z, np.asarray(features), present, np.asarray(boxes))
         tiles = present & is_tile(boxes)
         rules: dict[str, Callable[[], Floats]] = {
             "single": z[:, 0].copy,
@@ -151,6 +151,14 @@ class Fusion:
             "content_aware": lambda: weighted_mean(z, np.asarray(content, dtype=np.float64)),
         }
         return rules[self.config.mode]()
+
+    def fuse_trained(
+        self, logits: Floats, features: NDArray[Any], present: Masks, boxes: NDArray[Any]
+    ) -> Floats:
+        """Fuse by the network of a trained mode; arguments as `fuse`, which checks them."""
+        if self.network is None:
+            raise UserError(f"fusion: mode {self.config.mode} needs its network")
+        return self.network.fuse_arrays(logits, features, present, boxes)
 
     def _check(
         self,
@@ -185,6 +193,15 @@ def is_tile(boxes: NDArray[Any]) -> Masks:
     """Which views [N, V] show another part of the image than the first, the global one."""
     different: Masks = (np.abs(boxes - boxes[:, :1]) > 1e-9).any(axis=2)
     return different
+
+
+def view_places(present: Masks, boxes: NDArray[Any]) -> Floats:
+    """Centre x, centre y, log width, log height of views [N, V] in units of the global one [N, V, 4]."""
+    corner, size = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
+    centre = (corner + size / 2 - corner[:, :1]) / size[:, :1]
+    # A view that does not exist may have an empty box.
+    scale = np.log(np.where(present[..., None], size / size[:, :1], 1.0))
+    return np.where(present[..., None], np.concatenate([centre, scale], axis=2), 0.0)
 
 
 def weighted_mean(logits: Floats, weights: Floats) -> Floats:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from streetvision.data.views import view_names
 from streetvision.errors import UserError
-from streetvision.models.fusion import FusionConfig, is_tile
+from streetvision.models.fusion import FusionConfig, is_tile, view_places
 
 # Tiles whose largest logits are one of the terms that every network sees.
 TOP_TILES = 3
@@ -60,17 +60,12 @@ def view_tensors(
     dtype: torch.dtype,
 ) -> ViewTensors:
     """Tensors of arrays; boxes [N, V, 4] are left, top, right, bottom."""
-    corner, size = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
-    centre = (corner + size / 2 - corner[:, :1]) / size[:, :1]
-    # A view that does not exist may have an empty box.
-    scale = np.log(np.where(present[..., None], size / size[:, :1], 1.0))
-    places = np.where(present[..., None], np.concatenate([centre, scale], axis=2), 0.0)
     return ViewTensors(
         torch.as_tensor(logits, dtype=dtype),
         torch.from_numpy(np.ascontiguousarray(features)).to(dtype),
         torch.from_numpy(present),
         torch.from_numpy(present & is_tile(boxes)),
-        torch.as_tensor(places, dtype=dtype),
+        torch.as_tensor(view_places(present, boxes), dtype=dtype),
     )
 
 

@@ -40,7 +40,7 @@ AGREED = {
     "sweep": {"val_calib"},
     "cvfm": {"train", "train_challenge", "val_select", "val_select_challenge"},
     "calibrate": {"val_calib", "val_calib_challenge"},
-    "export": set(),
+    "export": {"val_select", "val_calib"},
     "evaluate": {"val_test"},
     "challenge": {"val_test"},
 }
@@ -139,6 +139,7 @@ def test_split_contract() -> None:
         assert CONTRACT[name]["train"].rows == "fit", f"{name} fits on the fusion part"
     assert not any(access.labels for access in CONTRACT["explora"].values())
     assert CONTRACT["embed"]["train"].rows == "fusion"
+    assert not CONTRACT["export"]["val_calib"].labels
 
 
 def test_contract_check_notices_a_leak() -> None:
