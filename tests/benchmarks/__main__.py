@@ -11,12 +11,14 @@ from pathlib import Path
 from streetvision.artifacts import write_json_atomic
 from tests.benchmarks.calibrators import calibrators
 from tests.benchmarks.cases import CASES
-from tests.benchmarks.inference import inference
+from tests.benchmarks.inference import inference, latency
 from tests.benchmarks.runner import Table
 from tests.benchmarks.training import gpu, memory
 
 # What is measured in something else than seconds prints a table of its own.
-TABLES = {"calibrators": calibrators, "inference": inference, "memory": memory, "gpu": gpu}
+TABLES = {
+    "calibrators": calibrators, "inference": inference, "latency": latency, "memory": memory, "gpu": gpu,
+}  # fmt: skip
 
 
 def main() -> int:

@@ -1,20 +1,29 @@
-"""One image of 224 × 224 pixels on the CPU, with a ViT-B of random weights: ours against what there is."""
+"""A ViT-B of random weights on one image of 224 × 224 pixels, on the CPU: against what there is, and alone."""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from tests.benchmarks.runner import Table, compare
 
+if TYPE_CHECKING:
+    from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier
+
 MODEL = "vit_base_patch16_224"
 SIDE = 224
+THREADS = 2
+# Views of an image → their grid, and how many images are timed with each engine.
+LATENCY_VIEWS = {1: (1, 100), 10: (3, 40)}
 
 
 def inference() -> list[Table]:
@@ -25,26 +34,20 @@ def inference() -> list[Table]:
     from streetvision.bundle.onnx_predictor import OnnxPredictor
     from streetvision.bundle.onnx_session import Network
     from streetvision.bundle.predictor import Predictor
-    from streetvision.data.transforms import Preprocessing
     from streetvision.decision.calibrators import PlattMap
     from streetvision.decision.policy import Policy
-    from streetvision.models.backbone import resolve
-    from streetvision.models.classifier import ClassifierConfig
     from streetvision.models.fusion import Fusion, FusionConfig
     from streetvision.params import Cvfm, ViewGrid
 
-    torch.manual_seed(0)
-    name, arguments, mean, std = resolve(MODEL, SIDE, SIDE)
-    preprocessing = Preprocessing(SIDE, SIDE, "crop", False, mean, std)
-    config = ClassifierConfig(name, arguments, preprocessing)
+    model, config = _classifier()
+    preprocessing = config.preprocessing
     fusion = Fusion(FusionConfig.of("single", Cvfm(), ViewGrid(), 0))
     policy = Policy(PlattMap(1.0, 0.0), 0.5, 0.5)
-    model = config.build().eval()
     ours = Predictor(model, config, fusion, policy, 1, torch.device("cpu"))
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     rows = [_row("Predictor", "transformers' pipeline", ours, _pipeline(), image)]
-    if find_spec("onnxruntime") is None or find_spec("onnxscript") is None:
+    if not _has_onnx():
         rows.append(
             ["onnxruntime", "torch", "not measured: the extra onnx is not installed", "", ""]
         )
@@ -64,6 +67,91 @@ def inference() -> list[Table]:
                 rows.append(_row(version, "torch", onnx, ours, image))
     columns = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)"]
     return [Table(f"One prediction, {MODEL}, batch 1, on the CPU", columns, rows)]
+
+
+def latency() -> list[Table]:
+    """What `export.timed_images` times, a process each: p50, p95, p99 and the peak of memory."""
+    from streetvision.bundle.engines import shipped_engines
+    from streetvision.bundle.timing import time_bundle
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for views, (grid, images) in LATENCY_VIEWS.items():
+            bundle = _bundle(Path(folder) / str(views), grid)
+            with _environment(OMP_NUM_THREADS=str(THREADS)):
+                timed = time_bundle(bundle, shipped_engines(bundle), images)
+            for engine, found in timed.items():
+                times = [f"{found[name]:,.0f} ms" for name in ("p50_ms", "p95_ms", "p99_ms")]
+                memory = f"{found.get('peak_memory_mb', float('nan')):,.0f} MB"
+                rows.append([str(views), engine, *times, memory, f"{found['load_ms']:,.0f} ms"])
+    columns = ["views", "engine", "p50", "p95", "p99", "peak memory", "loading"]
+    shown = ", ".join(str(images) for _, images in LATENCY_VIEWS.values())
+    title = f"Latency of {MODEL}, batch 1, {THREADS} threads, {shown} images; int8 is dynamic"
+    return [Table(title, columns, rows)]
+
+
+def _classifier() -> tuple[RoadworkClassifier, ClassifierConfig]:
+    import torch
+
+    from streetvision.data.transforms import Preprocessing
+    from streetvision.models.backbone import resolve
+    from streetvision.models.classifier import ClassifierConfig
+
+    torch.manual_seed(0)
+    name, arguments, mean, std = resolve(MODEL, SIDE, SIDE)
+    config = ClassifierConfig(name, arguments, Preprocessing(SIDE, SIDE, "crop", False, mean, std))
+    return config.build().eval(), config
+
+
+def _bundle(folder: Path, grid: int) -> Path:
+    """A bundle as `export` writes it, with ONNX models where these can be made; several views are averaged."""
+    from streetvision.artifacts import write_bytes_atomic, write_json_atomic
+    from streetvision.bundle.export import export_bundle
+    from streetvision.decision.calibrators import PlattMap
+    from streetvision.decision.pickling import dump_policy_pickle
+    from streetvision.decision.policy import Policy, scrc_document
+    from streetvision.models.classifier import save_classifier
+    from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
+    from streetvision.params import Cvfm, Export, ViewGrid
+
+    save_classifier(*_classifier(), folder / "classifier")
+    mode = "single" if grid == 1 else "simple_mean"
+    save_fusion(Fusion(FusionConfig.of(mode, Cvfm(), ViewGrid(grid=grid), 0)), folder / "cvfm")
+    # Everything is roadwork: with random weights decisions at 0.5 would hang on the last digit.
+    policy = Policy(PlattMap(1.0, 5.0), 0.5, 0.5)
+    document = scrc_document(policy, {"metrics": {"before": {}, "after": None}})
+    write_json_atomic(folder / "scrc_params.json", document)
+    write_bytes_atomic(folder / "scrc_params.pkl", dump_policy_pickle(document))
+    make_onnx = None
+    if _has_onnx():
+        from streetvision.bundle.onnx_gate import GateImages
+        from streetvision.bundle.onnx_gate import make_onnx as make
+
+        images = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("black", "white")]
+        gate = GateImages(lambda: images, lambda: images, np.array([0, 1]))
+        settings = Export(onnx=True, int8="dynamic", max_mcc_drop=2)
+        make_onnx = partial(make, settings=settings, images=gate)
+    export_bundle(
+        folder / "classifier", folder / "scrc_params.json", folder / "scrc_params.pkl",
+        folder / "bundle", cvfm=folder / "cvfm", batch_size=1, make_tar=False, make_onnx=make_onnx,
+    )  # fmt: skip
+    return folder / "bundle"
+
+
+def _has_onnx() -> bool:
+    return all(find_spec(name) is not None for name in ("onnx", "onnxruntime", "onnxscript"))
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """What processes that are started meanwhile find in their environment."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _pipeline() -> Callable[[Any], object] | None:
