@@ -25,6 +25,9 @@ from streetvision.artifacts import ArtifactSchema, json_text, read_json, sha256_
 from streetvision.bundle import onnx_export, onnx_gate
 from streetvision.bundle.engines import load_predictor, shipped_engines
 from streetvision.bundle.export import export_bundle
+from streetvision.bundle.natix.check import challenge_image, payload, running_miner
+from streetvision.bundle.natix.install import install
+from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.bundle.onnx_gate import GateImages, compare, make_onnx
 from streetvision.bundle.onnx_predictor import OnnxPredictor
 from streetvision.bundle.onnx_session import Network, OnnxFusion
@@ -233,6 +236,19 @@ def test_threads_get_their_own_answers(exported: Exported, photos: list[Image.Im
     expected = [predictor(image) for image in photos]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(predictor, photos * 3)) == expected * 3
+
+
+def test_a_miner_serves_it_as_any_other(exported: Exported, tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path)
+    install(exported.fused, checkout)
+    assert not list(checkout.rglob("*.onnx"))
+    image = challenge_image(0)
+    with running_miner(checkout) as miner:
+        answer = miner.ask(payload(image))
+    assert answer.error == ""
+    for engine in ("torch", "onnx"):
+        predictor = load_predictor(exported.fused, engine, "cpu")
+        assert predictor(image) == pytest.approx(answer.prediction, abs=1e-5)
 
 
 # --------------------------------------------------------------------------- content
@@ -455,6 +471,20 @@ def test_models_that_do_not_fit_are_refused(bundle: Path, exported: Exported) ->
     (bundle / "model.onnx").write_bytes(good)
     forge(bundle, lambda d: d["classifier"]["preprocessing"].update(width=64))
     assert "are needed" in refusal(bundle)
+
+
+@pytest.mark.parametrize("place", ["../secret.bin", "{folder}/secret.bin"])
+def test_no_file_outside_is_read(bundle: Path, place: str) -> None:
+    document = onnx.load(bundle / "model.onnx")
+    head = next(each for each in document.graph.initializer if each.name.endswith("head.weight"))
+    (bundle.parent / "secret.bin").write_bytes(head.raw_data)
+    head.ClearField("raw_data")
+    head.data_location = onnx.TensorProto.EXTERNAL
+    location = head.external_data.add()
+    location.key, location.value = "location", place.format(folder=bundle.parent)
+    (bundle / "model.onnx").write_bytes(document.SerializeToString())
+    forge(bundle, lambda _: None)
+    assert "cannot be run by onnxruntime" in refusal(bundle)
 
 
 def test_fusion_and_its_model_go_together(exported: Exported, tmp_path: Path) -> None:
