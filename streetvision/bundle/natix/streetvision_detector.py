@@ -64,7 +64,7 @@ class StreetVisionDetector(FeatureDetector):
         self.model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.networks: list[Network] = []
         if bundle["cvfm_weights"] is not None:
-            state = torch.load(folder / bundle["cvfm_weights"], "cpu", weights_only=True)
+            state = load_file(folder / bundle["cvfm_weights"])
             heads = int(self.views["options"].get("attention_heads", 1))
             self.networks = networks(state, heads, self.model.head)
 
