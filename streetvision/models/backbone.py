@@ -122,6 +122,9 @@ def build_backbone(
                 f"({type(error).__name__}: {error}); give a local file in train.weights or none"
             ) from error
         raise UserError(f"backbone {timm_name} cannot be built: {error}") from error
+    # timm counts before the hidden layer that the heads of MobileNetV3, V4 and some others keep.
+    if model.num_features != model.head_hidden_size:
+        model.num_features = model.head_hidden_size
     return model
 
 

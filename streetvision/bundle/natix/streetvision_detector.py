@@ -141,7 +141,7 @@ class Classifier(nn.Module):
             k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()
         }
         self.backbone = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
-        width, hidden = self.backbone.num_features, config.get("head_hidden")
+        width, hidden = self.backbone.head_hidden_size, config.get("head_hidden")
         self.hidden: nn.Module = nn.Identity()
         if hidden is not None:
             self.hidden = nn.Sequential(nn.Linear(width, hidden), nn.GELU())

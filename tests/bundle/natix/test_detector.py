@@ -134,9 +134,11 @@ def random_bundle(folder: Path, seed: int) -> Case:
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     modes, kinds = (*UNTRAINED, *TRAINED), (*DEPLOYABLE, *TIERS)
     mode, kind = modes[seed % len(modes)], kinds[seed % len(kinds)]
-    vit = seed % 5 == 4
+    vit, mobilenet = seed % 5 == 4, seed % 9 == 6
     height, width = (32, 48) if vit else (int(rng.integers(20, 50)), int(rng.integers(20, 50)))
     backbone = "street_vit" if vit else "street_resnet_tiny"
+    if mobilenet:  # its head keeps a hidden layer
+        backbone = "mobilenetv4_conv_small_035"
     name, arguments, mean, std = resolve(backbone, height, width)
     fit = ("letterbox", "crop")[seed // len(modes) % 2]
     square = bool(rng.integers(2)) and mode != "content_aware"
@@ -145,7 +147,7 @@ def random_bundle(folder: Path, seed: int) -> Case:
     config = ClassifierConfig(name, arguments, preprocessing, hidden)
     torch.manual_seed(seed)
     model = config.build().eval()
-    randomised(model, generator, 0.2)
+    randomised(model, generator, 0.02 if mobilenet else 0.2)
     with torch.no_grad():  # logits of about unit spread, whatever the network
         inputs = torch.rand((8, 3, height, width), generator=generator) * 4 - 2
         found = model(inputs)[0]
