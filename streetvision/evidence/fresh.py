@@ -57,8 +57,9 @@ def fresh_params(params: Params, images: int, cities: int) -> Params:
 def measure(
     bundle: Path, params: Params, images: int, cities: int, scratch: Path, workers: int
 ) -> dict[str, Any]:
-    """Render, prepare and score `images` scenes of `cities` new cities; the report of `evaluate` on them.
+    """Render, prepare and score `images` scenes of `cities` new cities; the reports of `evaluate` on them.
 
+    One is of the `calibrated` probability, one of the `deployed`: its log-odds are moved by `threshold_shift`.
     The images are under the condition that the bundle's policy was fitted on: as they are, or distorted as
     the validator does. A rerun with the same scenes does not render them again.
 
@@ -81,12 +82,21 @@ def measure(
                 shutil.rmtree(other)
         path = prepare_all(fresh.data, Path(), scratch / f"scenes-{key}", workers, fresh.seed)
         split = _open(path)
-        probabilities = predictor.probabilities(_images(predictor, split, fresh, workers))
-    report = evaluation_report(
-        split.labels, probabilities, split.groups, {}, params.decision.served_prior, params.seed,
-        params.evaluate.n_resamples,
-    )  # fmt: skip
-    return report | {
+        logits = predictor.logits(_images(predictor, split, fresh, workers))
+    policy = predictor.policy
+    found = {
+        "calibrated": policy.calibrated_probability(logits),
+        "deployed": policy.deployed_probability(logits),
+    }
+    reports = {
+        name: evaluation_report(
+            split.labels, probabilities, split.groups, {}, params.decision.served_prior, params.seed,
+            params.evaluate.n_resamples,
+        )
+        for name, probabilities in found.items()
+    }  # fmt: skip
+    return reports | {
+        "threshold_shift": policy.threshold_shift,
         "condition": predictor.policy.fit_on,
         "cities": cities,
         "seed": fresh.seed,
@@ -113,19 +123,23 @@ _TEXT = """\
 
 Written by `{command}`; no number here is typed by hand. {n:,} scenes ({condition}) of {cities} cities that \
 nobody has seen (seed {seed}), {n_groups:,} groups, through the bundle \
-`{bundle}`. At the served prior {served_prior:g}; 95 % intervals count groups.
+`{bundle}`. At the served prior {served_prior:g}; 95 % intervals count groups. The deployed log-odds are the \
+calibrated ones {shift:+.3f}, which moves the threshold that is best for MCC on VAL_CALIB to 0.5.
 
-| | value | interval |
-|---|---|---|
+| | calibrated | interval | deployed | interval |
+|---|---|---|---|---|
 {rows}
 
 ECE has {bins} bins; a perfectly calibrated model of this size would show {floor:.4f}, in 95 % of all samples \
-less than {floor_upper:.4f}. The upper bound of the debiased ECE is {high:.4f}: {verdict} {target}.
+less than {floor_upper:.4f}. The upper bound of debiased ECE, calibrated, is {high:.4f}: {verdict} {target}.
 """
-_ROWS = {"mcc": "MCC", "log_loss": "log loss", "ece": "ECE", "ece_debiased": "debiased ECE"}
+_ROWS = {
+    "mcc": "MCC", "accuracy": "accuracy", "log_loss": "log loss", "ece": "ECE",
+    "ece_debiased": "debiased ECE",
+}  # fmt: skip
 
 
-def write_report(report: dict[str, Any], out: Path, command: str) -> str:
+def write_report(found: dict[str, Any], out: Path, command: str) -> str:
     """Write the document and, beside it, the numbers; returns the sentence about the target.
 
     Raises
@@ -133,26 +147,30 @@ def write_report(report: dict[str, Any], out: Path, command: str) -> str:
     UserError
         Too few groups for an interval of the debiased ECE.
     """
-    bounds = report["served_interval"]
-    if "ece_debiased" not in bounds:
+    both = [found["calibrated"], found["deployed"]]
+    report = both[0]
+    if any("ece_debiased" not in each["served_interval"] for each in both):
         raise UserError(
             f"{report['n_groups']} groups give no interval of the debiased ECE; more cities are needed"
         )
     rows = []
     for name, label in _ROWS.items():
-        ends = bounds.get(name)
-        text = "none" if ends is None else f"[{ends['low']:.4f}, {ends['high']:.4f}]"
-        rows.append(f"| {label} | {report['served'][name]:.4f} | {text} |")
-    high, detail = bounds["ece_debiased"]["high"], report["ece_detail"]
+        cells = []
+        for each in both:
+            ends = each["served_interval"].get(name)
+            text = "none" if ends is None else f"[{ends['low']:.4f}, {ends['high']:.4f}]"
+            cells += [f"{each['served'][name]:.4f}", text]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    high, detail = report["served_interval"]["ece_debiased"]["high"], report["ece_detail"]
     condition = {"clean": "as they are", "challenge": "distorted as the validator does"}
     text = _TEXT.format(
-        command=command, n=report["n"], condition=condition[report["condition"]],
-        cities=report["cities"], seed=report["seed"], n_groups=report["n_groups"],
-        bundle=report["bundle_sha256"][:12], served_prior=report["served_prior"],
-        rows="\n".join(rows), bins=detail["bins"], floor=detail["noise_floor"],
-        floor_upper=detail["noise_floor_upper"], high=high, target=ECE_TARGET,
-        verdict="below" if high < ECE_TARGET else "not below",
+        command=command, n=report["n"], condition=condition[found["condition"]],
+        cities=found["cities"], seed=found["seed"], n_groups=report["n_groups"],
+        bundle=found["bundle_sha256"][:12], served_prior=report["served_prior"],
+        shift=found["threshold_shift"], rows="\n".join(rows), bins=detail["bins"],
+        floor=detail["noise_floor"], floor_upper=detail["noise_floor_upper"], high=high,
+        target=ECE_TARGET, verdict="below" if high < ECE_TARGET else "not below",
     )  # fmt: skip
-    write_json_atomic(out.with_suffix(".json"), report)
+    write_json_atomic(out.with_suffix(".json"), found)
     write_bytes_atomic(out, text.encode())
     return text.strip().splitlines()[-1]
