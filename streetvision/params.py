@@ -397,7 +397,9 @@ class Embed(Section):
 
     batch_size: Count = Field(64, description="images a forward pass")
     challenge_repeats: Annotated[Integer, Field(ge=1, le=100)] = Field(
-        1, description="distorted versions of each image, levels mixed by `challenge`"
+        4,
+        description="distorted versions of each image, levels mixed by `challenge`; with 4 equal shares "
+        "each level once",
     )
 
 

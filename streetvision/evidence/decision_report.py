@@ -246,7 +246,8 @@ def document(found: Mapping[str, Finished], command: str, workers: int) -> str:
         text.append(
             f"{params.train.backbone}, input {params.train.height_px} × {params.train.width_px}, "
             f"{params.train.epochs} epochs; {params.views.grid} × {params.views.grid} tiles beside the "
-            f"global view; trained fusions are the mean of {params.cvfm.fits} networks."
+            f"global view; {params.embed.challenge_repeats} distorted versions of each image that fits or "
+            f"chooses, one of each of VAL_TEST; trained fusions are the mean of {params.cvfm.fits} networks."
         )
         codes = {line["code"] for _, line in runs}
         if len(codes) > 1:

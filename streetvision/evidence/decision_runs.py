@@ -6,6 +6,7 @@ training all of it is done under each condition: with that `decision.fit_on`, te
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from streetvision.evidence.runs import train
 from streetvision.params import Params
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from streetvision.evaluation.bootstrap import Interval
     from streetvision.models.fusion_training import LabelledViews
 
@@ -85,12 +88,12 @@ def run_split(run: Run) -> dict[str, Any]:
     result = train(params, fold, run.root, run.scratch / "running" / run.key)
     model = result.model.to(device).eval()
 
-    def views(split: Split, condition: str) -> LabelledViews:
-        images = (
-            (split.image(row) for row in range(len(split)))
-            if condition == "clean"
-            else challenge_images(split, params.challenge, 1, params.seed, 1)
-        )
+    def views(split: Split, condition: str, repeats: int) -> LabelledViews:
+        if condition == "clean":
+            images: Iterator[Image] = (split.image(row) for row in range(len(split)))
+        else:
+            images = challenge_images(split, params.challenge, repeats, params.seed, 1)
+            split = split.select(np.repeat(np.arange(len(split)), repeats))
         scores = score_all_views(
             model, result.config.preprocessing, images, params.views, params.embed.batch_size,
             device,
@@ -98,10 +101,13 @@ def run_split(run: Run) -> dict[str, Any]:
         return LabelledViews(scores, split.labels, split.groups)
 
     fusion_part, select, calib = (
-        {condition: views(fold.open(name, "embed"), condition) for condition in CONDITIONS}
+        {
+            condition: views(fold.open(name, "embed"), condition, params.embed.challenge_repeats)
+            for condition in CONDITIONS
+        }
         for name in ("train", "val_select", "val_calib")
     )
-    test = {name: views(fold.open("val_test", "evaluate"), name) for name in CONDITIONS}
+    test = {name: views(fold.open("val_test", "evaluate"), name, 1) for name in CONDITIONS}
     clean = calib["clean"]
     swept, _ = sweep_thresholds(
         clean.scores.logits[:, 0], clean.labels, clean.groups,
