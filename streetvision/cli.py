@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     evidence = add("evidence", _evidence, "measure what each part adds, over seeds; resumable")
     evidence.add_argument(
-        "what", choices=["training", "decision", "ece"],
-        help="each part of training; fusion and calibration; the bundle's ECE on new cities",
+        "what", choices=["training", "decision", "ablation", "ece"],
+        help="each part of training; fusion and calibration; the whole pipeline step by step; "
+        "the bundle's ECE on new cities",
     )  # fmt: skip
     evidence.add_argument("--out", type=Path, help="default: docs/evidence/<what>.md")
     evidence.add_argument("--data", default="all", help="synthetic, photos or all")
@@ -297,7 +298,8 @@ def _evidence(options: argparse.Namespace) -> None:
     options.scratch = options.scratch or paths.scratch / "evidence" / options.what
     options.out = options.out or paths.root / f"docs/evidence/{options.what}.md"
     kinds = {
-        "training": _evidence_training, "decision": _evidence_decision, "ece": _evidence_ece,
+        "training": _evidence_training, "decision": _evidence_decision,
+        "ablation": _evidence_ablation, "ece": _evidence_ece,
     }  # fmt: skip
     kinds[options.what](options, paths)
 
@@ -317,6 +319,15 @@ def _evidence_decision(options: argparse.Namespace, paths: ArtifactSchema) -> No
     from streetvision.evidence.decision_report import write_evidence
 
     chosen = studies(options.size, options.data)
+    _list_or_run(options, paths, chosen, (listing, run_all, write_evidence))
+
+
+def _evidence_ablation(options: argparse.Namespace, paths: ArtifactSchema) -> None:
+    from streetvision.evidence.ablation import listing, run_all
+    from streetvision.evidence.ablation_report import write_evidence
+    from streetvision.evidence.ladder import ladders
+
+    chosen = ladders(options.size, options.data)
     _list_or_run(options, paths, chosen, (listing, run_all, write_evidence))
 
 

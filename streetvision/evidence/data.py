@@ -25,6 +25,12 @@ log = logging.getLogger(__name__)
 
 SEED = 7  # of everything about the data: runs differ in training alone
 READ = ("val_select", "val_test")
+# Name, split and a stage that may read it so.
+PARTS = (
+    ("TRAIN", "train", "train"),
+    ("VAL_SELECT", "val_select", "train"),
+    ("VAL_TEST", "val_test", "evaluate"),
+)
 WHOLE = "whole.arrow"
 
 
@@ -48,9 +54,11 @@ class Fold:
 
 
 def plan_folds(
-    data: Data, folds: int, root: Path, home: Path, seed: int = SEED
+    data: Data, folds: int, root: Path, home: Path, seed: int = SEED, *, calibrated: bool = False
 ) -> tuple[Fold, ...]:
     """Where `prepare_folds` puts them below `home`, a function of `data`, its sources' files and the seed.
+
+    `calibrated` folds have a VAL_CALIB and a fusion part besides; a single fold has what `data` says.
 
     Raises
     ------
@@ -68,12 +76,19 @@ def plan_folds(
         for source in data.sources
     ]
     content = data.model_dump(mode="json", exclude={"local_root"})
-    key = config_hash({"data": content, "folds": folds, "seed": seed, "inputs": inputs})
+    parts = {"data": content, "folds": folds, "seed": seed, "inputs": inputs}
+    key = config_hash(parts | ({"calibrated": True} if calibrated else {}))
     return tuple(Fold(home / key[:16] / str(number)) for number in range(folds))
 
 
 def prepare_folds(
-    folds: Sequence[Fold], data: Data, root: Path, workers: int, seed: int = SEED
+    folds: Sequence[Fold],
+    data: Data,
+    root: Path,
+    workers: int,
+    seed: int = SEED,
+    *,
+    calibrated: bool = False,
 ) -> None:
     """Ingest, prepare and split `data` into planned folds, unless that is done.
 
@@ -88,14 +103,20 @@ def prepare_folds(
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "scratch").mkdir(parents=True)
-    _prepare(data, len(folds), root / data.local_root, unfinished, workers, seed)
+    _prepare(data, len(folds), root / data.local_root, unfinished, workers, seed, calibrated)
     for name in ("raw", "scratch", "ingest"):
         shutil.rmtree(unfinished / name, ignore_errors=True)
     unfinished.replace(folder)
 
 
 def _prepare(
-    data: Data, folds: int, local_root: Path, folder: Path, workers: int, seed: int
+    data: Data,
+    folds: int,
+    local_root: Path,
+    folder: Path,
+    workers: int,
+    seed: int,
+    calibrated: bool,
 ) -> None:
     from streetvision.data.ingest import ingest_sources
     from streetvision.data.prepare import prepare_splits, prepare_whole
@@ -114,10 +135,12 @@ def _prepare(
     prepare_whole(folder / "raw", folder / WHOLE, folder / "scratch", data, workers, progress)
     whole = open_split("crossval", "whole", folder / WHOLE)
     table = read_arrow(folder / WHOLE, "prepare")
-    for number, rows in enumerate(rotate(whole, folds)):
+    for number, rows in enumerate(rotate(whole, folds, calibrated=calibrated)):
+        fusion = rows.pop("fusion", np.empty(0, np.int64))
         for name, chosen in rows.items():
             part = table.take(pa.array(chosen)).combine_chunks()
             columns = {column: part.column(column) for column in part.column_names}
+            columns["fusion"] = pa.array(np.isin(chosen, fusion))
             write_arrow(folder / str(number) / f"{name}.arrow", columns)
     (folder / WHOLE).unlink()
 
@@ -142,37 +165,47 @@ def prepare_all(data: Data, root: Path, folder: Path, workers: int, seed: int) -
     return path
 
 
-def rotate(whole: Split, folds: int) -> list[dict[str, NDArray[np.int64]]]:
+def rotate(
+    whole: Split, folds: int, *, calibrated: bool = False
+) -> list[dict[str, NDArray[np.int64]]]:
     """Rows of TRAIN, VAL_SELECT and VAL_TEST in each fold.
 
     The groups with both classes are divided into `folds` parts of about equal size. In fold k part k is
     VAL_TEST, part k + 1 VAL_SELECT and the rest TRAIN, with the groups of one class: over the folds,
-    each group is VAL_SELECT once and VAL_TEST once.
+    each group is VAL_SELECT once and VAL_TEST once. Where `calibrated`, part k + 2 is VAL_CALIB, and
+    the smallest group of part k + 3 TRAIN's fusion part, whose rows are `fusion`.
+
+    Raises
+    ------
+    UserError
+        Too few groups with both classes, or too few folds for all these parts.
     """
     from streetvision.crossval import mixed_groups
 
-    groups = mixed_groups(whole)
-    if len(groups) < folds or folds < 3:
+    groups, least = mixed_groups(whole), 5 if calibrated else 3
+    if len(groups) < folds or folds < least:
         raise UserError(
-            f"{folds} folds, of at least 3, need as many groups with both classes; "
+            f"{folds} folds, of at least {least}, need as many groups with both classes; "
             f"there are {len(groups)}"
         )
     sizes: dict[str, int] = {name: int((whole.groups == name).sum()) for name in groups}
     parts: list[list[str]] = [[] for _ in range(folds)]
+    room = -(-len(groups) // folds)
     for name in sorted(groups, key=lambda name: (-sizes[name], name)):
-        min(parts, key=lambda part: sum(sizes[other] for other in part)).append(name)
+        open_parts = [part for part in parts if len(part) < room]
+        min(open_parts, key=lambda part: sum(sizes[other] for other in part)).append(name)
     part_of = {name: number for number, part in enumerate(parts) for name in part}
     number = np.array([part_of.get(str(name), -1) for name in whole.groups])
     made = []
     for fold in range(folds):
-        select = (fold + 1) % folds
-        made.append(
-            {
-                "train": np.flatnonzero((number != fold) & (number != select)),
-                "val_select": np.flatnonzero(number == select),
-                "val_test": np.flatnonzero(number == fold),
-            }
-        )
+        roles = {"val_test": fold, "val_select": (fold + 1) % folds}
+        if calibrated:
+            roles["val_calib"] = (fold + 2) % folds
+        rows = {name: np.flatnonzero(number == part) for name, part in roles.items()}
+        rows["train"] = np.flatnonzero(~np.isin(number, list(roles.values())))
+        if calibrated:
+            rows["fusion"] = np.flatnonzero(whole.groups == parts[(fold + 3) % folds][-1])
+        made.append(rows)
     return made
 
 
@@ -202,12 +235,14 @@ def make_distorted(work: tuple[Fold, str, Preprocessing]) -> None:
     write_atomic(path, write)
 
 
-def counts(folds: Sequence[Fold]) -> dict[str, tuple[float, float]]:
-    """Images and groups of TRAIN, VAL_SELECT and VAL_TEST, mean over the folds."""
+def counts(
+    folds: Sequence[Fold], parts: Sequence[tuple[str, str, str]] = PARTS
+) -> dict[str, tuple[float, float]]:
+    """Images and groups of each part (its name, split and a stage that reads it), mean over the folds."""
     found = {}
-    for name in ("train", *READ):
-        splits = [fold.open(name, "evaluate" if name == "val_test" else "train") for fold in folds]
+    for label, name, stage in parts:
+        splits = [fold.open(name, stage) for fold in folds]
         images = [len(split) for split in splits]
         groups = [len(set(split.groups)) for split in splits]
-        found[name] = (float(np.mean(images)), float(np.mean(groups)))
+        found[label] = (float(np.mean(images)), float(np.mean(groups)))
     return found

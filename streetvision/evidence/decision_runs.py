@@ -176,20 +176,33 @@ def _out_of_fold(
     logits: Floats, calib: LabelledViews, calibrator: str, params: Params
 ) -> dict[str, Any]:
     """VAL_CALIB at the served prior, before and after a deployed rule that did not see the group."""
+    found = rule_out_of_fold(logits, calib.labels, calib.groups, calibrator, params)
+    if found is None:
+        return {}
+    return compare(calib.labels, calib.groups, logits, found[1], params)
+
+
+def rule_out_of_fold(
+    logits: Floats,
+    labels: NDArray[np.int64],
+    groups: NDArray[Any],
+    calibrator: str,
+    params: Params,
+) -> tuple[Floats, Floats] | None:
+    """Calibrated and deployed log-odds [N] of rules that did not see the group; None without folds."""
     from streetvision.decision.folds import group_folds
     from streetvision.decision.policy import fit_rule
 
-    truth, decision = calib.labels == 1, params.decision
-    after = np.full(len(logits), np.nan)
-    for held in group_folds(truth, calib.groups, params.seed):
+    truth, decision = labels == 1, params.decision
+    calibrated, deployed = np.full(len(logits), np.nan), np.full(len(logits), np.nan)
+    for held in group_folds(truth, groups, params.seed):
         policy, _ = fit_rule(
-            logits[~held], truth[~held], calib.groups[~held], decision.served_prior,
+            logits[~held], truth[~held], groups[~held], decision.served_prior,
             decision.n_resamples, params.seed, calibrator,
         )  # fmt: skip
-        after[held] = policy.deployed_logit(logits[held])
-    if not np.isfinite(after).all():
-        return {}
-    return compare(calib.labels, calib.groups, logits, after, params)
+        calibrated[held] = policy.calibrated_logit(logits[held])
+        deployed[held] = policy.deployed_logit(logits[held])
+    return (calibrated, deployed) if np.isfinite(calibrated).all() else None
 
 
 def compare(

@@ -300,7 +300,7 @@ def _sizes(table: Table) -> str:
     params = table.runs[0].params
     folds = list({run.fold_number: run.fold for run in table.runs}.values())
     parts = [
-        f"{name.upper()} {images:,.0f} images of {groups:,.0f} groups"
+        f"{name} {images:,.0f} images of {groups:,.0f} groups"
         for name, (images, groups) in counts(folds).items()
     ]
     text = [

@@ -98,7 +98,7 @@ def run_variant(params: Params, fold: Fold, root: Path, scratch: Path) -> Outcom
     """
     from streetvision.models.classifier import pick_device
 
-    adapted = _adapt(params, fold, root, scratch) if params.explora.enabled else None
+    adapted = adapt(params, fold, root, scratch) if params.explora.enabled else None
     result = train(params, fold, root, scratch / "train", adapted)
     trained = result.model.to(pick_device(params.hardware.device))
     select, test = (
@@ -124,7 +124,7 @@ def train(
     )  # fmt: skip
 
 
-def _adapt(params: Params, fold: Fold, root: Path, scratch: Path) -> Path:
+def adapt(params: Params, fold: Fold, root: Path, scratch: Path) -> Path:
     """What the stage `explora` does, on one fold; the folder of the adapted backbone."""
     from streetvision.models.backbone import initial_backbone
     from streetvision.models.pretraining import adapt_backbone, save_adaptation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ class Pretraining:
 def plan(comparison: Comparison, seeds: int, root: Path, scratch: Path) -> Plan:
     """All runs of a comparison; nothing is made yet."""
     base = comparison.params(comparison.variants[0], 0)
-    folds = plan_folds(base.data, comparison.folds, root, scratch / "data")
+    folds = plan_folds(
+        base.data, comparison.folds, root, scratch / "data", calibrated=comparison.calibrated
+    )
     pretraining = _plan_pretraining(comparison, root, scratch)
-    code = code_sha256("streetvision.evidence.runs", Path(__file__).parents[2])[:12]
+    code = code_version("streetvision.evidence.runs")
     hardware = {"workers": 0 if usable_cores() <= 2 else 1}
     runs = []
     for variant, seed, number in every_run(comparison, seeds):
@@ -64,6 +67,12 @@ def plan(comparison: Comparison, seeds: int, root: Path, scratch: Path) -> Plan:
                 code)
         )  # fmt: skip
     return Plan(comparison, folds, tuple(runs), pretraining)
+
+
+@cache
+def code_version(module: str) -> str:
+    """A short hash of the code that a module needs."""
+    return code_sha256(module, Path(__file__).parents[2])[:12]
 
 
 def _plan_pretraining(comparison: Comparison, root: Path, scratch: Path) -> Pretraining | None:
@@ -95,21 +104,26 @@ def pretrain(pretraining: Pretraining, scratch: Path) -> None:
     write_atomic(pretraining.weights, lambda path: save_file(state, path))
 
 
+def prepare(plan: Plan, root: Path, scratch: Path, workers: int) -> None:
+    """Data and weights of a comparison, unless they are there."""
+    prepare_folds(
+        plan.folds, plan.runs[0].params.data, root, workers, calibrated=plan.comparison.calibrated
+    )
+    pretraining = plan.pretraining
+    if pretraining is not None:
+        prepare_folds([pretraining.fold], pretraining.params.data, root, workers, PRETRAINING_SEED)
+        pretrain(pretraining, scratch)
+
+
 def _prepare(plans: Sequence[Plan], root: Path, scratch: Path, workers: int) -> None:
     """Data, weights and distorted images, before any run needs them."""
     from streetvision.models.backbone import initial_backbone
 
     distorted = []
     for each in plans:
-        params = each.runs[0].params
-        prepare_folds(each.folds, params.data, root, workers)
-        pretraining = each.pretraining
-        if pretraining is not None:
-            prepare_folds(
-                [pretraining.fold], pretraining.params.data, root, workers, PRETRAINING_SEED
-            )
-            pretrain(pretraining, scratch)
+        prepare(each, root, scratch, workers)
         run = each.runs[0]
+        params = run.params
         *_, preprocessing = initial_backbone(params.train, params.data.square_crop, 0, run.root)
         distorted += [(fold, name, preprocessing) for fold in each.folds for name in READ]
     made = in_processes(make_distorted, distorted, workers)

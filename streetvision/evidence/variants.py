@@ -38,7 +38,8 @@ class Variant:
 class Comparison:
     """One table: a recipe on one kind of data, and its variants, the baseline first.
 
-    `folds` 1 splits as `prepare` does; 3 and more rotate the groups with both classes (`data.rotate`).
+    `folds` 1 splits as `prepare` does; 3 and more rotate the groups with both classes (`data.rotate`),
+    5 and more also where they are `calibrated`.
     With `pretraining` (changes to the recipe), the backbone starts from weights trained so before.
     `seconds` is what a run took on one core of the machine it was planned on, `adaptation_seconds` what
     adapting took besides; the estimate starts from them.
@@ -50,6 +51,7 @@ class Comparison:
     recipe: Changes
     variants: tuple[Variant, ...]
     folds: int = 1
+    calibrated: bool = False
     pretraining: Changes | None = None
     seconds: float = 1.0
     adaptation_seconds: float = 0.0
