@@ -124,70 +124,86 @@ def apply(image: Image, distortion: Distortion, rng: np.random.Generator) -> Ima
         image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
     if distortion.flip_vertical:
         image = image.transpose(PILImage.Transpose.FLIP_TOP_BOTTOM)
-    pixels = np.asarray(image)
+    strengths = (
+        distortion.saturation, distortion.contrast, distortion.resampling, distortion.noise,
+        distortion.blur,
+    )  # fmt: skip
+    if not any(strengths):
+        return image
+    # Whole planes: loops over three interleaved channels cost several times the arithmetic.
+    planes = np.stack([np.asarray(band) for band in image.split()])
     if distortion.saturation:
-        pixels = saturate(pixels, SATURATION[distortion.saturation - 1])
+        planes = saturate(planes, SATURATION[distortion.saturation - 1])
     if distortion.contrast:
-        pixels = (pixels * np.float32(CONTRAST[distortion.contrast - 1])).astype(np.uint8)
+        planes = (planes * np.float32(CONTRAST[distortion.contrast - 1])).astype(np.uint8)
     if distortion.resampling:
-        pixels = down_and_up(pixels, RESAMPLING[distortion.resampling - 1])
+        planes = down_and_up(planes, RESAMPLING[distortion.resampling - 1])
     if distortion.noise:
-        pixels = add_noise(pixels, NOISE[distortion.noise - 1], rng)
+        planes = add_noise(planes, NOISE[distortion.noise - 1], rng)
     if distortion.blur:
-        pixels = blur(pixels, BLUR[distortion.blur - 1])
-    return PILImage.fromarray(pixels)
+        planes = blur(planes, BLUR[distortion.blur - 1])
+    return PILImage.merge("RGB", [PILImage.fromarray(plane) for plane in planes])
 
 
-def saturate(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    """Scale the chroma of [H, W, 3] round grey; luma stays."""
-    luma = (pixels @ _LUMA)[..., None]
+def saturate(planes: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
+    """Scale the chroma of [3, H, W] round grey; luma stays."""
+    mixed = planes.astype(np.float32)
+    luma = mixed[0] * _LUMA[0]
+    for plane, share in zip(mixed[1:], _LUMA[1:], strict=True):
+        luma += plane * share
     # Between the pixel and its grey, so in range; the margin keeps grey from being cut to one below.
-    mixed: NDArray[np.uint8] = (luma + factor * (pixels - luma) + 1e-3).astype(np.uint8)
-    return mixed
+    mixed -= luma
+    mixed *= np.float32(factor)
+    mixed += luma
+    mixed += np.float32(1e-3)
+    return mixed.astype(np.uint8)
 
 
-def down_and_up(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """Resize [H, W, 3] to `1 / factor` and back, bilinear without a filter against aliasing."""
-    height, width, _ = pixels.shape
-    small = _bilinear(pixels, height // factor, width // factor)
+def down_and_up(planes: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """Resize [3, H, W] to `1 / factor` and back, bilinear without a filter against aliasing."""
+    _, height, width = planes.shape
+    small = _bilinear(planes, height // factor, width // factor)
     return _bilinear(small, height, width)
 
 
-def _bilinear(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Sample [H, W, 3] between its pixel centres; Pillow's resizing would filter when it reduces."""
-    found = pixels.astype(np.float32)
-    for axis, wanted in ((0, height), (1, width)):
-        n = pixels.shape[axis]
+def _bilinear(planes: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Sample [3, H, W] between its pixel centres; Pillow's resizing would filter when it reduces."""
+    found = planes.astype(np.float32)
+    for axis, wanted in ((1, height), (2, width)):
+        n = planes.shape[axis]
         place = np.clip((np.arange(wanted, dtype=np.float32) + 0.5) * n / wanted - 0.5, 0, n - 1)
         below = np.minimum(place.astype(np.int64), max(n - 2, 0))
         above = np.minimum(below + 1, n - 1)
-        weight = np.expand_dims(place - below, (1, 2) if axis == 0 else (0, 2)).astype(np.float32)
-        low, found = found.take(below, axis), found.take(above, axis)
+        weight = (place - below).astype(np.float32)
+        # In range already: the mode spares `take` the copy that it makes in case an index is not.
+        low, found = (found.take(index, axis, mode="clip") for index in (below, above))
         # In place: fresh memory of this size costs more than the arithmetic.
         found -= low
-        found *= weight
+        found *= weight[:, None] if axis == 1 else weight
         found += low
     return np.rint(found, out=found).astype(np.uint8)
 
 
 def add_noise(
-    pixels: NDArray[np.uint8], variance: float, rng: np.random.Generator
+    planes: NDArray[np.uint8], variance: float, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Add white Gaussian noise to Y, Cb and Cr of [H, W, 3], each of `variance` (of a range of 1)."""
-    noise = rng.standard_normal(pixels.shape, dtype=np.float32)
-    noisy = pixels + noise @ (_NOISE_TO_RGB * np.float32(np.sqrt(variance)))
-    cut: NDArray[np.uint8] = np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
-    return cut
+    """Add white Gaussian noise to Y, Cb and Cr of [3, H, W], each of `variance` (of a range of 1)."""
+    _, height, width = planes.shape
+    noise = rng.standard_normal((height * width, 3), dtype=np.float32)
+    mixing = _NOISE_TO_RGB * np.float32(np.sqrt(variance))
+    noisy: NDArray[np.float32] = (mixing.T @ noise.T).reshape(planes.shape)
+    noisy += planes
+    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
 
 
-def blur(pixels: NDArray[np.uint8], kernel: int) -> NDArray[np.uint8]:
-    """Gaussian blur of [H, W, 3] with a kernel of odd size, sigma a sixth of it, borders mirrored."""
+def blur(planes: NDArray[np.uint8], kernel: int) -> NDArray[np.uint8]:
+    """Gaussian blur of [3, H, W] with a kernel of odd size, sigma a sixth of it, borders mirrored."""
     from scipy.ndimage import gaussian_filter1d
 
-    found = pixels.astype(np.float32)
-    for axis in (0, 1):
+    found = planes.astype(np.float32)
+    for axis in (1, 2):
         found = gaussian_filter1d(found, kernel / 6, axis=axis, mode="mirror", radius=kernel // 2)
-    return np.rint(found).astype(np.uint8)
+    return np.rint(found, out=found).astype(np.uint8)
 
 
 def distort(
