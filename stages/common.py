@@ -28,6 +28,7 @@ from streetvision.artifacts import (
 from streetvision.errors import UserError, guarded
 from streetvision.imports import code_sha256
 from streetvision.params import Params, load_params
+from streetvision.processes import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> Non
     level = logging.INFO if main_process() else logging.ERROR
     logging.basicConfig(level=level, stream=sys.stderr, format=f"{name}: %(message)s", force=True)
     root = Path.cwd()
+    keep_freed_memory()
 
     def main() -> None:
         paths = ArtifactSchema(root)

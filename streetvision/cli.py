@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streetvision.errors import UserError, guarded
+from streetvision.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from streetvision.artifacts import ArtifactSchema
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    keep_freed_memory()
     return guarded(f"streetvision {options.command}", lambda: options.run(options))
 
 

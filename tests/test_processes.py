@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -55,3 +58,31 @@ def test_a_killed_worker_is_one_clear_error() -> None:
 def test_a_users_mistake_reaches_the_caller(workers: int) -> None:
     with pytest.raises(UserError, match="this image is broken"):
         list(in_processes(fail, range(4), workers))
+
+
+# Ten rounds of eight blocks of 1 MiB; prints how often the system had to map a page meanwhile.
+FAULTS = """
+import resource
+from streetvision.processes import keep_freed_memory
+if {kept}:
+    keep_freed_memory()
+def round():
+    blocks = [bytearray(2**20) for _ in range(8)]
+    for block in blocks:
+        block[::4096] = bytes(256)
+round()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    round()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_used_again() -> None:
+    def faults(*, kept: bool) -> int:
+        command = [sys.executable, "-c", FAULTS.format(kept=kept)]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    assert faults(kept=False) > 10_000
+    assert faults(kept=True) < 500
