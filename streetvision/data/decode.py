@@ -243,7 +243,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB."""
+    """Convert any mode to RGB; the same object where nothing is to be done."""
     if image.mode.startswith("I"):
         # `convert` would clip 16-bit grey at 255 instead of scaling it.
         grey = np.clip(np.asarray(image), 0, 65535) >> 8
@@ -252,7 +252,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (0, 0, 0, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resized(image: Image.Image, target: tuple[int, int], square_crop: bool) -> Image.Image:

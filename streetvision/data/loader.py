@@ -205,7 +205,7 @@ def _tensor(image: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def training_loader(
-    images: TrainingImages | PairImages,
+    images: Dataset[Any],
     batch_size: int,
     seed: int,
     workers: int,
@@ -215,11 +215,12 @@ def training_loader(
 ) -> DataLoader[Any]:
     """Batches in the order of an `EpochSampler`, which is the loader's `batch_sampler`.
 
-    `batch_size` counts the images of all ranks; `balance` are the labels to balance by.
+    `images` has a length and is asked by `Key`. `batch_size` counts the images of all ranks; `balance` are
+    the labels to balance by.
     """
     return DataLoader(
         images,
-        batch_sampler=EpochSampler(len(images), batch_size, seed, balance),
+        batch_sampler=EpochSampler(len(images), batch_size, seed, balance),  # type: ignore[arg-type]
         num_workers=workers,
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers > 0 else None,

@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from streetvision.data.loader import EvaluationImages, TrainingImages
-from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics
+from streetvision.models.frozen import KeptFeatures, TrainingFeatures
 from streetvision.models.loop import epoch_loss
 from streetvision.models.task import ClassifierTask
 from streetvision.params import Train
 from streetvision.progress import progress
 
 log = logging.getLogger(__name__)
+SELECT_BATCH = 64  # images a forward pass
 
 
 class WeightAverage(Callback):  # type: ignore[misc]
@@ -36,7 +37,9 @@ class WeightAverage(Callback):  # type: ignore[misc]
     statistics from a pass over the training images each time it is evaluated.
     """
 
-    def __init__(self, train: Train, images: TrainingImages, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, train: Train, images: TrainingImages | TrainingFeatures, preprocessing: Preprocessing
+    ) -> None:
         self.train = train
         self.images = images
         self.preprocessing = preprocessing
@@ -137,13 +140,13 @@ class EpochSelection(Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        split: Split,
+        images: EvaluationImages | KeptFeatures,
         preprocessing: Preprocessing,
         train: Train,
         average: WeightAverage | None = None,
     ) -> None:
-        self.split = split
-        self.images = EvaluationImages(split, preprocessing)
+        self.images = images
+        self.split = images.split
         self.preprocessing = preprocessing
         self.rule = train.choose_epoch
         self.patience = train.patience_epochs
@@ -235,10 +238,10 @@ class EpochSelection(Callback):  # type: ignore[misc]
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module,
-    images: EvaluationImages,
+    images: EvaluationImages | KeptFeatures,
     preprocessing: Preprocessing,
     device: torch.device,
-    batch_size: int = 64,
+    batch_size: int = SELECT_BATCH,
     rows: Sequence[int] | None = None,
 ) -> NDArray[np.float32]:
     """Logits of `rows` (default: all) in evaluation mode and float32; the model's mode is put back."""

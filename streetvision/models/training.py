@@ -26,10 +26,23 @@ from streetvision.data.transforms import Preprocessing, training_transform
 from streetvision.errors import UserError
 from streetvision.models.backbone import initial_backbone
 from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier, pick_device
+from streetvision.models.frozen import (
+    AsItIs,
+    KeptFeatures,
+    TrainingFeatures,
+    features_are_constant,
+    features_of,
+    head_alone,
+)
 from streetvision.models.gate import augmentation_gate
-from streetvision.models.loop import CHECKPOINT, LoopSettings, describe, run_loop
+from streetvision.models.loop import CHECKPOINT, LoopSettings, describe, precision, run_loop
 from streetvision.models.peft import merge_adapters
-from streetvision.models.selection import EpochSelection, WeightAverage, predict_logits
+from streetvision.models.selection import (
+    SELECT_BATCH,
+    EpochSelection,
+    WeightAverage,
+    predict_logits,
+)
 from streetvision.models.task import ClassifierTask, choose_trainable
 from streetvision.params import Compile, Hardware, Train
 
@@ -182,20 +195,18 @@ def fit_classifier(
     preprocessing = config.preprocessing
     choose_trainable(model, train, seed)
     model.to(memory_format=torch.channels_last)
-    images = TrainingImages(
-        fit_split, preprocessing, training_transform(train), seed,
-        ChallengeAugmentation(train, preprocessing) if train.challenge_probability else None,
-    )  # fmt: skip
+    cost = _cost(model, train, len(fit_split))
+    device = pick_device(hardware.device)
+    feed = _feed(model, train, fit_split, select_split, preprocessing, seed, device)
     loader = training_loader(
-        images, train.batch_size, seed, loader_workers(hardware.workers),
+        feed.images, train.batch_size, seed, loader_workers(hardware.workers),
         balance=fit_split.labels if train.balanced_sampler else None,
-        pin_memory=pick_device(hardware.device).type == "cuda",
+        pin_memory=device.type == "cuda",
     )  # fmt: skip
-    task = ClassifierTask(model, preprocessing, train, fit_split.labels, compile_settings)
+    task = ClassifierTask(feed.model, feed.preprocessing, train, fit_split.labels, compile_settings)
     averaged = train.weight_average != "none"
-    average = WeightAverage(train, images, preprocessing) if averaged else None
-    selection = EpochSelection(select_split, preprocessing, train, average)
-    cost = _cost(model, train, len(images))
+    average = WeightAverage(train, feed.images, feed.preprocessing) if averaged else None
+    selection = EpochSelection(feed.select_images, feed.preprocessing, train, average)
     run_loop(
         task, loader, [selection] if average is None else [average, selection],
         LoopSettings(
@@ -205,7 +216,7 @@ def fit_classifier(
     )  # fmt: skip
     if selection.best is None:
         raise UserError("training ended before its first epoch")
-    model.load_state_dict(selection.best)
+    feed.model.load_state_dict(selection.best)
     chosen = selection.chosen
     metrics = {
         "epochs": len(selection.history),
@@ -222,6 +233,46 @@ def fit_classifier(
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics["cost"] = cost
     return TrainingResult(model, config, selection.history, metrics, selection.best_logits)
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """What is trained on what: the model on images or, where they never change, its head on features."""
+
+    model: RoadworkClassifier
+    preprocessing: Preprocessing
+    images: TrainingImages | TrainingFeatures
+    select_images: EvaluationImages | KeptFeatures
+
+
+def _feed(
+    model: RoadworkClassifier,
+    train: Train,
+    fit_split: Split,
+    select_split: Split,
+    preprocessing: Preprocessing,
+    seed: int,
+    device: torch.device,
+) -> _Feed:
+    if features_are_constant(train, model, len(fit_split) + len(select_split)):
+        log.info("the backbone's features never change: they are computed once")
+        # As a training step and as the choice of the epoch compute them.
+        bf16 = precision(train.precision, device) == "bf16-mixed"
+        fitted, selecting = (
+            features_of(model.backbone, split, preprocessing, size, device, bf16=half)
+            for split, size, half in (
+                (fit_split, train.batch_size, bf16), (select_split, SELECT_BATCH, False),
+            )
+        )  # fmt: skip
+        return _Feed(
+            head_alone(model), AsItIs(**vars(preprocessing)),
+            TrainingFeatures(fit_split, fitted), KeptFeatures(select_split, selecting),
+        )  # fmt: skip
+    images = TrainingImages(
+        fit_split, preprocessing, training_transform(train), seed,
+        ChallengeAugmentation(train, preprocessing) if train.challenge_probability else None,
+    )  # fmt: skip
+    return _Feed(model, preprocessing, images, EvaluationImages(select_split, preprocessing))
 
 
 def merge_checked(

@@ -304,6 +304,80 @@ def test_trainable_head_changes_no_backbone_tensor(fit: Fit, tiny_train: Train) 
     assert result.metrics["parameters"] == sum(p.numel() for p in result.model.parameters())
 
 
+CONSTANT = {
+    "trainable": "head", "crop_min_area": 1.0, "flip_probability": 0.0, "colour_jitter": 0.0,
+    "epochs": 3, "dropout": 0.3, "head": "mlp", "head_hidden": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("average", ["none", "ema", "swa"])
+def test_kept_features_give_the_result_of_images(
+    precision: str, average: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = CONSTANT | {"precision": precision, "weight_average": average}
+    kept = fit(**changes)
+    monkeypatch.setattr(training, "features_are_constant", lambda *_: False)
+    recomputed = fit(**changes)
+    for name, tensor in state(recomputed).items():
+        assert torch.allclose(state(kept)[name], tensor, atol=1e-6), name
+    assert np.allclose(kept.select_logits, recomputed.select_logits, atol=1e-5)
+    for row, wanted in zip(kept.history, recomputed.history, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-5)
+    assert kept.metrics["cost"] == recomputed.metrics["cost"]
+    assert kept.metrics["parameters"] == recomputed.metrics["parameters"]
+
+
+def test_kept_features_pass_the_backbone_once_and_survive_a_failure(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = fit(**CONSTANT)
+    seen: list[int] = []
+    features_of = training.features_of
+
+    def counting(backbone: torch.nn.Module, *arguments: Any, **named: Any) -> torch.Tensor:
+        hook = backbone.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        try:
+            return features_of(backbone, *arguments, **named)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(training, "features_of", counting)
+    forward = training.RoadworkClassifier.forward
+    calls = 0
+
+    def failing(self: Any, images: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += images.ndim == 2  # features
+        if calls == 7:
+            raise RuntimeError("the lights go out")
+        return forward(self, images)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(training.RoadworkClassifier, "forward", failing)
+        with pytest.raises(RuntimeError, match="lights"):
+            fit("scratch", **CONSTANT)
+    assert_same(undisturbed, fit("scratch", **CONSTANT))
+    assert sum(seen) == 2 * (48 + 40)  # TRAIN without its fusion part and VAL_SELECT, in both runs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"trainable": "full"}, {"flip_probability": 0.5}, {"challenge_probability": 0.1},
+     {"mixup_alpha": 0.2}, {"augmentation": "augmix"}],
+)  # fmt: skip
+def test_features_that_change_are_not_kept(
+    change: dict[str, Any], fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("kept")
+
+    monkeypatch.setattr(training, "features_of", never)
+    fit(**(CONSTANT | {"epochs": 1} | change))
+    with pytest.raises(AssertionError, match="kept"):
+        fit(**(CONSTANT | {"epochs": 1}))
+
+
 def test_freeze_norm_keeps_the_statistics_alone(fit: Fit, tiny_train: Train) -> None:
     before = initial(tiny_train)
     for freeze in (True, False):
