@@ -14,6 +14,7 @@ from streetvision.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from streetvision.artifacts import ArtifactSchema
+    from streetvision.evaluation.revisions import Review
 
 PARAMS = "params.yaml"
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_replay(
         add("replay", _replay, "logged challenges through a bundle; alarm if it does badly")
     )
+    _reviewing(add)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     keep_freed_memory()
@@ -120,6 +122,22 @@ def _add_replay(replay: argparse.ArgumentParser) -> None:
     )
     replay.add_argument("--min-accuracy", type=float, default=0.6, help="over the last 10")
     replay.add_argument("--output", type=Path, help="folder of CSV and plot; default: the log's")
+
+
+def _reviewing(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that judge a change."""
+    compare = add("compare", _compare, "is a change real? Two revisions on the same test images")
+    _add_revisions(compare)
+    compare.add_argument("--md", type=Path, help="also write the report as Markdown")
+    compare.add_argument("--json", type=Path, help="also write every number as JSON")
+    compare.add_argument(
+        "--output", type=Path, help="folder for changed.png and changed.csv: decisions that changed"
+    )
+
+
+def _add_revisions(command: argparse.ArgumentParser) -> None:
+    command.add_argument("base", help="a Git revision, branch or tag, or a DVC experiment")
+    command.add_argument("head", nargs="?", help="likewise; default: the working tree")
 
 
 def _deploying(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -394,6 +412,32 @@ def _replay(options: argparse.Namespace) -> int:
     )
     _say("\n".join(lines + alarms))
     return ALARM if alarms else 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+    from streetvision.evaluation import compare_report
+    from streetvision.evaluation.revisions import contact_sheet
+
+    found = _review(options)
+    if options.md is not None:
+        write_bytes_atomic(options.md, compare_report.markdown_report(found).encode())
+    if options.json is not None:
+        write_json_atomic(options.json, compare_report.json_report(found))
+    if options.output is not None:
+        changed = compare_report.changes_table(found.comparison)
+        write_csv_atomic(options.output / "changed.csv", changed)
+        sheet = contact_sheet(found)
+        if sheet is not None:
+            write_bytes_atomic(options.output / "changed.png", sheet)
+    _say(compare_report.text_report(found).rstrip())
+
+
+def _review(options: argparse.Namespace) -> Review:
+    from streetvision.evaluation.revisions import Revision, review
+
+    root = Path.cwd()
+    return review(Revision(root, options.base), Revision(root, options.head))
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -24,6 +24,7 @@ COMMANDS = (
     "natix",
     "replay",
     "fold",
+    "compare",
 )
 
 

@@ -1,0 +1,348 @@
+"""Two models on the same test images: what differs, how sure that is, and what it would take to tell.
+
+Both sides are resampled, swapped and counted in whole groups, paired image by image. Everything is at the
+served prior, but for the two tests that take images as independent; those are marked i.i.d. and stand
+there for comparison only, being too sure where the images of a group are alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streetvision.evaluation.bootstrap import (
+    MIN_GROUPS,
+    Interval,
+    group_sign_flip_test,
+    paired_group_interval,
+    statistic_intervals,
+)
+from streetvision.evaluation.metrics import (
+    METRIC_RANGES,
+    Floats,
+    GroupTable,
+    Integers,
+    all_metrics,
+    all_metrics_batch,
+    prior_weights,
+)
+from streetvision.evaluation.paired import (
+    expanded_level,
+    expected_reward,
+    fisher_z_interval,
+    groups_needed,
+    holm,
+    mcnemar_exact,
+    resting_groups,
+)
+from streetvision.evaluation.predictions import (
+    Matching,
+    Predictions,
+    joined_groups,
+    match_predictions,
+)
+
+RESAMPLES = 10_000
+REWARD = "reward"
+_BATCH = ("mcc", "accuracy", "fnr", "fpr", "ece", "ece_debiased", "log_loss")
+METRICS = (*_BATCH, REWARD)
+HIGHER_IS_BETTER = frozenset({"mcc", "accuracy", REWARD})
+_RANGES = METRIC_RANGES | {REWARD: (0.0, 1.0)}
+# On which scale the jackknife interval of one side's value is symmetric; as `group_intervals` has it.
+_SCALES = dict.fromkeys(METRICS, "logit") | {
+    "mcc": "atanh", "log_loss": "log", "ece": "identity", "ece_debiased": "identity"
+}  # fmt: skip
+_BLOCK = 1 << 20  # multiplicities held at once
+Evaluate = Callable[[Floats, Sequence[str]], dict[str, Floats]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of both sides, and head minus base.
+
+    Attributes
+    ----------
+    standard_error
+        Of the difference, by the delete-one-group jackknife; None where that is undefined or 0.
+    groups_needed, images_needed
+        Test size at which a true difference like this one is seen with 80 % power, images a group as here;
+        None where there is no difference or no standard error.
+    """
+
+    metric: str
+    base: Interval
+    head: Interval
+    delta: Interval
+    standard_error: float | None
+    groups_needed: int | None
+    images_needed: int | None
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` where the interval excludes 0, else `not told apart`."""
+        if (
+            self.delta.low is None
+            or self.delta.high is None
+            or self.delta.low <= 0 <= self.delta.high
+        ):
+            return "not told apart"
+        return "better" if (self.delta.low > 0) == (self.metric in HIGHER_IS_BETTER) else "worse"
+
+
+@dataclass(frozen=True)
+class SliceDifference:
+    """MCC of both sides on a part of the test set.
+
+    `p_value` is that of the sign-flip test and `p_holm` the same after Holm's correction over all slices
+    that have one: a slice needs both classes, each in at least 5 groups. `base`, `head` and `delta` are
+    None where a class is missing.
+    """
+
+    name: str
+    value: str
+    n: int
+    n_groups: int
+    base: float | None
+    head: float | None
+    delta: Interval | None
+    p_value: float | None
+    p_holm: float | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """An image whose decision (p > 0.5) changed; `base` and `head` are probabilities."""
+
+    id: str
+    group: str
+    label: int
+    base: float
+    head: float
+
+    @property
+    def right(self) -> str:
+        """Which side decides it rightly: base or head."""
+        return "head" if (self.head > 0.5) == (self.label == 1) else "base"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Head against base on the images they share.
+
+    Attributes
+    ----------
+    n, n_positive, n_groups, served_prior
+        Size of what was compared, and the share of roadwork that metrics are re-weighted to.
+    differences
+        By metric, in the order of `METRICS`; a metric that is undefined for the sample is left out.
+    sign_flip_p
+        That both have the same MCC, by swapping them in whole groups. In simulation its level held for
+        clustered groups of unequal length, also where only the operating points or the correlations differ.
+    mcnemar_p, fisher_z
+        i.i.d.: McNemar's exact test on decisions, and Zou's interval of the difference of MCC at the natural
+        prior (None where a correlation is undefined or ±1).
+    changes
+        Largest change of probability first.
+    """
+
+    matching: Matching
+    n: int
+    n_positive: int
+    n_groups: int
+    served_prior: float
+    differences: dict[str, Difference]
+    sign_flip_p: float
+    mcnemar_p: float
+    fisher_z: Interval | None
+    slices: tuple[SliceDifference, ...]
+    changes: tuple[Change, ...]
+
+
+def compare_predictions(
+    base: Predictions,
+    head: Predictions,
+    served_prior: float,
+    slices: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    against_all_negatives: Sequence[str] = (),
+    seed: int = 0,
+    n_resamples: int = RESAMPLES,
+) -> Comparison:
+    """Compare two models on the images that both answered.
+
+    Images that one side alone has, or that have another label on the other side, are left out (and
+    counted in `matching`). Images that either side keeps in one group stay together.
+
+    Parameters
+    ----------
+    served_prior
+        Positive share in (0, 1) to which every metric is re-weighted.
+    slices
+        By name and id the part an image belongs to; an image without one is in no slice of that name.
+    against_all_negatives
+        Slices that only positives have: each part is put against all negatives.
+    seed, n_resamples
+        Of the bootstrap and, as many, of the sign-flips.
+
+    Raises
+    ------
+    UserError
+        No image, or only one class, in common.
+    """
+    matching, rows_a, rows_b = match_predictions(base, head)
+    y = head.labels[rows_b]
+    a, b = base.probabilities[rows_a], head.probabilities[rows_b]
+    prior_weights(y, served_prior)  # refuses one class before the work
+    index = joined_groups(base.groups[rows_a], head.groups[rows_b])
+    changed = np.flatnonzero((a > 0.5) != (b > 0.5))
+    changed = changed[np.argsort(-np.abs(a - b)[changed], kind="stable")]
+    ids, groups = head.ids[rows_b], head.groups[rows_b]
+    right_a, right_b = ((p > 0.5) == (y == 1) for p in (a, b))
+    gained, lost = int((right_b & ~right_a).sum()), int((right_a & ~right_b).sum())
+    return Comparison(
+        matching=matching,
+        n=len(y),
+        n_positive=int(y.sum()),
+        n_groups=int(index.max()) + 1,
+        served_prior=float(served_prior),
+        differences=_differences(y, a, b, index, served_prior, n_resamples, seed),
+        sign_flip_p=group_sign_flip_test(y, a, b, index, served_prior, n_resamples, seed),
+        mcnemar_p=mcnemar_exact(gained, lost),
+        fisher_z=fisher_z_interval(y, a > 0.5, b > 0.5),
+        slices=_slices(
+            y,
+            a,
+            b,
+            index,
+            ids,
+            slices or {},
+            against_all_negatives,
+            served_prior,
+            n_resamples,
+            seed,
+        ),
+        changes=tuple(
+            Change(str(ids[i]), str(groups[i]), int(y[i]), float(a[i]), float(b[i]))
+            for i in changed
+        ),
+    )
+
+
+def mcc_difference(
+    labels: Integers,
+    base: Floats,
+    head: Floats,
+    groups: Integers,
+    served_prior: float,
+    n_resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """95 % interval of head's MCC minus base's, and the sign-flip p-value; all [N], as in `Comparison`."""
+    level = expanded_level(resting_groups(labels, groups))
+    pair = (labels, base, head, groups)
+    delta = paired_group_interval(*pair, "mcc", served_prior, n_resamples, level, seed)
+    return delta, group_sign_flip_test(*pair, served_prior, n_resamples, seed)
+
+
+def _differences(
+    labels: Integers,
+    a: Floats,
+    b: Floats,
+    index: Integers,
+    served_prior: float,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Difference]:
+    tables = [GroupTable.build(labels, p, index, served_prior) for p in (a, b)]
+    n_groups, resting = int(index.max()) + 1, resting_groups(labels, index)
+
+    def evaluate(multiplicities: Floats, names: Sequence[str]) -> dict[str, Floats]:
+        base, head = (all_metrics_batch(t, multiplicities, served_prior, _BATCH) for t in tables)
+        rates = [np.concatenate([side[rate] for side in (base, head)]) for rate in ("fnr", "fpr")]
+        rewards = expected_reward(1 - rates[0], rates[1], served_prior)
+        base[REWARD], head[REWARD] = np.split(rewards, 2)
+        values = {m: head[m] - base[m] for m in METRICS}
+        values |= {f"base.{m}": base[m] for m in METRICS} | {f"head.{m}": head[m] for m in METRICS}
+        return {name: values[name] for name in names}
+
+    ranges = {m: (low - high, high - low) for m, (low, high) in _RANGES.items() if m in METRICS}
+    scales = dict.fromkeys(METRICS, "identity")
+    for side in ("base", "head"):
+        ranges |= {f"{side}.{m}": _RANGES[m] for m in METRICS}
+        scales |= {f"{side}.{m}": _SCALES[m] for m in METRICS}
+    intervals = statistic_intervals(
+        evaluate, n_groups, dict.fromkeys(ranges, resting), ranges, n_resamples, expanded_level(resting), seed,
+        scales,
+    )  # fmt: skip
+    left_out = _delete_one(evaluate, n_groups)
+    found = {}
+    for metric in METRICS:
+        if metric not in intervals:
+            continue
+        delta = intervals[metric]
+        values = left_out[metric]
+        error = float(np.sqrt((n_groups - 1) / n_groups * ((values - values.mean()) ** 2).sum()))
+        known = error if math.isfinite(error) and error > 0 and n_groups >= MIN_GROUPS else None
+        needed = groups_needed(delta.value, known, n_groups)
+        found[metric] = Difference(
+            metric, intervals[f"base.{metric}"], intervals[f"head.{metric}"], delta, known, needed,
+            None if needed is None else math.ceil(needed * len(labels) / n_groups),
+        )  # fmt: skip
+    return found
+
+
+def _delete_one(evaluate: Evaluate, n_groups: int) -> dict[str, Floats]:
+    """Differences [G] by metric without each of the groups in turn."""
+    parts: list[dict[str, Floats]] = []
+    block = max(1, _BLOCK // n_groups)
+    for start in range(0, n_groups, block):
+        rows = np.arange(start, min(start + block, n_groups))
+        multiplicities = np.ones((len(rows), n_groups))
+        multiplicities[np.arange(len(rows)), rows] = 0
+        parts.append(evaluate(multiplicities, METRICS))
+    return {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
+
+
+def _slices(
+    labels: Integers,
+    a: Floats,
+    b: Floats,
+    index: Integers,
+    ids: NDArray[np.str_],
+    slices: Mapping[str, Mapping[str, str]],
+    against_all_negatives: Sequence[str],
+    served_prior: float,
+    n_resamples: int,
+    seed: int,
+) -> tuple[SliceDifference, ...]:
+    found = []
+    for name, part_of in slices.items():
+        parts = np.array([part_of.get(str(each), "") for each in ids])
+        for value in sorted(set(parts.tolist()) - {""}):
+            own = parts == value
+            if name in against_all_negatives:
+                own &= labels == 1
+            scored = own | (labels == 0) if name in against_all_negatives else own
+            n, n_groups = int(own.sum()), len(np.unique(index[own]))
+            if scored.all() or not n:
+                continue  # the whole test set is no slice
+            y, group = labels[scored], index[scored]
+            base = head = p_value = delta = None
+            if 0 < y.sum() < len(y):
+                delta, p_value = mcc_difference(
+                    y, a[scored], b[scored], group, served_prior, n_resamples, seed
+                )
+                weights = prior_weights(y, served_prior)
+                base, head = (all_metrics(y, p[scored], weights)["mcc"] for p in (a, b))
+                if resting_groups(y, group) < MIN_GROUPS:
+                    p_value = None
+            found.append(
+                SliceDifference(name, value, n, n_groups, base, head, delta, p_value, None)
+            )
+    tested = {place: each.p_value for place, each in enumerate(found) if each.p_value is not None}
+    by_place = dict(zip(tested, holm(list(tested.values())).tolist(), strict=True))
+    return tuple(replace(each, p_holm=by_place.get(place)) for place, each in enumerate(found))

@@ -1,0 +1,142 @@
+"""What a comparison of two models needs beside the intervals of `bootstrap`.
+
+McNemar's test and Fisher's z take images as independent: where the images of a group are alike they are too
+sure, so they are shown for comparison and decide nothing. Fisher's z is for normal variables besides. Its
+variance of a correlation r is (1 - r²)² / n; that of two binary variables is about (1 - r²) / n, so that its
+interval of a high MCC is too narrow even for independent images.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from streetvision.evaluation.bootstrap import MIN_GROUPS, MIN_GROUPS_BOOTSTRAP, Interval
+from streetvision.evaluation.metrics import Floats, Integers, mcc_from_counts
+from streetvision.evaluation.reward import reward_moments
+
+LEVEL, POWER = 0.95, 0.8
+FISHER_Z = "fisher_z_iid"
+_NODES = 24  # of the reward's interpolation, along each rate
+
+
+def expanded_level(resting: int) -> float:
+    """Nominal level at which a percentile interval of so many groups covers 95 %.
+
+    Percentiles lack Student's t and the factor n / (n - 1) of a sample's variance; the expanded percentile
+    interval has both (Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
+    """
+    from scipy.stats import t
+
+    if resting < MIN_GROUPS_BOOTSTRAP:
+        return LEVEL  # the jackknife interval has its t
+    reach = math.sqrt(resting / (resting - 1)) * t.ppf((1 + LEVEL) / 2, resting - 1)
+    return 1 - 2 * NormalDist().cdf(-float(reach))
+
+
+def resting_groups(labels: Integers, index: Integers) -> int:
+    """Groups that a re-weighted metric rests on: those with positives or with negatives, the fewer."""
+    return min(len(np.unique(index[labels == label])) for label in (0, 1))
+
+
+def groups_needed(distance: float, standard_error: float | None, n_groups: int) -> int | None:
+    """Groups with which a two-sided 95 % interval excludes a value this far off with 80 % power.
+
+    The standard error [same unit as `distance`] of `n_groups` groups shrinks with the root of their
+    number; at least 5 are needed for any interval. None without distance or standard error.
+    """
+    if not distance or standard_error is None:
+        return None
+    normal = NormalDist()
+    reach = normal.inv_cdf((1 + LEVEL) / 2) + normal.inv_cdf(POWER)
+    return max(MIN_GROUPS, math.ceil(n_groups * (reach * standard_error / distance) ** 2))
+
+
+def holm(p_values: ArrayLike) -> Floats:
+    """Adjust p-values [M] for M tests (Holm 1979): the family-wise error stays below the level."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
+
+
+def mcnemar_exact(gained: int, lost: int) -> float:
+    """Two-sided exact p-value that changed decisions become right as often as wrong; i.i.d. images."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def fisher_z_interval(labels: ArrayLike, base: ArrayLike, head: ArrayLike) -> Interval | None:
+    """95 % interval of head's MCC minus base's, of decisions [N] on the same labels [N]; i.i.d. images.
+
+    None where an MCC is ±1 or undefined, or there are fewer than four images.
+    """
+    y, a, b = (np.asarray(x).astype(np.float64) for x in (labels, base, head))
+    r_a, r_b, between = (_correlation(*pair) for pair in ((y, a), (y, b), (a, b)))
+    if len(y) <= 3 or max(abs(r_a), abs(r_b)) >= 1 or 0 in {np.ptp(y), np.ptp(a), np.ptp(b)}:
+        return None
+    low, high = correlation_difference_bounds(r_a, r_b, between, len(y))
+    return Interval(r_b - r_a, low, high, FISHER_Z)
+
+
+def correlation_difference_bounds(
+    r_a: float, r_b: float, between: float, n: int
+) -> tuple[float, float]:
+    """95 % interval of r_b - r_a, the correlations of a and b with one variable; `between` is theirs.
+
+    Fisher's z interval of each, combined with the correlation of the two estimates (Zou 2007,
+    doi 10.1037/1082-989X.12.4.399). For n > 3 independent draws of normal variables; |r| < 1.
+    """
+    reach = NormalDist().inv_cdf((1 + LEVEL) / 2) / math.sqrt(n - 3)
+    (low_a, high_a), (low_b, high_b) = (
+        (math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach)) for r in (r_a, r_b)
+    )
+    rest = 1 - r_a**2 - r_b**2 - between**2
+    shared = ((between - r_a * r_b / 2) * rest + between**3) / ((1 - r_a**2) * (1 - r_b**2))
+
+    def combined(x: float, y: float) -> float:
+        return math.sqrt(max(x**2 + y**2 - 2 * shared * x * y, 0.0))
+
+    delta = r_b - r_a
+    return delta - combined(r_b - low_b, high_a - r_a), delta + combined(high_b - r_b, r_a - low_a)
+
+
+def _correlation(x: Floats, y: Floats) -> float:
+    """Correlation of two binary columns, 0 where it is undefined."""
+    counts = [(x == i) & (y == j) for i, j in ((1, 1), (0, 1), (0, 0), (1, 0))]
+    return float(mcc_from_counts(*(each.sum() for each in counts)))
+
+
+def expected_reward(
+    true_positive_rate: Floats, false_positive_rate: Floats, positive_share: float
+) -> Floats:
+    """`reward_moments`'s mean [R] for thousands of rates [R] that lie close together; NaN where they are.
+
+    It is a smooth function (a polynomial) of the two rates, so many values are interpolated between
+    24 × 24 Chebyshev points of the rectangle that holds them.
+    """
+    from numpy.polynomial.chebyshev import chebpts1, chebvander
+
+    defined = np.isfinite(true_positive_rate) & np.isfinite(false_positive_rate)
+    rates = [np.clip(r[defined], 0, 1) for r in (true_positive_rate, false_positive_rate)]
+    reward = np.full(defined.shape, np.nan)
+    if defined.sum() <= _NODES**2:
+        reward[defined] = reward_moments(rates[0], rates[1], positive_share)[0]
+        return reward
+    points = chebpts1(_NODES)
+    half = [max(float(np.ptp(r)) / 2, 1e-6) for r in rates]
+    middle = [(float(r.min()) + float(r.max())) / 2 for r in rates]
+    axes = [np.clip(m + h * points, 0, 1) for m, h in zip(middle, half, strict=True)]
+    grid = [each.ravel() for each in np.meshgrid(*axes, indexing="ij")]
+    values = reward_moments(grid[0], grid[1], positive_share)[0].reshape(_NODES, _NODES)
+    inverse = np.linalg.inv(chebvander(points, _NODES - 1))
+    x, y = (
+        chebvander((r - m) / h, _NODES - 1) for r, m, h in zip(rates, middle, half, strict=True)
+    )
+    reward[defined] = ((x @ (inverse @ values @ inverse.T)) * y).sum(axis=1)
+    return reward

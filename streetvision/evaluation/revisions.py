@@ -1,0 +1,182 @@
+"""Two revisions of the project, read through DVC's API and compared on their test images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from streetvision.artifacts import ArtifactSchema
+from streetvision.data.store import Split, open_split
+from streetvision.errors import UserError
+from streetvision.evaluation.compare import Comparison, compare_predictions
+from streetvision.evaluation.evaluate import evidence_size
+from streetvision.evaluation.metrics import check_prior
+from streetvision.evaluation.predictions import Predictions, parse_predictions
+
+PARAMS = "params.yaml"
+SHEET_IMAGES = 24
+EVIDENCE = "evidence_size"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """The project in `root` at a Git revision, branch, tag or DVC experiment; None is the working tree."""
+
+    root: Path
+    rev: str | None
+
+    def __str__(self) -> str:
+        return self.rev or "working tree"
+
+    def read(self, path: Path) -> str | None:
+        """The text of a file below `root`, from Git, DVC's cache or its remote; None if it is not there.
+
+        Raises
+        ------
+        UserError
+            No such revision, no repository, or DVC cannot read it.
+        """
+        import dvc.api
+        from dvc.exceptions import DvcException, PathMissingError
+        from dvc.scm import RevError
+
+        name = path.relative_to(self.root).as_posix()
+        try:
+            text: str = dvc.api.read(name, repo=str(self.root), rev=self.rev, encoding="utf-8")
+        except (PathMissingError, FileNotFoundError):
+            return None
+        except RevError as error:
+            raise UserError(
+                f'"{self}" is no Git revision, branch, tag or DVC experiment of {self.root}'
+            ) from error
+        except (DvcException, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {name} of {self}: {error}") from error
+        return text
+
+    def predictions(self) -> Predictions:
+        """VAL_TEST's `predictions.csv`; UserError if there is none or it is broken."""
+        path = ArtifactSchema(self.root).plot("predictions.csv")
+        text = self.read(path)
+        name = f"{path.relative_to(self.root)} of {self}"
+        if text is None:
+            raise UserError(f"{name} is missing; the stage `evaluate` makes it")
+        return parse_predictions(text, name)
+
+    def parameter(self, section: str, key: str) -> object:
+        """One value of `params.yaml`, which may be older than today's schema; None if it is not there."""
+        try:
+            document = yaml.safe_load(self.read(self.root / PARAMS) or "")
+        except yaml.YAMLError as error:
+            raise UserError(f"{PARAMS} of {self} is not valid YAML") from error
+        found = document.get(section) if isinstance(document, dict) else None
+        return found.get(key) if isinstance(found, dict) else None
+
+
+@dataclass(frozen=True)
+class Review:
+    """Two revisions and their comparison.
+
+    Attributes
+    ----------
+    images
+        VAL_TEST as it lies here, if it holds the compared images.
+    notes
+        What the reader must know about what was compared, a sentence each.
+    """
+
+    base: Revision
+    head: Revision
+    comparison: Comparison
+    images: Split | None
+    notes: tuple[str, ...]
+
+
+def review(base: Revision, head: Revision, seed: int = 0) -> Review:
+    """Compare VAL_TEST's predictions of two revisions at the served prior of `head`.
+
+    Slices need VAL_TEST itself in the working tree, with the same labels and groups; without it there are
+    none, and a note says so.
+
+    Raises
+    ------
+    UserError
+        What `Revision` and `compare_predictions` refuse; no served prior in `head`'s parameters.
+    """
+    tables = base.predictions(), head.predictions()
+    priors = [each.parameter("decision", "served_prior") for each in (base, head)]
+    if not isinstance(priors[1], float):
+        raise UserError(f"{PARAMS} of {head}: decision.served_prior is missing or no number")
+    images, notes = _images(head.root, tables[1])
+    comparison = compare_predictions(
+        *tables, check_prior(priors[1]), {} if images is None else slice_values(images),
+        against_all_negatives=[EVIDENCE], seed=seed,
+    )  # fmt: skip
+    matching = comparison.matching
+    if not matching.same:
+        notes.insert(
+            0,
+            f"the test sets differ: {matching.n_base:,} images in {base}, {matching.n_head:,} in {head}; "
+            f"compared are the {comparison.n:,} that both have with one label",
+        )
+    if matching.conflicts:
+        shown = ", ".join(matching.conflicts[:5])
+        notes.insert(
+            1,
+            f"{len(matching.conflicts):,} images have another label in each and are left out: {shown}",
+        )
+    if priors[0] != priors[1]:
+        notes.append(f"the served prior was {priors[0]} in {base}; both are taken at {priors[1]}")
+    return Review(base, head, comparison, images, tuple(notes))
+
+
+def slice_values(split: Split) -> dict[str, dict[str, str]]:
+    """By name of a slice and id of an image the part it belongs to: what `evaluation.json` reports."""
+    columns = {name: split.column(name) for name in ("source", "weather", "daytime")}
+    columns[EVIDENCE] = evidence_size(split.evidence_area())
+    return {
+        name: {
+            str(i): str(v) for i, v in zip(split.ids, values, strict=True) if v not in {None, ""}
+        }
+        for name, values in columns.items()
+    }
+
+
+def contact_sheet(found: Review, count: int = SHEET_IMAGES) -> bytes | None:
+    """PNG of images whose decision changed, those that head gets wrong first; None without the images.
+
+    Half of `count` at least go to each kind, if there are so many; largest change of probability first.
+    """
+    from streetvision.evaluation.plots import plot_mistakes
+
+    if found.images is None:
+        return None
+    rows = {str(name): row for row, name in enumerate(found.images.ids)}
+    kinds = [[c for c in found.comparison.changes if c.right == side] for side in ("base", "head")]
+    lost = kinds[0][: max(count // 2, count - len(kinds[1]))]
+    chosen = [*lost, *kinds[1][: count - len(lost)]]
+    captions = [
+        f"{'roadwork' if each.label else 'none'}, p = {each.base:.2f} → {each.head:.2f}\n"
+        f"{'now right' if each.right == 'head' else 'now wrong'}"
+        for each in chosen
+    ]
+    title = f"{len(kinds[0])} decisions now wrong, {len(kinds[1])} now right"
+    return plot_mistakes([found.images.image(rows[each.id]) for each in chosen], captions, title)
+
+
+def _images(root: Path, predictions: Predictions) -> tuple[Split | None, list[str]]:
+    """VAL_TEST of the working tree, if it is what these predictions are of; else why not."""
+    path = ArtifactSchema(root).split("val_test")
+    without = "so there are no slices and no pictures of changed decisions"
+    if not path.is_file():
+        return None, [f"{path.relative_to(root)} is not here, {without}"]
+    split = open_split("evaluate", "val_test", path)
+    known = {
+        str(name): (str(group), int(label))
+        for name, group, label in zip(split.ids, split.groups, split.labels, strict=True)
+    }
+    wanted = zip(predictions.ids, predictions.groups, predictions.labels, strict=True)
+    if any(known.get(str(name)) != (str(group), int(label)) for name, group, label in wanted):
+        return None, [f"{path.relative_to(root)} holds other images, {without}"]
+    return split, []

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from streetvision.evaluation.bootstrap import MIN_GROUPS
+from streetvision.evaluation.metrics import mcc_from_counts
+from streetvision.evaluation.paired import (
+    correlation_difference_bounds,
+    expanded_level,
+    expected_reward,
+    fisher_z_interval,
+    groups_needed,
+    holm,
+    mcnemar_exact,
+    resting_groups,
+)
+from streetvision.evaluation.reward import reward_moments
+
+
+def holm_rejects(p: list[float], level: float) -> list[bool]:
+    """Holm's procedure as he wrote it: go up from the smallest p until one is too large."""
+    rejected = [False] * len(p)
+    for step, place in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        if p[place] > level / (len(p) - step):
+            break
+        rejected[place] = True
+    return rejected
+
+
+@given(st.lists(st.floats(0, 1), max_size=8), st.floats(0.001, 0.999))
+def test_holm_is_the_step_down_procedure(p: list[float], level: float) -> None:
+    adjusted = holm(p)
+    assert adjusted.shape == (len(p),)
+    near = np.abs(adjusted - level) < 1e-9  # where rounding decides
+    wanted = np.array(holm_rejects(p, level), dtype=bool)
+    np.testing.assert_array_equal((adjusted <= level)[~near], wanted[~near])
+
+
+def test_holm_by_hand() -> None:
+    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.9]), [0.09, 0.04, 0.09, 0.9])
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_sums_the_binomial_tail(gained: int, lost: int) -> None:
+    n = gained + lost
+    wanted = min(1.0, 2 * binom.cdf(min(gained, lost), n, 0.5)) if n else 1.0
+    assert mcnemar_exact(gained, lost) == pytest.approx(wanted)
+    assert mcnemar_exact(gained, lost) == mcnemar_exact(lost, gained)
+
+
+def test_correlation_difference_covers_for_normal_variables() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.array([[1, 0.8, 0.6], [0.8, 1, 0.7], [0.6, 0.7, 1]])
+    hits, repeats, n = 0, 3000, 60
+    draws = rng.multivariate_normal(np.zeros(3), truth, (repeats, n))
+    for draw in draws:
+        r = np.corrcoef(draw.T)
+        low, high = correlation_difference_bounds(r[0, 1], r[0, 2], r[1, 2], n)
+        assert low < r[0, 2] - r[0, 1] < high
+        hits += low <= 0.6 - 0.8 <= high
+    assert hits / repeats == pytest.approx(0.95, abs=0.013)
+
+
+def test_fisher_z_is_of_the_correlation_of_decisions_and_too_narrow_for_them() -> None:
+    """Independent images, MCC about 0.9: the reason that it is shown with a warning."""
+    rng = np.random.default_rng(0)
+    hits, repeats, n = 0, 400, 500
+    for _ in range(repeats):
+        y = rng.integers(0, 2, n)
+        a, b = (np.where(rng.random(n) < 0.05, 1 - y, y) for _ in range(2))
+        found = fisher_z_interval(y, a == 1, b == 1)
+        assert found is not None
+        wanted = np.corrcoef(y, b)[0, 1] - np.corrcoef(y, a)[0, 1]
+        assert found.value == pytest.approx(wanted)
+        hits += found.low <= 0 <= found.high
+    assert hits / repeats < 0.8
+
+
+def test_fisher_z_does_not_exist_without_two_correlations() -> None:
+    y = np.array([0, 1, 0, 1, 1])
+    some = np.array([0, 1, 1, 1, 1])
+    assert fisher_z_interval(y, some, some) is not None
+    assert fisher_z_interval(y, y, some) is None
+    assert fisher_z_interval(y, some, np.ones(5)) is None
+    assert fisher_z_interval(y[:3], some[:3], some[:3]) is None
+
+
+@pytest.mark.parametrize(
+    "bounds", [((0.8, 0.95), (0.02, 0.1)), ((0.9, 0.9), (0, 0)), ((0, 1), (0, 1))]
+)
+def test_many_rewards_are_interpolated_exactly(bounds: tuple[tuple[float, float], ...]) -> None:
+    rng = np.random.default_rng(0)
+    tpr, fpr = (rng.uniform(*each, 1000) for each in bounds)
+    tpr[3] = np.nan
+    found = expected_reward(tpr, fpr, 0.4)
+    assert np.isnan(found[3])
+    wanted = reward_moments(np.delete(tpr, 3), np.delete(fpr, 3), 0.4)[0]
+    np.testing.assert_allclose(np.delete(found, 3), wanted, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(expected_reward(tpr[:3], fpr[:3], 0.4), wanted[:3], rtol=1e-12)
+
+
+def test_expanded_level_is_that_of_students_t() -> None:
+    """Percentiles of a mean's bootstrap are normal with the variance (n - 1) / n of the sample's."""
+    from scipy.stats import norm, t
+
+    for n in (60, 200):
+        reach = norm.ppf((1 + expanded_level(n)) / 2) * math.sqrt((n - 1) / n)
+        assert reach == pytest.approx(t.ppf(0.975, n - 1))
+    assert expanded_level(59) == 0.95
+
+
+def test_resting_groups_are_the_fewer() -> None:
+    labels, index = np.array([0, 0, 1, 1, 1]), np.array([0, 0, 1, 2, 2])
+    assert resting_groups(labels, index) == 1
+    assert resting_groups(1 - labels, index) == 1
+
+
+def test_groups_needed_gives_the_power() -> None:
+    from scipy.stats import norm
+
+    needed = groups_needed(0.01, 0.02, 50)
+    assert needed is not None
+    error = 0.02 * math.sqrt(50 / needed)
+    assert norm.sf(1.959964 - 0.01 / error) == pytest.approx(0.8, abs=0.002)
+    assert groups_needed(-0.01, 0.02, 50) == needed
+    assert groups_needed(10.0, 0.02, 50) == MIN_GROUPS
+    assert groups_needed(0.0, 0.02, 50) is None
+    assert groups_needed(0.01, None, 50) is None
+
+
+def test_correlation_of_decisions_is_the_mcc() -> None:
+    y, a = np.array([0, 0, 1, 1, 1, 0]), np.array([0, 1, 1, 1, 0, 0])
+    assert np.corrcoef(y, a)[0, 1] == pytest.approx(float(mcc_from_counts(2, 1, 2, 1)))
