@@ -52,7 +52,7 @@ def leave_one_group_out(
 
     local_root = paths.root / params.data.local_root
     config = params.model_dump(
-        mode="json", exclude={"hardware", "evaluate", "challenge", "export", "sweep"}
+        mode="json", exclude={"gates", "hardware", "evaluate", "challenge", "export", "sweep"}
     )
     inputs = [
         repr(

@@ -1,7 +1,7 @@
 """The parameters: typed, frozen, unknown keys refused; the defaults are those of `params.yaml`.
 
 One model a section of `params.yaml`; each field says its unit. DVC tracks the leaves (a list is one leaf).
-The section `hardware` may not change results and is not tracked.
+The sections `gates` and `hardware` may not change results and are not tracked.
 """
 
 from __future__ import annotations
@@ -614,6 +614,22 @@ class Challenge(Section):
         return (self.level_0, self.level_1, self.level_2, self.level_3)
 
 
+class Gates(Section):
+    """What `python -m streetvision gate` lets pass, judged on 95 % intervals; None (null) is off."""
+
+    max_mcc_drop: Fraction | None = Field(0.02, description="of MCC on VAL_TEST, base minus head")
+    max_accuracy_drop: Fraction | None = Field(
+        None, description="of accuracy (a share, at the served prior) likewise"
+    )
+    max_ece: Fraction | None = Field(0.05, description="expected calibration error of head")
+    min_reward: Fraction | None = Field(
+        None, description="expected reward per challenge of head, in `metrics/challenge.json`"
+    )
+    max_latency_growth: Annotated[Number, Field(ge=0)] | None = Field(
+        None, description="of the 95 % quantile of latency, as a share: 0.1 is a tenth slower"
+    )
+
+
 class Hardware(Section):
     """What may not change a result, and so never invalidates a stage."""
 
@@ -643,6 +659,7 @@ class Params(Section):
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
     challenge: Challenge = Challenge()
+    gates: Gates = Gates()
     hardware: Hardware = Hardware()
 
 

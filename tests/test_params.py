@@ -41,7 +41,13 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
 
 def bad_values(field: FieldInfo) -> list[Any]:
     """Values of the wrong kind, beyond each bound, and not among the choices."""
-    kind = field.annotation
+    kind, metadata = field.annotation, field.metadata
+    optional = [each for each in typing.get_args(kind) if each is not type(None)]
+    if len(optional) == 1 and type(None) in typing.get_args(kind):
+        kind, *extra = typing.get_args(optional[0])
+        metadata = [bound for each in extra for bound in getattr(each, "metadata", [])]
+    else:
+        optional = []
     if typing.get_origin(kind) is Literal:
         return ["nonsense", 3, True]
     if kind is bool:
@@ -50,10 +56,11 @@ def bad_values(field: FieldInfo) -> list[Any]:
         return [3, None, ["a"]]
     if kind not in {int, float}:
         return ["x", [], None]
-    bad: list[Any] = ["three", None, True, [1], float("nan"), float("inf"), -float("inf")]
+    bad: list[Any] = ["three", True, [1], float("nan"), float("inf"), -float("inf")]
+    bad += [] if optional else [None]
     if kind is int:
         bad.append(2.5)
-    for bound in field.metadata:
+    for bound in metadata:
         bad += [bound.ge - 1 for _ in "a" if hasattr(bound, "ge")]
         bad += [bound.gt for _ in "a" if hasattr(bound, "gt")]
         bad += [bound.le + 1 for _ in "a" if hasattr(bound, "le")]
@@ -224,3 +231,8 @@ def test_the_shares_by_name_are_those_of_the_fields() -> None:
 def test_attention_heads_divide_its_width() -> None:
     message = refusal(with_value("cvfm.attention_heads", 5))
     assert message == "params.yaml: cvfm: attention_dim 64 is not a multiple of attention_heads 5"
+
+
+def test_null_turns_a_gate_off() -> None:
+    gates = dict.fromkeys(DEFAULTS["gates"])
+    assert check_params({"gates": gates}, "x").gates.model_dump() == gates

@@ -56,7 +56,9 @@ class Run:
     @property
     def key(self) -> str:
         """Parameters and data of the run; not the code, whose version the line records beside it."""
-        params = self.params.model_dump(mode="json", exclude={"data", "hardware", "export"})
+        params = self.params.model_dump(
+            mode="json", exclude={"data", "gates", "hardware", "export"}
+        )
         return config_hash(
             {
                 "kind": self.kind,

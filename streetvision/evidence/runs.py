@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # These sections cannot change a run.
 _UNUSED = {
     "data", "probe", "views", "embed", "cvfm", "sweep", "decision", "export", "evaluate", "challenge",
-    "hardware",
+    "gates", "hardware",
 }  # fmt: skip
 
 

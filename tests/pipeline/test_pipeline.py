@@ -343,6 +343,7 @@ def test_second_repro_runs_nothing(project: Project) -> None:
     ("changes", "stages"),
     [
         ({"hardware": {"workers": 2, "device": "cpu"}}, []),
+        ({"gates": {"max_mcc_drop": 0.5, "max_ece": None, "min_reward": 0.1}}, []),
         ({"data": {"side_px": 40}}, ["prepare"]),
         ({"data": {"shard_images": 60}}, ["ingest"]),
         ({"explora": {"temperature": 0.2}}, ["explora"]),
