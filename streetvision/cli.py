@@ -133,6 +133,16 @@ def _reviewing(add: Callable[..., argparse.ArgumentParser]) -> None:
     compare.add_argument(
         "--output", type=Path, help="folder for changed.png and changed.csv: decisions that changed"
     )
+    gate = add("gate", _gate, "may a change be taken? Exit code 1 if a limit of `gates` is broken")
+    _add_revisions(gate)
+    gate.add_argument(
+        "--inconclusive", choices=["fail", "pass"], default="fail",
+        help="the exit code where the test set is too small to tell; default: fail",
+    )  # fmt: skip
+    gate.add_argument(
+        "--timing", type=Path, nargs=2, metavar=("BASE.json", "HEAD.json"),
+        help="for gates.max_latency_growth: .streetvision/export_timing.json of both, of one machine",
+    )  # fmt: skip
 
 
 def _add_revisions(command: argparse.ArgumentParser) -> None:
@@ -431,6 +441,26 @@ def _compare(options: argparse.Namespace) -> None:
         if sheet is not None:
             write_bytes_atomic(options.output / "changed.png", sheet)
     _say(compare_report.text_report(found).rstrip())
+
+
+def _gate(options: argparse.Namespace) -> int:
+    from streetvision.evaluation.gates import (
+        gate_report,
+        judge,
+        overall,
+        read_timing,
+    )
+    from streetvision.params import load_params
+
+    gates = load_params(Path.cwd() / PARAMS).gates
+    timings = None
+    if options.timing is not None:
+        timings = read_timing(options.timing[0]), read_timing(options.timing[1])
+    found = _review(options)
+    results = judge(gates, found, timings)
+    _say(gate_report(gates, results, found).rstrip())
+    refused = {"fail", "inconclusive"} if options.inconclusive == "fail" else {"fail"}
+    return int(overall(results) in refused)
 
 
 def _review(options: argparse.Namespace) -> Review:

@@ -25,6 +25,7 @@ COMMANDS = (
     "replay",
     "fold",
     "compare",
+    "gate",
 )
 
 

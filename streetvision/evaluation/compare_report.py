@@ -23,7 +23,7 @@ Rows = Sequence[Sequence[str]]
 
 def text_report(found: Review) -> str:
     """The comparison for a terminal."""
-    return _report(found, _text_table, lambda title: title, "")
+    return _report(found, text_table, lambda title: title, "")
 
 
 def markdown_report(found: Review) -> str:
@@ -180,11 +180,11 @@ def _report(
     return "\n\n".join(parts) + "\n"
 
 
-def _text_table(header: Sequence[str], rows: Rows) -> str:
+def text_table(header: Sequence[str], rows: Rows) -> str:
+    """Columns side by side: words of the first and the last to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in (header, *rows):
-        # Words to the left, numbers to the right.
         cells = [
             cell.ljust(width) if place == 0 or place == len(widths) - 1 else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -199,7 +199,7 @@ def _markdown_table(header: Sequence[str], rows: Rows) -> str:
 
 def _bounds(interval: Interval, digits: int = 4) -> str:
     if interval.low is None or interval.high is None:
-        return interval.method
+        return "none"
     return f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
 
 

@@ -6,80 +6,18 @@ import csv
 import io
 import json
 import math
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from streetvision import cli
-from streetvision.artifacts import write_csv_atomic
-from streetvision.bundle.predictor import Predictor
-from streetvision.data.store import open_split
-from streetvision.evaluation.evaluate import evaluate_split, write_evaluation
 from streetvision.evaluation.revisions import Revision, contact_sheet, review
 from tests.pipeline.project import Project
 
 Run = Callable[..., tuple[int, str, str]]
 TABLE = "metrics/plots/predictions.csv"
-
-
-def with_noise(predictions: dict[str, Any], size: float, seed: int) -> dict[str, list[Any]]:
-    """The same predictions with noise on their log-odds."""
-    p = np.clip(np.asarray(predictions["probability"], dtype=np.float64), 1e-3, 1 - 1e-3)
-    logits = np.log(p / (1 - p)) + np.random.default_rng(seed).normal(0, size, len(p))
-    columns = {name: list(values) for name, values in predictions.items()}
-    return columns | {"probability": (1 / (1 + np.exp(-logits))).tolist()}
-
-
-@pytest.fixture(scope="session")
-def made(
-    trained: Any,
-    write_split: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    repository: Path,
-) -> Project:
-    """The tiny bundle's real evaluation as `main`, a noisier one as the experiment `noisy`. Read only."""
-    project = Project(tmp_path_factory.mktemp("compared") / "project")
-    split = write_split(project / "data/splits/val_test.arrow", 160, groups=16)
-    found = evaluate_split(
-        Predictor.load(trained.bundle), open_split("evaluate", "val_test", split), 0.5,
-        n_resamples=100, mistakes=4, seed=7,
-    )  # fmt: skip
-    write_evaluation(found, project / "metrics/evaluation.json", project / "metrics/plots")
-    shutil.copy(repository / "params.yaml", project / "params.yaml")
-    (project / ".gitignore").write_text("/data/splits/\n")
-    (project / "dvc.yaml").write_text("metrics: [metrics/evaluation.json]\n")
-    project.git("init", "--quiet", "--initial-branch", "main")
-    project.dvc("init", "--quiet")
-    project.commit()
-    write_csv_atomic(project / TABLE, with_noise(found.predictions, 6.0, seed=0))
-    project.dvc("exp", "save", "--name", "noisy")
-    project.git("checkout", "--quiet", "--", ".")
-    return project
-
-
-@pytest.fixture
-def compared(made: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A copy to change, and the working directory."""
-    shutil.copytree(made.root, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return Project(tmp_path / "project")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, output and error output of a command line."""
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main(arguments)
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def predictions(text: str) -> dict[str, dict[str, str]]:
@@ -95,14 +33,14 @@ def scalars(document: Any) -> list[Any]:
 def test_a_branch_against_an_experiment(compared: Project, run: Run) -> None:
     before = compared.git("status", "--porcelain").stdout
     code, shown, _ = run(
-        "compare", "main", "noisy", "--md", "report/c.md", "--json", "report/c.json", "--output", "report"
+        "compare", "main", "better", "--md", "report/c.md", "--json", "report/c.json", "--output", "report"
     )  # fmt: skip
     assert code == 0
-    assert shown.startswith("noisy against main\n")
+    assert shown.startswith("better against main\n")
     assert "160 test images in 16 groups" in shown
     report = json.loads((compared / "report/c.json").read_text())
     experiment = compared.git(
-        "for-each-ref", "--format", "%(refname)", "refs/exps/**/noisy"
+        "for-each-ref", "--format", "%(refname)", "refs/exps/**/better"
     ).stdout.strip()
     base, head = (
         predictions(compared.git("show", f"{rev}:{TABLE}").stdout) for rev in ("main", experiment)
@@ -135,7 +73,7 @@ def test_a_branch_against_an_experiment(compared: Project, run: Run) -> None:
     with Image.open(compared / "report/changed.png") as image:
         assert image.format == "PNG"
     markdown = (compared / "report/c.md").read_text()
-    assert "### noisy against main" in markdown
+    assert "### better against main" in markdown
     tables = [block for block in markdown.split("\n\n") if block.startswith("|")]
     assert len(tables) == 2
     for table in tables:
@@ -166,13 +104,13 @@ def test_the_working_tree_is_the_default_and_other_test_sets_are_named(
 
 def test_without_the_images_there_are_no_slices_and_it_says_so(compared: Project, run: Run) -> None:
     (compared / "data/splits/val_test.arrow").unlink()
-    found = review(Revision(compared.root, "main"), Revision(compared.root, "noisy"))
+    found = review(Revision(compared.root, "main"), Revision(compared.root, "better"))
     assert found.comparison.slices == ()
     assert contact_sheet(found) is None
     assert found.notes == (
         "data/splits/val_test.arrow is not here, so there are no slices and no pictures of changed decisions",
     )
-    assert run("compare", "main", "noisy", "--output", "report")[0] == 0
+    assert run("compare", "main", "better", "--output", "report")[0] == 0
     assert [path.name for path in (compared / "report").iterdir()] == ["changed.csv"]
 
 
@@ -190,7 +128,7 @@ def test_the_sheet_shows_both_kinds(compared: Project, monkeypatch: pytest.Monke
 
     shown: list[Any] = []
     monkeypatch.setattr(plots, "plot_mistakes", lambda *arguments: shown.append(arguments) or b"")
-    found = review(Revision(compared.root, "noisy"), Revision(compared.root, "main"))
+    found = review(Revision(compared.root, "better"), Revision(compared.root, "main"))
     kinds = [c.right for c in found.comparison.changes]
     contact_sheet(found, 4)
     images, captions, title = shown[0]
