@@ -12,7 +12,7 @@ from streetvision.evaluation.revisions import Review
 
 NAMES = {
     "mcc": "MCC", "accuracy": "accuracy", "fnr": "missed (FNR)", "fpr": "false alarms (FPR)", "ece": "ECE",
-    "ece_debiased": "debiased ECE", "log_loss": "log loss", "reward": "expected reward",
+    "ece_debiased": "debiased ECE", "log_loss": "log loss", "reward": "reward, clean images",
 }  # fmt: skip
 _METHODS = {
     BOOTSTRAP: "percentile bootstrap over groups (10,000 resamples, expanded by Student's t)",

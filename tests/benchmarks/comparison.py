@@ -160,10 +160,12 @@ def comparison() -> list[Table]:
         for world in (*NULLS, BETTER):
             found = rates(world, n_groups, REPEATS, seed=0)
             null = world in NULLS
+            without = found.given == 0
             rows.append([
                 f"{n_groups}", world, f"{found.sign_flip:.1%}" if null else "",
-                f"{found.mcnemar:.1%}" if null else "", f"{found.given:.0%}", f"{found.covered:.1%}",
-                f"± {found.halfwidth:.3f}", f"{found.fisher_covered:.1%}",
+                f"{found.mcnemar:.1%}" if null else "", f"{found.given:.0%}",
+                "" if without else f"{found.covered:.1%}", "" if without else f"± {found.halfwidth:.3f}",
+                f"{found.fisher_covered:.1%}",
             ])  # fmt: skip
     return [
         Table(
