@@ -18,11 +18,13 @@ from streetvision.progress import progress
 
 
 @contextmanager
-def labelled_images(data: Path, preprocessing: Preprocessing) -> Iterator[Split]:
+def labelled_images(
+    data: Path, preprocessing: Preprocessing, side_px: int | None = None
+) -> Iterator[Split]:
     """Open what a user may point at: a split file, Parquet, a CSV, or a folder of classes.
 
     All but a split file go through the code of `ingest` and `prepare` into one temporary split; unusable
-    rows are left out and logged.
+    rows are left out and logged. Their shorter side becomes `side_px`, by default twice what the model sees.
 
     Raises
     ------
@@ -41,7 +43,7 @@ def labelled_images(data: Path, preprocessing: Preprocessing) -> Iterator[Split]
             progress=progress,
         )  # fmt: skip
         preparation = Data(
-            side_px=2 * max(preprocessing.height, preprocessing.width),
+            side_px=side_px or 2 * max(preprocessing.height, preprocessing.width),
             square_crop=preprocessing.square_crop,
         )
         (folder / "prepare").mkdir()
