@@ -26,6 +26,9 @@ COMMANDS = (
     "fold",
     "compare",
     "gate",
+    "drift",
+    "label-noise",
+    "leakage",
 )
 
 

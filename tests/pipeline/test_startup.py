@@ -31,7 +31,8 @@ def test_help_of_a_stage_is_light(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "preset", "repro", "evaluate", "doctor", "pin", "crossval", "natix", "replay"]
+    "command",
+    ["", "preset", "repro", "evaluate", "doctor", "pin", "crossval", "natix", "replay", "drift"],
 )
 def test_help_of_a_command_is_light(command: str) -> None:
     text, packages = imported("streetvision", *filter(None, [command]))
