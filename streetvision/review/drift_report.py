@@ -34,6 +34,7 @@ from streetvision.review.drift import (
 from streetvision.review.images import (
     Sample,
     embedded_sample,
+    groups_known,
     is_embeddings,
     open_images,
     score_images,
@@ -137,7 +138,7 @@ def drift_report(
     smallest = max(1 / (permutations + 1), 1 / comb(sum(n_groups), n_groups[1]))
     report: dict[str, Any] = {
         "images": _both(*(len(each.ids) for each in samples)),
-        "groups": _both(*n_groups) | {"known": reference.groups_known and new.groups_known},
+        "groups": _both(*n_groups) | {"known": all(groups_known(each.groups) for each in samples)},
         "tests": tests,
         "ks_logit_p_independent": _independent_p(reference.logits, new.logits),
         "alpha": alpha,
@@ -176,17 +177,17 @@ def meaning(report: Mapping[str, Any]) -> list[str]:
         said.append("No drift that this many groups could tell.")
     elif report["size"] == "small":
         said.append(
-            f"Drift, but the answers hardly moved (PSI {value:.2f} < 0.1): look at the images; "
+            f"DRIFT, but the answers hardly moved (PSI {value:.2f} < 0.1): look at the images; "
             "the bundle may serve on."
         )
     elif report["size"] == "moderate":
         said.append(
-            f"Drift, and the answers moved (PSI {value:.2f}, 0.1 to 0.25): label some of the new "
+            f"DRIFT, and the answers moved (PSI {value:.2f}, 0.1 to 0.25): label some of the new "
             "images and `evaluate` the bundle on them."
         )
     else:
         said.append(
-            f"Drift, and the answers are others (PSI {value:.2f} > 0.25): calibration and metrics "
+            f"DRIFT, and the answers are others (PSI {value:.2f} > 0.25): calibration and metrics "
             "of the bundle do not speak for these images; label some, `evaluate`, and calibrate or "
             "train anew."
         )
@@ -239,7 +240,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"{row['psi']:8.3f}{row['p_holm']:9.4f}"
         )
     lines.append("PSI: below 0.1 small, to 0.25 moderate, above large (Siddiqi 2006)")
-    lines.append(f"{'DRIFT' if report['drift'] else 'no drift'}. {report['meaning']}")
+    lines.append(report["meaning"])
     return "\n".join(lines)
 
 

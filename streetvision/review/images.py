@@ -52,11 +52,6 @@ class Sample:
     features: NDArray[np.float32]
     properties: dict[str, Floats] = field(default_factory=dict)
 
-    @property
-    def groups_known(self) -> bool:
-        """Whether any image has a group that is more than itself."""
-        return any(not str(group).startswith(_ALONE) for group in self.groups)
-
 
 @contextmanager
 def open_images(
@@ -190,6 +185,11 @@ def stored_side(split: Split) -> int:
     """Median shorter side of a split's images as they are stored, pixels."""
     sides = np.minimum(split.column("width"), split.column("height"))
     return int(np.median(sides.astype(np.int64)))
+
+
+def groups_known(groups: NDArray[np.object_]) -> bool:
+    """Whether any image has a group that a source gave it."""
+    return any(not str(group).startswith(_ALONE) for group in groups)
 
 
 def bare_id(image_id: str) -> str:

@@ -208,7 +208,7 @@ def contact_sheet(
             name = "roadwork" if given.labels[row] else "none"
             images.append(image)
             captions.append(
-                f"{rank}: labelled {name}, p = {given.probability[row]:.3f}\n{given.ids[row]}"
+                f"{rank}: labelled {name}, p = {given.probability[row]:.3f}\n{str(given.ids[row])[-26:]}"
             )
     title = "Labels to look at, the most doubtful first"
     return plot_mistakes(images, captions, title), len(rows) - len(images)

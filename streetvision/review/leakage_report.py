@@ -11,6 +11,7 @@ import numpy as np
 from streetvision.artifacts import write_csv_atomic
 from streetvision.data.store import Split
 from streetvision.evaluation.plots import plot_mistakes
+from streetvision.review.images import groups_known
 from streetvision.review.leakage import MAX_EXPECTED, MIN_BASELINE, Floats, Leakage
 
 LISTED = 1000  # nearest pairs in the CSV, beside all leaks
@@ -72,6 +73,12 @@ def describe(found: Leakage) -> list[str]:
         lines.append(
             f"Too few groups or images in {', '.join(unsure)} to know what chance brings: "
             "there only near-duplicates by `prepare`'s rule count."
+        )
+    alone = [split.name for split in found.splits if not groups_known(split.groups)]
+    if alone:
+        lines.append(
+            f"No groups are known in {', '.join(alone)}: frames of one drive count as unrelated there, "
+            "and a drive that is in two splits may look like chance."
         )
     return [*lines, _verdict(found)]
 

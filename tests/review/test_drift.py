@@ -341,7 +341,7 @@ def test_clean_images_pass_and_distorted_ones_alarm(
     command = ["drift", str(trained.bundle), str(project / "served"), "--output", "out"]
     assert cli.main(command) == 3
     shown = capsys.readouterr().out
-    assert "DRIFT. Drift, " in shown
+    assert "\nDRIFT, " in shown
     report = json.loads((project / "out/drift.json").read_text())
     assert report["properties"]["sharpness"]["p_holm"] < 0.05
     # Images as the reference instead of embeddings: nothing changes for what drifts.
