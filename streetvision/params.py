@@ -573,17 +573,27 @@ class Evaluate(Section):
     )
 
 
+class SourceShare(Section):
+    """How many of the challenges show images of one source."""
+
+    source: Annotated[str, Field(min_length=1, description="its name in `data.sources`")]
+    share: Annotated[Number, Field(ge=0, le=1)]
+
+
 class Challenge(Section):
     """What the subnet would pay: VAL_TEST distorted as its validator does.
 
-    Real and synthetic images of the subnet are half and half; synthetic ones cannot be made here, so their
-    share is no parameter.
+    Half of the subnet's images are generated and none can be made here: who has some names their folder
+    or Parquet in `data.sources`, and that source with a share of 0.5 here.
     """
 
     level_0: Fraction = Field(0.25, description="share of challenges that are only cropped")
     level_1: Fraction = Field(0.25, description="share that are rotated and cropped at random")
     level_2: Fraction = Field(0.25, description="share with mild distortions besides")
     level_3: Fraction = Field(0.25, description="share with stronger distortions besides")
+    source_shares: tuple[SourceShare, ...] = Field(
+        (), description="shares of the challenges by source; other sources share the rest by images"
+    )
     flip_probability: Fraction = Field(
         0.0, description="of each axis, from level 1 on; the public validator never flips"
     )
@@ -606,6 +616,11 @@ class Challenge(Section):
         total = sum(self.level_shares)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of the four levels add up to {total:g}, not 1")
+        names = [each.source for each in self.source_shares]
+        if len(set(names)) < len(names):
+            raise ValueError("source_shares names a source twice")
+        if (given := sum(each.share for each in self.source_shares)) > 1 + 1e-6:
+            raise ValueError(f"source_shares add up to {given:g}, more than 1")
         return self
 
     @property

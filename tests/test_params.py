@@ -55,7 +55,7 @@ def bad_values(field: FieldInfo) -> list[Any]:
     if kind is str:
         return [3, None, ["a"]]
     if kind not in {int, float}:
-        return ["x", [], None]
+        return ["x", None] if field.default == () else ["x", [], None]
     bad: list[Any] = ["three", True, [1], float("nan"), float("inf"), -float("inf")]
     bad += [] if optional else [None]
     if kind is int:

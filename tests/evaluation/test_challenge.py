@@ -17,10 +17,16 @@ from streetvision.data.distort import challenge_jpeg, challenge_rng
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import group_intervals
-from streetvision.evaluation.challenge import challenge_report, challenge_split, write_challenge
+from streetvision.evaluation.challenge import (
+    challenge_report,
+    challenge_split,
+    source_weights,
+    write_challenge,
+)
 from streetvision.evaluation.reward import reward_moments
-from streetvision.params import Challenge
+from streetvision.params import Challenge, SourceShare
 
+ONE_SOURCE = np.array(["s"] * 400, dtype=object)
 SMALL: dict[str, Any] = {"n_resamples": 200, "simulated_days": 3, "challenges_per_day": 20}
 
 
@@ -38,7 +44,9 @@ def sample(n: int, groups: int, repeats: int = 1, levels: int = 4) -> tuple[Any,
 @pytest.mark.parametrize("groups", [80, 20])
 def test_equal_shares_are_the_pooled_images(groups: int) -> None:
     labels, p, index = sample(400, groups, repeats=2)
-    report = challenge_report(labels, p, index, [0, 1, 2, 3], Challenge(**SMALL), 0.5, 3).report
+    report = challenge_report(
+        labels, p, index, ONE_SOURCE[: len(labels)], [0, 1, 2, 3], Challenge(**SMALL), 0.5, 3
+    ).report
     pooled = group_intervals(np.repeat(labels, 8), p.ravel(), np.repeat(index, 8), 0.5, 200, seed=3)
     for name in ("accuracy", "mcc", "fnr", "fpr"):
         assert report[name] == pytest.approx(pooled[name].value)
@@ -59,18 +67,76 @@ def test_equal_shares_are_the_pooled_images(groups: int) -> None:
 def test_shares_weigh_the_levels() -> None:
     labels, p, index = sample(300, 30)
     one = Challenge(**SMALL, level_0=0, level_1=0, level_2=1, level_3=0)
-    report = challenge_report(labels, p[:, 2:3], index, [2], one, 0.5, 3).report
+    report = challenge_report(labels, p[:, 2:3], index, ONE_SOURCE[:300], [2], one, 0.5, 3).report
     assert set(report["levels"]) == {"level_2"}
     assert report["mcc"] == pytest.approx(report["levels"]["level_2"]["mcc"])
     uneven = Challenge(**SMALL, level_0=0.7, level_1=0.1, level_2=0.1, level_3=0.1)
-    report = challenge_report(labels, p, index, [0, 1, 2, 3], uneven, 0.5, 3).report
+    report = challenge_report(
+        labels, p, index, ONE_SOURCE[: len(labels)], [0, 1, 2, 3], uneven, 0.5, 3
+    ).report
     wanted = sum(level["share"] * level["fnr"] for level in report["levels"].values())
     assert report["fnr"] == pytest.approx(wanted)
 
 
+def test_sources_are_mixed_by_their_shares() -> None:
+    labels, p, index = sample(400, 70)
+    sources = np.array(["real", "sdxl", "other", "real"] * 100, dtype=object)
+    shares = [{"source": "sdxl", "share": 0.5}, {"source": "other", "share": 0.1}]
+    mixed = Challenge(**SMALL, source_shares=shares)
+    report = challenge_report(labels, p, index, sources, [0, 1, 2, 3], mixed, 0.5, 3).report
+    # The oracle: each class is one draw of a source by its share, then of an image of that source.
+    wrong = (p[:, :, 0] > 0.5) != (labels[:, None] == 1)
+    wanted = {"sdxl": 0.5, "other": 0.1, "real": 0.4}
+    for name, positive in (("fnr", 1), ("fpr", 0)):
+        rates = {s: wrong[(sources == s) & (labels == positive)].mean() for s in wanted}
+        assert report[name] == pytest.approx(sum(wanted[s] * rates[s] for s in wanted))
+        for source, rate in rates.items():
+            assert report["sources"][source][name] == pytest.approx(rate)
+        third = wrong[:, 2]
+        alone = {s: third[(sources == s) & (labels == positive)].mean() for s in wanted}
+        level = report["levels"]["level_2"][name]
+        assert level == pytest.approx(sum(wanted[s] * alone[s] for s in wanted))
+    for source, share in wanted.items():
+        assert report["sources"][source]["share"] == pytest.approx(share)
+    assert "not known" in report["unmeasured"]
+
+
+def test_a_class_that_a_source_lacks_is_of_the_others() -> None:
+    labels = np.array([1, 1, 0, 0, 1, 1])
+    sources = np.array(["a", "a", "a", "a", "b", "b"], dtype=object)
+    weights = source_weights(labels, sources, [SourceShare(source="b", share=0.75)])
+    np.testing.assert_allclose(weights, [0.5, 0.5, 1, 1, 1.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ([("c", 0.5)], 'no image of VAL_TEST is of "c"; there are a, b'),
+        ([("a", 0.5), ("b", 0.2)], "leave 0.3 for other sources; there are none"),
+        ([("b", 1.0)], "no image with label 0 is of a source with a share"),
+    ],
+)
+def test_shares_that_do_not_fit_the_sources(shares: list[tuple[str, float]], message: str) -> None:
+    labels = np.array([1, 0, 1, 1])
+    sources = np.array(["a", "a", "b", "b"], dtype=object)
+    wanted = [SourceShare(source=name, share=share) for name, share in shares]
+    with pytest.raises(UserError, match=message):
+        source_weights(labels, sources, wanted)
+
+
+def test_shares_are_checked_when_parameters_are_read() -> None:
+    twice = [{"source": "a", "share": 0.2}] * 2
+    with pytest.raises(ValueError, match="names a source twice"):
+        Challenge(source_shares=twice)
+    with pytest.raises(ValueError, match=r"add up to 1\.2, more than 1"):
+        Challenge(source_shares=[{"source": name, "share": 0.6} for name in "ab"])
+
+
 def test_too_few_groups_give_no_interval() -> None:
     labels, p, index = sample(100, 4)
-    report = challenge_report(labels, p, index, [0, 1, 2, 3], Challenge(**SMALL), 0.5, 3).report
+    report = challenge_report(
+        labels, p, index, ONE_SOURCE[: len(labels)], [0, 1, 2, 3], Challenge(**SMALL), 0.5, 3
+    ).report
     assert report["interval_method"].startswith("none: rests on 4 groups")
     assert set(report["interval"]["mcc"]) == set()
     assert "low" not in report["reward"]
