@@ -28,7 +28,7 @@ def text_report(found: Review) -> str:
 
 def markdown_report(found: Review) -> str:
     """The comparison in Markdown, as for a pull request."""
-    return _report(found, _markdown_table, lambda title: f"### {title}", "- ")
+    return _report(found, markdown_table, lambda title: f"### {title}", "- ")
 
 
 def json_report(found: Review) -> dict[str, Any]:
@@ -193,7 +193,8 @@ def text_table(header: Sequence[str], rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _markdown_table(header: Sequence[str], rows: Rows) -> str:
+def markdown_table(header: Sequence[str], rows: Rows) -> str:
+    """The same in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
