@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _reviewing(add)
     _reviewing_data(add)
+    _add_sweep_summary(
+        add("sweep-summary", _sweep_summary, "experiments over seeds; the winner, corrected")
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     keep_freed_memory()
@@ -152,6 +155,26 @@ def _reviewing(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_revisions(command: argparse.ArgumentParser) -> None:
     command.add_argument("base", help="a Git revision, branch or tag, or a DVC experiment")
     command.add_argument("head", nargs="?", help="likewise; default: the working tree")
+
+
+def _add_sweep_summary(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument(
+        "revisions", nargs="*", metavar="REV",
+        help="experiments, branches or commits; default: HEAD's finished experiments",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--metric", default="metrics/train.json:val_select.mcc",
+        help="what chooses, FILE:NAME, never of VAL_TEST; default: %(default)s",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--best", choices=["highest", "lowest"], help="default: lowest for a loss or an error"
+    )
+    sweep.add_argument("--seeds", default="seed", metavar="PARAMETER", help="the axis of seeds")
+    sweep.add_argument("--md", type=Path, help="also write the summary as Markdown")
+    sweep.add_argument("--json", type=Path, help="also write every number as JSON")
+    sweep.add_argument(
+        "--output", type=Path, help="folder for sweep.csv, a row a run, and sweep.png"
+    )
 
 
 def _deploying(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -587,6 +610,25 @@ def _leakage(options: argparse.Namespace) -> int:
         ]
     _say("\n".join([*describe(found), f"written: {', '.join(map(str, written))}"]))
     return ALARM if found.alarm else 0
+
+
+def _sweep_summary(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+    from streetvision.evaluation.review_plots import plot_parallel_coordinates
+    from streetvision.evaluation.sweep_summary import columns, document, render, summarise
+    from streetvision.experiments import finished
+
+    highest = None if options.best is None else options.best == "highest"
+    runs = finished(Path.cwd(), options.revisions)
+    summary = summarise(runs, options.metric, options.seeds, highest)
+    if options.md is not None:
+        write_bytes_atomic(options.md, f"{render(summary, markdown=True)}\n".encode())
+    if options.json is not None:
+        write_json_atomic(options.json, document(summary))
+    if options.output is not None:
+        write_csv_atomic(options.output / "sweep.csv", columns(summary))
+        write_bytes_atomic(options.output / "sweep.png", plot_parallel_coordinates(summary))
+    _say(render(summary))
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -29,6 +29,7 @@ COMMANDS = (
     "drift",
     "label-noise",
     "leakage",
+    "sweep-summary",
 )
 
 

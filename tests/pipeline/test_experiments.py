@@ -10,29 +10,62 @@ import yaml
 
 from streetvision.params import Params
 from streetvision.presets import load_preset
-from tests.pipeline.project import REPOSITORY, Project
+from tests.pipeline.project import REPOSITORY, STAGES, Project, stages_run
 
 
 @pytest.mark.slow
-def test_queue_runs_both_points(project: Project) -> None:
-    queued = project.dvc(
-        "exp", "run", "--queue", "-S", "train.learning_rate=0.001,0.01", "-S", "train.epochs=1", "train"
-    ).stdout  # fmt: skip
-    assert queued.count("Queued experiment") == 2
+def test_a_sweep_with_seeds_from_queue_to_branch(project: Project) -> None:
+    """The recipes of docs/sweeps.md, in their order."""
+    grid = ("-S", "train.learning_rate=0.001,0.01", "-S", "seed=7,8", "-S", "train.epochs=1")
+    queued = project.dvc("exp", "run", "--queue", *grid, "train").stdout
+    assert queued.count("Queued experiment") == 4
     assert project.git("status", "--porcelain").stdout == ""
-    project.dvc("exp", "run", "--run-all")
-    shown = json.loads(project.dvc("exp", "show", "--json").stdout)
-    runs = [run for entry in shown for group in entry["experiments"] or [] for run in group["revs"]]
-    found = {
-        run["data"]["params"]["params.yaml"]["data"]["train"]["learning_rate"]:
-        run["data"]["metrics"]["metrics/train.json"]["data"]["train_loss"]
-        for run in runs
-    }  # fmt: skip
-    assert set(found) == {0.001, 0.01}
-    assert found[0.001] != found[0.01]
+    project.dvc("exp", "run", "--run-all", "--jobs", "2")
     # Each in a copy of the project: nothing here has changed.
     assert project.git("status", "--porcelain").stdout == ""
-    assert "learning_rate" in project.dvc("exp", "show", "--csv").stdout
+    shown = json.loads(project.dvc("exp", "show", "--json").stdout)
+    runs = [run for entry in shown for group in entry["experiments"] or [] for run in group["revs"]]
+    losses = {
+        (params["train"]["learning_rate"], params["seed"]):
+        run["data"]["metrics"]["metrics/train.json"]["data"]["val_select"]["loss"]
+        for run in runs
+        for params in [run["data"]["params"]["params.yaml"]["data"]]
+    }  # fmt: skip
+    assert set(losses) == {(rate, seed) for rate in (0.001, 0.01) for seed in (7, 8)}
+    assert len(set(losses.values())) == 4
+    columns = ("--drop", ".*", "--keep", "^seed$|^train.learning_rate$|^val_select.loss$")
+    header = project.dvc("exp", "show", "--md", *columns).stdout.partition("\n")[0]
+    assert set(header.split()) == {"|", "val_select.loss", "seed", "train.learning_rate"}
+    summary = project / "report/sweep.json"
+    project.python(
+        "-m", "streetvision", "sweep-summary", "--metric", "val_select.loss", "--json", summary
+    )  # fmt: skip
+    found = project.read_json("report/sweep.json")
+    mean = {rate: (losses[rate, 7] + losses[rate, 8]) / 2 for rate in (0.001, 0.01)}
+    best = found["configurations"][0]
+    assert best["score"]["mean"] == pytest.approx(min(mean.values()))
+    assert best["params"]["train.learning_rate"] == min(mean, key=lambda rate: mean[rate])
+    assert found["paired"]
+    assert found["corrected"] > best["score"]["mean"]
+    # VAL_TEST was not read: what lies there is HEAD's. It is, once the best is here and run to its end.
+    assert found["reported"] is None
+    name = best["experiments"][0]
+    project.dvc("exp", "apply", name)
+    assert project.params()["train"]["learning_rate"] == best["params"]["train.learning_rate"]
+    assert project.repro() == list(STAGES[STAGES.index("embed") :])
+    project.dvc("exp", "branch", name, "better")
+    assert "params.yaml" in project.git("diff", "--name-only", "main", "better").stdout
+    remote = project.root.parent / "remote"
+    project.git("init", "--quiet", "--bare", remote)
+    project.git("remote", "add", "origin", remote)
+    project.dvc("exp", "push", "--no-cache", "origin", name)
+    assert name in project.dvc("exp", "list", "origin").stdout
+
+
+@pytest.mark.slow
+def test_a_decision_reruns_nothing_before_it(project: Project) -> None:
+    done = project.dvc("exp", "run", "-S", "decision.calibrator=beta")
+    assert stages_run(done.stdout) == ["calibrate", "export", "evaluate", "challenge"]
 
 
 @pytest.mark.slow
