@@ -126,6 +126,20 @@ def test_top_level_plots_draw_files_that_a_stage_writes() -> None:
             assert set(settings["y"]) <= written
 
 
+def test_the_bundle_is_an_artifact_that_dvc_reads() -> None:
+    from dvc.repo import Repo
+
+    with Repo(str(REPOSITORY)) as repo:
+        found = repo.artifacts.read()["dvc.yaml"]
+    assert list(found) == ["roadwork-detector"]
+    artifact = found["roadwork-detector"]
+    assert Path(artifact.path) == ArtifactSchema(Path()).bundle
+    assert artifact.path in outputs(STAGE["export"])
+    assert artifact.type == "model"
+    assert artifact.desc
+    assert artifact.labels
+
+
 def test_split_contract() -> None:
     assert contract_violations(DOCUMENT) == []
     # `crossval` is a command, not a stage: it makes folds of its own and sees none of the four splits.

@@ -69,6 +69,21 @@ def test_a_decision_reruns_nothing_before_it(project: Project) -> None:
 
 
 @pytest.mark.slow
+def test_the_registry_versions_promotes_and_fetches_the_bundle(project: Project) -> None:
+    project.run("gto", "register", "roadwork-detector", "--version", "v1.0.0")
+    project.run("gto", "assign", "roadwork-detector", "--version", "v1.0.0", "--stage", "prod")
+    tags = project.git("tag").stdout.split()
+    assert tags == ["roadwork-detector#prod#1", "roadwork-detector@v1.0.0"]
+    other = Project(project.root.parent / "elsewhere")
+    other.root.mkdir()
+    other.dvc(
+        "artifacts", "get", project.root, "roadwork-detector", "--stage", "prod", "--out", "bundle"
+    )
+    found, wanted = other.hashes(["bundle"]), project.hashes(["models/bundle"])
+    assert {name.removeprefix("models/"): sha for name, sha in wanted.items()} == found
+
+
+@pytest.mark.slow
 def test_diffs_work_in_a_clone_without_the_data(project: Project, tmp_path: Path) -> None:
     first = project.git("rev-parse", "HEAD").stdout.strip()
     project.change({"sweep": {"n_thresholds": 50, "selection": "bagged_median"}})
