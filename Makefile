@@ -3,13 +3,15 @@ VENV ?= .venv
 PYTHON ?= python3
 PRESET ?=
 ONLY ?=
+BASE ?= main
+HEAD ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml .ci/constraints.txt | sha256sum | cut -c1-16)
 # Stages and tests find the environment's programs first.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test lint bench clean
+.PHONY: venv repro test lint bench report clean
 .DEFAULT_GOAL := repro
 
 $(STAMP):
@@ -18,6 +20,8 @@ $(STAMP):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
 	rm -f $(VENV)/installed-*
 	touch $@
+
+venv: $(STAMP)  ## only the environment
 
 repro: $(STAMP)  ## run the pipeline, optionally with a preset: make repro PRESET=smoke
 	python -m streetvision repro $(if $(PRESET),--preset $(PRESET))
@@ -33,6 +37,10 @@ lint: $(STAMP)
 bench: $(STAMP)  ## ratios against what one would pick instead: make bench ONLY=sweep
 	python -m tests.benchmarks $(ONLY)
 
+report: $(STAMP)  ## report/report.md, what a change does: make report BASE=main [HEAD=…]
+	python -m streetvision report $(BASE) $(HEAD)
+	dvc plots diff $(BASE) $(HEAD) --out report/plots
+
 clean:  ## remove what can be made again; the DVC cache stays
 	rm -rf data/raw data/splits data/embeddings data/quarantine.csv models/explora models/probe.manifest.json models/classifier models/cvfm models/policy models/bundle models/evaluate.manifest.json models/challenge.manifest.json
-	rm -rf .streetvision .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .streetvision report .mypy_cache .ruff_cache .pytest_cache

@@ -14,6 +14,7 @@ from streetvision.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from streetvision.artifacts import ArtifactSchema
+    from streetvision.evaluation.gates import Timing
     from streetvision.evaluation.revisions import Review
 
 PARAMS = "params.yaml"
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _reviewing(add)
     _reviewing_data(add)
+    _add_report(add("report", _report, "what a change does, on one page with pictures"))
     _add_sweep_summary(
         add("sweep-summary", _sweep_summary, "experiments over seeds; the winner, corrected")
     )
@@ -146,15 +148,27 @@ def _reviewing(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--inconclusive", choices=["fail", "pass"], default="fail",
         help="the exit code where the test set is too small to tell; default: fail",
     )  # fmt: skip
-    gate.add_argument(
-        "--timing", type=Path, nargs=2, metavar=("BASE.json", "HEAD.json"),
-        help="for gates.max_latency_growth: .streetvision/export_timing.json of both, of one machine",
-    )  # fmt: skip
+    _add_timing(gate)
 
 
 def _add_revisions(command: argparse.ArgumentParser) -> None:
     command.add_argument("base", help="a Git revision, branch or tag, or a DVC experiment")
     command.add_argument("head", nargs="?", help="likewise; default: the working tree")
+
+
+def _add_timing(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--timing", type=Path, nargs=2, metavar=("BASE.json", "HEAD.json"),
+        help="latencies: .streetvision/export_timing.json of both, of one machine",
+    )  # fmt: skip
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    _add_revisions(report)
+    _add_timing(report)
+    report.add_argument(
+        "--output", type=Path, default=Path("report"), help="folder of report.md; default: report"
+    )
 
 
 def _add_sweep_summary(sweep: argparse.ArgumentParser) -> None:
@@ -514,19 +528,24 @@ def _gate(options: argparse.Namespace) -> int:
         gate_report,
         judge,
         overall,
-        read_timing,
     )
     from streetvision.params import load_params
 
     gates = load_params(Path.cwd() / PARAMS).gates
-    timings = None
-    if options.timing is not None:
-        timings = read_timing(options.timing[0]), read_timing(options.timing[1])
+    timings = _timings(options)
     found = _review(options)
     results = judge(gates, found, timings)
     _say(gate_report(gates, results, found).rstrip())
     refused = {"fail", "inconclusive"} if options.inconclusive == "fail" else {"fail"}
     return int(overall(results) in refused)
+
+
+def _timings(options: argparse.Namespace) -> tuple[Timing, Timing] | None:
+    from streetvision.evaluation.gates import read_timing
+
+    if options.timing is None:
+        return None
+    return read_timing(options.timing[0]), read_timing(options.timing[1])
 
 
 def _review(options: argparse.Namespace) -> Review:
@@ -629,6 +648,21 @@ def _sweep_summary(options: argparse.Namespace) -> None:
         write_csv_atomic(options.output / "sweep.csv", columns(summary))
         write_bytes_atomic(options.output / "sweep.png", plot_parallel_coordinates(summary))
     _say(render(summary))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
+    from streetvision.evaluation.change_report import change_report
+    from streetvision.evaluation.revisions import Revision
+
+    root = Path.cwd()
+    sides = Revision(root, options.base), Revision(root, options.head)
+    made = change_report(*sides, _timings(options))
+    for name, data in made.pictures.items():
+        write_bytes_atomic(options.output / name, data)
+    if made.changed is not None:
+        write_csv_atomic(options.output / "changed.csv", made.changed)
+    _say(str(write_bytes_atomic(options.output / "report.md", made.markdown.encode())))
 
 
 def _command(options: argparse.Namespace) -> str:

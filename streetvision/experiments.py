@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,60 @@ def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
         pipeline = stages[commit, "dvc.yaml"]
         if pipeline is None:
             raise UserError(f"{name} ({commit[:7]}) holds no dvc.yaml")
-        owners = _metric_files(yaml.safe_load(pipeline))
+        owners = _metric_files(_document(pipeline, f"dvc.yaml of {name}"))
         texts = _read(root, [(commit, path) for path in ("params.yaml", "dvc.lock", *owners)])
-        lock = yaml.safe_load(texts[commit, "dvc.lock"] or "{}") or {}
         metrics = {
             f"{path}:{key}": value
             for path in owners
-            for key, value in _flat(json.loads(texts[commit, path] or "{}")).items()
+            for key, value in _flat(_document(texts[commit, path], f"{path} of {name}")).items()
         }
-        params = _flat(yaml.safe_load(texts[commit, "params.yaml"] or "{}"))
+        lock = _document(texts[commit, "dvc.lock"], f"dvc.lock of {name}")
+        params = _flat(_document(texts[commit, "params.yaml"], f"params.yaml of {name}"))
         stale = _stale_stages(lock.get("stages", {}), params)
         outdated = frozenset(path for path, stage in owners.items() if stage in stale)
         found.append(Run(name, commit, params, metrics, outdated))
     return found
+
+
+def stage_seconds(root: Path, run_log: Path, commit: str | None) -> dict[str, float]:
+    """Seconds of each stage that was run for a commit, or for the working tree if that is None.
+
+    A run log knows the commit that a stage ran on, the parent of the one its results went into. Counted
+    are the stages that `dvc.lock` has otherwise than that parent, each by its last run before the commit.
+    Empty without a log of them: it is untracked, and that of a queued experiment is lost with its copy.
+    """
+    parent = _commit(root, "HEAD") if commit is None else _parent(root, commit)
+    if parent is None or not run_log.is_file():
+        return {}
+    if commit is None:
+        now, until = (root / "dvc.lock").read_bytes(), datetime.now(UTC)
+    else:
+        now = _read(root, [(commit, "dvc.lock")])[commit, "dvc.lock"] or b""
+        until = datetime.fromisoformat(_git(root, "show", "-s", "--format=%cI", commit))
+    before = _read(root, [(parent, "dvc.lock")])[parent, "dvc.lock"] or b""
+    locks = [_document(text, "dvc.lock").get("stages", {}) for text in (before, now)]
+    found = {}
+    for line in run_log.read_text().splitlines():
+        entry = json.loads(line)
+        step = entry["step"]
+        if (
+            entry["status"] == "ok"
+            and entry["git_commit"] == parent
+            and locks[1].get(step) != locks[0].get(step)
+            and datetime.fromisoformat(entry["started"]) <= until
+        ):
+            found[step] = float(entry["seconds"])
+    return found
+
+
+def _parent(root: Path, commit: str) -> str | None:
+    parents = _git(root, "show", "-s", "--format=%P", commit).split()
+    return parents[0] if parents else None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _commits(root: Path, revisions: Sequence[str]) -> dict[str, str]:
@@ -154,6 +196,17 @@ def _stale_stages(locked: Mapping[str, Any], params: Mapping[str, Any]) -> set[s
         if more <= stale:
             return stale
         stale |= more
+
+
+def _document(text: bytes | None, origin: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; empty where there is none."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text) if text.startswith(b"{") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{origin} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _flat(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ COMMANDS = (
     "label-noise",
     "leakage",
     "sweep-summary",
+    "report",
 )
 
 

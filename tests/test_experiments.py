@@ -13,7 +13,7 @@ import yaml
 
 from streetvision import cli
 from streetvision.errors import UserError
-from streetvision.experiments import finished
+from streetvision.experiments import finished, stage_seconds
 from tests.pipeline.project import Project, with_git
 
 # VAL_SELECT's MCC depends on rate and seed, VAL_TEST's on VAL_SELECT's.
@@ -146,3 +146,41 @@ def test_sweep_summary_names_a_mistake(
     assert shown.out == ""
     assert "measured on VAL_TEST, which may choose nothing" in shown.err
     assert not (swept / "report").exists()
+
+
+def test_seconds_of_the_stages_that_a_commit_ran(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    project.root.mkdir()
+    log = project / ".streetvision/runs.jsonl"
+
+    def commit(**stages: int) -> str:
+        lock = {"stages": {name: {"cmd": value} for name, value in stages.items()}}
+        (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+        (project / ".gitignore").write_text("/.streetvision/\n")
+        if not (project / ".git").exists():
+            project.git("init", "--quiet")
+        project.commit()
+        return project.git("rev-parse", "HEAD").stdout.strip()
+
+    def entry(commit: str, step: str, seconds: float, started: str, status: str = "ok") -> str:
+        line = {"git_commit": commit, "step": step, "seconds": seconds, "status": status}
+        return json.dumps(line | {"started": f"{started}T00:00:00+00:00"}) + "\n"
+
+    first = commit(train=1, evaluate=1)
+    second = commit(train=2, evaluate=1)
+    assert stage_seconds(project.root, log, second) == {}
+    log.parent.mkdir()
+    log.write_text(
+        entry(first, "train", 5, "2020-01-01")
+        + entry(first, "train", 6, "2020-01-02")
+        + entry(first, "train", 1, "2020-01-03", "failed")
+        + entry(first, "train", 99, "2999-01-01")  # of a later experiment on the same commit
+        + entry(first, "evaluate", 7, "2020-01-02")  # whose result did not change
+        + entry(second, "evaluate", 8, "2020-01-04")
+    )
+    assert stage_seconds(project.root, log, first) == {}  # has no parent
+    assert stage_seconds(project.root, log, second) == {"train": 6}
+    # The working tree ran on HEAD.
+    assert stage_seconds(project.root, log, None) == {}
+    (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {"evaluate": {"cmd": 2}}}))
+    assert stage_seconds(project.root, log, None) == {"evaluate": 8}

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from streetvision.errors import UserError
+from streetvision.evaluation.compare_report import markdown_table, text_table
 from streetvision.experiments import TEST_METRICS, Run
 
 Floats = NDArray[np.float64]
@@ -38,7 +39,7 @@ LOWEST_IS_BEST = (
 )
 _DRAWS = 20_000
 # May not change a result (params.yaml), so they make no other configuration.
-_NO_AXIS = "hardware."
+_NO_AXIS = ("hardware.", "gates.")
 
 
 @dataclass(frozen=True)
@@ -267,15 +268,15 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
     best, n = summary.best, len(summary.configurations)
     runs = sum(each.score.n for each in summary.configurations)
     end = "highest" if summary.highest else "lowest"
-    rows = [[*best.params, "seeds", "mean ± sd", "experiments"]]
-    rows += [
+    draw = markdown_table if markdown else text_table
+    rows = [
         [*map(as_text, c.params.values()), str(c.score.n), str(c.score), " ".join(c.experiments)]
         for c in summary.configurations
     ]
     lines = [
         f"{summary.metric}, the {end} is best: {n} configurations, {runs} runs over {summary.seeds}",
         "",
-        *table(rows, markdown=markdown),
+        draw([*best.params, "seeds", "mean ± sd", "experiments"], rows),
         "",
         f"best: {_named(best.params)}, {best.score}",
     ]
@@ -317,18 +318,6 @@ def columns(summary: Summary) -> dict[str, list[Any]]:
     ]
     names = ["rank", *summary.best.params, summary.seeds, summary.metric, "experiment"]
     return {name: [row[place] for row in rows] for place, name in enumerate(names)}
-
-
-def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> list[str]:
-    """Lines of a table whose first row is the header."""
-    if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def as_text(value: Any) -> str:

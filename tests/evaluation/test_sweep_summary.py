@@ -256,7 +256,10 @@ def test_text_and_markdown(summary: Summary) -> None:
     # VAL_TEST of the others is nowhere.
     assert "1.80" not in render(summary)
     markdown = render(summary, markdown=True).splitlines()
-    assert markdown[3:5] == ["|---|---|---|---|", "| 0.2 | 3 | 0.8500 ± 0.1114 | x3 x4 x5 |"]
+    assert markdown[3:5] == [
+        "| --- | --- | --- | --- |",
+        "| 0.2 | 3 | 0.8500 ± 0.1114 | x3 x4 x5 |",
+    ]
     assert markdown[8] == "- best: train.learning_rate=0.2, 0.8500 ± 0.1114"
 
 

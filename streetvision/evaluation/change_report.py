@@ -1,0 +1,247 @@
+"""A change on one page: is it real, what else moved, where it helps, what it costs. For a pull request.
+
+What DVC's remote would be needed for is left out, and the page says so; everything else is in Git.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from streetvision.artifacts import ArtifactSchema
+from streetvision.errors import UserError
+from streetvision.evaluation.compare_report import changes_table, markdown_report, markdown_table
+from streetvision.evaluation.gates import Timing
+from streetvision.evaluation.predictions import match_predictions
+from streetvision.evaluation.revisions import Review, Revision, contact_sheet, review
+from streetvision.evaluation.sweep_summary import as_text
+from streetvision.experiments import TEST_METRICS, finished, stage_seconds
+
+_COST = {
+    "metrics/train.json:parameters": "parameters",
+    "metrics/train.json:trainable_parameters": "of them trained",
+    "metrics/train.json:cost.flops_per_step": "floating point operations of a training step",
+    "metrics/train.json:cost.peak_memory_bytes": "peak memory of training, bytes",
+    "metrics/export.json:parameters": "parameters of the bundle",
+    "metrics/export.json:bytes": "bytes of the bundle",
+}
+_MOST_ROWS = 25  # more are folded away
+_SIDES = ["base", "head", "change"]
+Values = dict[str, Mapping[str, Any]]  # old, new and, of numbers, diff, by `file:name`
+
+
+@dataclass
+class ChangeReport:
+    """The page in Markdown, the pictures it shows by file name, and the columns of `changed.csv`."""
+
+    markdown: str = ""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    changed: dict[str, list[Any]] | None = None
+
+
+def change_report(
+    base: Revision, head: Revision, timings: tuple[Timing, Timing] | None = None
+) -> ChangeReport:
+    """Compare two revisions in everything that Git, DVC and this machine's run log know of them.
+
+    `timings` are latencies of base and head by engine, as for the gates; None where not measured.
+
+    Raises
+    ------
+    UserError
+        A revision is unknown.
+    """
+    root = base.root
+    runs = [None if each.rev is None else finished(root, [each.rev])[0] for each in (base, head)]
+    made = ChangeReport()
+    parts = ["# What this change does", "## Is it real?"]
+    for run in runs:
+        if run is not None and run.outdated:
+            files = ", ".join(sorted(run.outdated))
+            parts.append(
+                f"**{run.name} was not run to its end:** {files} and what belongs to them are of an "
+                "earlier run, with other parameters or inputs."
+            )
+    metrics, params, problems = _differences(base, head)
+    try:
+        found = review(base, head)
+    except UserError as error:
+        parts += [f"### {head} against {base}", f"**Predictions cannot be compared:** {error}."]
+    else:
+        parts.append(markdown_report(found).strip())
+        parts += _pictures(found, made)
+    parts += _sweep_curves(base, head, made)
+    parts += [f"**Not read:** {problem}." for problem in problems]
+    parts += ["## Parameters", *_params_table(params)]
+    parts += ["## Metrics", *_metrics_tables(metrics)]
+    log = ArtifactSchema(root).run_log
+    seconds = [stage_seconds(root, log, None if run is None else run.commit) for run in runs]
+    parts += ["## Cost", *_cost_table(metrics, seconds, timings)]
+    made.markdown = "\n\n".join(parts) + "\n"
+    return made
+
+
+def _differences(base: Revision, head: Revision) -> tuple[Values, Values, list[str]]:
+    """All metrics, the parameters that changed, and what DVC could not read."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    revisions = {"a_rev": base.rev or "workspace", "b_rev": head.rev or "workspace"}
+    try:
+        with Repo(str(base.root)) as repo:
+            found = repo.metrics.diff(**revisions, all=True), repo.params.diff(**revisions)
+    except DvcException as error:
+        raise UserError(f"DVC cannot compare {base} and {head}: {error}") from error
+    problems = [
+        f"{path} of {revision} ({error})"
+        for each in found
+        for revision, errors in each.get("errors", {}).items()
+        for path, error in (errors.items() if isinstance(errors, dict) else [("all", errors)])
+    ]
+    metrics, params = (
+        {
+            f"{path}:{name}": value
+            for path, values in sorted(each.get("diff", {}).items())
+            for name, value in sorted(values.items())
+        }
+        for each in found
+    )
+    return metrics, params, problems
+
+
+def _pictures(found: Review, made: ChangeReport) -> list[str]:
+    """Curves of both sides on the images that both answered, and the sheet of changed decisions."""
+    from streetvision.evaluation import review_plots
+
+    tables = found.base.predictions(), found.head.predictions()
+    _, *rows = match_predictions(*tables)
+    both = {
+        name: each.probabilities[own]
+        for name, each, own in zip(_names(found.base, found.head), tables, rows, strict=True)
+    }
+    labels, prior = tables[1].labels[rows[1]], found.comparison.served_prior
+    made.pictures["roc.png"] = review_plots.overlay_roc(labels, both)
+    made.pictures["precision_recall.png"] = review_plots.overlay_precision_recall(
+        labels, both, prior
+    )
+    made.pictures["reliability.png"] = review_plots.overlay_reliability(labels, both, prior)
+    parts = ["## Curves", *map(_shown, ("roc.png", "precision_recall.png", "reliability.png"))]
+    made.changed = changes_table(found.comparison)
+    sheet = contact_sheet(found) if found.comparison.changes else None
+    if sheet is not None:
+        made.pictures["changed.png"] = sheet
+    where = "All are in `changed.csv`."
+    parts += ["## Images whose decision changed", where]
+    return parts if sheet is None else [*parts, _shown("changed.png")]
+
+
+def _sweep_curves(base: Revision, head: Revision, made: ChangeReport) -> list[str]:
+    """MCC over the threshold on VAL_CALIB, of the revisions that have the curve."""
+    from streetvision.evaluation import review_plots
+
+    curves, missing = {}, []
+    path = ArtifactSchema(base.root).plot("threshold_sweep.csv")
+    for name, revision in zip(_names(base, head), (base, head), strict=True):
+        text = revision.read(path)
+        if text is None:
+            missing.append(f"{revision} has no {path.relative_to(base.root)}.")
+            continue
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        curves[name] = [
+            np.array([float(row[name]) for row in rows]) for name in ("threshold", "mcc")
+        ]
+    if not curves:
+        return missing
+    made.pictures["mcc_curve.png"] = review_plots.overlay_mcc_curves(curves)
+    return ["## MCC over the threshold, VAL_CALIB", *missing, _shown("mcc_curve.png")]
+
+
+def _names(base: Revision, head: Revision) -> tuple[str, str]:
+    return f"base {base}", f"head {head}"
+
+
+def _params_table(params: Values) -> list[str]:
+    rows = [
+        [name.removeprefix("params.yaml:"), *(_cell(each[side]) for side in ("old", "new"))]
+        for name, each in params.items()
+    ]
+    return _table(["parameter", "base", "head"], rows, "None differs.")
+
+
+def _metrics_tables(metrics: Values) -> list[str]:
+    changed = {name: each for name, each in metrics.items() if each["old"] != each["new"]}
+    first = {
+        name: each
+        for name, each in changed.items()
+        if (name.startswith(TEST_METRICS) and "." not in name.partition(":")[2])
+        or ":val_select." in name
+    }
+    rest = [_row(name, each) for name, each in changed.items() if name not in first]
+    parts = _table(["metric", *_SIDES], [_row(*item) for item in first.items()], "None differs.")
+    if rest:
+        parts += _folded(f"{len(rest)} more", ["metric", *_SIDES], rest)
+    return parts
+
+
+def _cost_table(
+    metrics: Values, seconds: Sequence[Mapping[str, float]], timings: tuple[Timing, Timing] | None
+) -> list[str]:
+    rows = [_row(name, metrics[key]) for key, name in _COST.items() if key in metrics]
+    rows += _pairs("seconds of `{}`, on this machine", *seconds)
+    if timings is not None:
+        p95 = [{engine: each["p95_ms"] for engine, each in side.items()} for side in timings]
+        rows += _pairs("latency of {}, 95 % quantile, ms", *p95)
+    parts = _table(["cost", *_SIDES], rows, "No cost is recorded.")
+    if not any(seconds):
+        parts.append("Times are not known: this machine's run log has no run of these revisions.")
+    return parts
+
+
+def _pairs(name: str, base: Mapping[str, float], head: Mapping[str, float]) -> list[list[str]]:
+    """A row for each key of either side."""
+    rows = []
+    for key in {**base, **head}:
+        old, new = base.get(key), head.get(key)
+        change = {} if old is None or new is None else {"diff": new - old}
+        rows.append(_row(name.format(key), {"old": old, "new": new, **change}))
+    return rows
+
+
+def _row(name: str, value: Mapping[str, Any]) -> list[str]:
+    change = value.get("diff")
+    sign = "" if change is None else f"{'+' if change >= 0 else '−'}{_value(abs(change))}"
+    return [name, _value(value["old"]), _value(value["new"]), sign]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return _cell(value)
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else as_text(value).replace("|", "\\|")
+
+
+def _table(header: list[str], rows: list[list[str]], nothing: str) -> list[str]:
+    if not rows:
+        return [nothing]
+    if len(rows) > _MOST_ROWS:
+        return _folded(f"{len(rows)} differ", header, rows)
+    return [markdown_table(header, rows)]
+
+
+def _folded(summary: str, header: list[str], rows: list[list[str]]) -> list[str]:
+    table = markdown_table(header, rows)
+    return [f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>"]
+
+
+def _shown(name: str) -> str:
+    return f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
