@@ -551,8 +551,10 @@ def _timings(options: argparse.Namespace) -> tuple[Timing, Timing] | None:
 def _review(options: argparse.Namespace) -> Review:
     from streetvision.evaluation.revisions import Revision, review
 
-    root = Path.cwd()
-    return review(Revision(root, options.base), Revision(root, options.head))
+    base, head = (Revision(Path.cwd(), name) for name in (options.base, options.head))
+    for each in (base, head):
+        each.check_evaluated()
+    return review(base, head)
 
 
 def _drift(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import yaml
 
 from streetvision import cli
 from streetvision.errors import UserError
+from streetvision.evaluation.revisions import Revision
 from streetvision.experiments import finished, stage_seconds
 from tests.pipeline.project import Project, with_git
 
@@ -80,9 +81,13 @@ def test_experiments_as_runs(swept: Project) -> None:
     assert whole.metrics["metrics/train.json:val_select.mcc"] == pytest.approx(0.81)
     assert whole.metrics["metrics/evaluation.json:mcc"] == pytest.approx(0.71)
     assert whole.outdated == frozenset()
+    for name in (None, "main", "whole"):
+        Revision(swept.root, name).check_evaluated()
     # Those that stopped after `train` still carry HEAD's evaluation.
     for run in runs.values():
         assert run.outdated == {"metrics/evaluation.json"}
+        with pytest.raises(UserError, match=f"{run.name} stopped before the stage evaluate"):
+            Revision(swept.root, run.name).check_evaluated()
         assert run.metrics["metrics/evaluation.json:mcc"] == pytest.approx(0.41)
         rate, seed = run.params["train.rate"], run.params["seed"]
         assert run.metrics["metrics/train.json:val_select.mcc"] == pytest.approx(rate + 0.01 * seed)

@@ -14,6 +14,7 @@ from streetvision.evaluation.compare import Comparison, compare_predictions
 from streetvision.evaluation.evaluate import evidence_size
 from streetvision.evaluation.metrics import check_prior
 from streetvision.evaluation.predictions import Predictions, parse_predictions
+from streetvision.experiments import finished
 
 PARAMS = "params.yaml"
 SHEET_IMAGES = 24
@@ -63,6 +64,25 @@ class Revision:
         if text is None:
             raise UserError(f"{name} is missing; the stage `evaluate` makes it")
         return parse_predictions(text, name)
+
+    def check_evaluated(self) -> None:
+        """Refuse an experiment that stopped before `evaluate`: its predictions are those of its base.
+
+        Raises
+        ------
+        UserError
+            `dvc.lock` ties the predictions to other parameters or inputs than the revision's.
+        """
+        if self.rev is None or self.read(self.root / "dvc.lock") is None:
+            return
+        (run,) = finished(self.root, [self.rev])
+        if (
+            ArtifactSchema(self.root).metric("evaluation").relative_to(self.root).as_posix()
+            in run.outdated
+        ):
+            raise UserError(
+                f"{self} stopped before the stage evaluate: its predictions are of other parameters or inputs"
+            )
 
     def parameter(self, section: str, key: str) -> object:
         """One value of `params.yaml`, which may be older than today's schema; None if it is not there."""
