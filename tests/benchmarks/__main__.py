@@ -12,14 +12,14 @@ from streetvision.artifacts import write_json_atomic
 from tests.benchmarks.calibrators import calibrators
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.comparison import comparison
-from tests.benchmarks.inference import inference, latency
+from tests.benchmarks.inference import inference, latency, shared
 from tests.benchmarks.runner import Table
 from tests.benchmarks.training import gpu, memory
 
 # What is measured in something else than seconds prints a table of its own.
 TABLES = {
     "calibrators": calibrators, "comparison": comparison, "inference": inference, "latency": latency,
-    "memory": memory, "gpu": gpu,
+    "memory": memory, "shared": shared, "gpu": gpu,
 }  # fmt: skip
 
 

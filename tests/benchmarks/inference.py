@@ -24,6 +24,8 @@ SIDE = 224
 THREADS = 2
 # Views of an image → their grid, and how many images are timed with each engine.
 LATENCY_VIEWS = {1: (1, 100), 10: (3, 40)}
+# What many threads share one predictor of, for how long, and when their memory is first looked at.
+SHARED_MODEL, CALLERS, SHARED_SECONDS, SETTLED_SECONDS = "resnet18", 8, 60.0, 15.0
 
 
 def inference() -> list[Table]:
@@ -90,7 +92,52 @@ def latency() -> list[Table]:
     return [Table(title, columns, rows)]
 
 
-def _classifier() -> tuple[RoadworkClassifier, ClassifierConfig]:
+def shared() -> list[Table]:
+    """Threads that share one predictor for a minute: wrong answers, and memory that is not given back."""
+    import threading
+    import time
+
+    from streetvision.bundle.predictor import Predictor
+
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 256, (side, SIDE, 3), dtype=np.uint8))
+        for side in range(SIDE, SIDE + 64, 4)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        predictor = Predictor.load(_bundle(Path(folder), 2, SHARED_MODEL, onnx=False), "cpu")
+    wanted = [predictor(image) for image in images]
+    counts = np.zeros((CALLERS, 2), dtype=np.int64)  # calls, wrong answers
+    stop = time.perf_counter() + SHARED_SECONDS
+
+    def ask(caller: int) -> None:
+        own = np.random.default_rng(caller)
+        while time.perf_counter() < stop:
+            chosen = int(own.integers(len(images)))
+            wrong = abs(predictor(images[chosen]) - wanted[chosen]) > 1e-6
+            counts[caller] += (1, wrong)
+
+    threads = [threading.Thread(target=ask, args=(caller,)) for caller in range(CALLERS)]
+    for thread in threads:
+        thread.start()
+    time.sleep(SETTLED_SECONDS)
+    settled = _resident_mb()
+    for thread in threads:
+        thread.join()
+    calls, wrong = counts.sum(axis=0)
+    row = [f"{calls:,}", str(wrong), f"{settled:,.0f} MB", f"{_resident_mb():,.0f} MB"]
+    title = f"{CALLERS} threads, one predictor ({SHARED_MODEL}, 5 views), {SHARED_SECONDS:.0f} s"
+    first = f"memory after {SETTLED_SECONDS:.0f} s"
+    return [Table(title, ["predictions", "wrong", first, "at the end"], [row])]
+
+
+def _resident_mb() -> float:
+    """Memory of this process that is in RAM now; Linux."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _classifier(model: str = MODEL) -> tuple[RoadworkClassifier, ClassifierConfig]:
     import torch
 
     from streetvision.data.transforms import Preprocessing
@@ -98,12 +145,12 @@ def _classifier() -> tuple[RoadworkClassifier, ClassifierConfig]:
     from streetvision.models.classifier import ClassifierConfig
 
     torch.manual_seed(0)
-    name, arguments, mean, std = resolve(MODEL, SIDE, SIDE)
+    name, arguments, mean, std = resolve(model, SIDE, SIDE)
     config = ClassifierConfig(name, arguments, Preprocessing(SIDE, SIDE, "crop", False, mean, std))
     return config.build().eval(), config
 
 
-def _bundle(folder: Path, grid: int) -> Path:
+def _bundle(folder: Path, grid: int, model: str = MODEL, *, onnx: bool = True) -> Path:
     """A bundle as `export` writes it, with ONNX models where these can be made; several views are averaged."""
     from streetvision.artifacts import write_bytes_atomic, write_json_atomic
     from streetvision.bundle.export import export_bundle
@@ -114,7 +161,7 @@ def _bundle(folder: Path, grid: int) -> Path:
     from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
     from streetvision.params import Cvfm, Export, ViewGrid
 
-    save_classifier(*_classifier(), folder / "classifier")
+    save_classifier(*_classifier(model), folder / "classifier")
     mode = "single" if grid == 1 else "simple_mean"
     save_fusion(Fusion(FusionConfig.of(mode, Cvfm(), ViewGrid(grid=grid), 0)), folder / "cvfm")
     # Everything is roadwork: with random weights decisions at 0.5 would hang on the last digit.
@@ -123,7 +170,7 @@ def _bundle(folder: Path, grid: int) -> Path:
     write_json_atomic(folder / "scrc_params.json", document)
     write_bytes_atomic(folder / "scrc_params.pkl", dump_policy_pickle(document))
     make_onnx = None
-    if _has_onnx():
+    if onnx and _has_onnx():
         from streetvision.bundle.onnx_gate import GateImages
         from streetvision.bundle.onnx_gate import make_onnx as make
 
