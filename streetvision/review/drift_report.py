@@ -87,6 +87,7 @@ def measure_drift(
         known, new, policy.deployed_probability, policy.accepts if policy.abstention else None,
         alpha=alpha,
     )  # fmt: skip
+    report["sources"] = {"reference": str(reference), "new": str(new_data)}
     logits = (known.logits, new.logits)
     probability = (policy.deployed_probability(logits[0]), policy.deployed_probability(logits[1]))
     return report, plot_drift(probability, logits)
@@ -209,11 +210,13 @@ def meaning(report: Mapping[str, Any]) -> list[str]:
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The report as text for a terminal."""
+    """What `measure_drift` reports, as text for a terminal."""
     images, groups = report["images"], report["groups"]
-    counts = [f"{images[n]:,} images of {groups[n]:,} groups" for n in ("reference", "new")]
     lines = [
-        f"reference: {counts[0]}; new: {counts[1]}",
+        *(
+            f"{f'{name}:':11}{images[name]:,} images of {groups[name]:,} groups, {report['sources'][name]}"
+            for name in ("reference", "new")
+        ),
         f"{'':26}{'value':>9}{'95 % by chance':>16}{'p':>8}{'p, Holm':>9}",
     ]
     names = ("PSI of the probability", "KS distance of the logits", "MMD² of the features")

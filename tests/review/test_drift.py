@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,12 +21,16 @@ from scipy.stats import ks_2samp
 from streetvision import cli
 from streetvision.bundle.predictor import Predictor
 from streetvision.data.distort import Task, challenge_jpegs
-from streetvision.data.embeddings import write_embeddings
+from streetvision.data.embeddings import read_embeddings, write_embeddings
 from streetvision.data.store import open_split
 from streetvision.data.transforms import Preprocessing
+from streetvision.data.views import view_names
+from streetvision.decision.hard_images import HardImages
 from streetvision.decision.inputs import sigmoid
+from streetvision.errors import UserError
+from streetvision.models.fusion import Fusion, FusionConfig
 from streetvision.models.multiview import score_split_views
-from streetvision.params import ViewGrid
+from streetvision.params import Cvfm, ViewGrid
 from streetvision.review.drift import (
     holm,
     kernel_sums,
@@ -37,7 +42,7 @@ from streetvision.review.drift import (
     shuffle_test,
 )
 from streetvision.review.drift_report import drift_report, psi_level, render
-from streetvision.review.images import Sample, look, open_images
+from streetvision.review.images import Sample, embedded_sample, look, open_images, score_images
 
 Floats = NDArray[np.float64]
 HALF = (0.5, 0.5, 0.5)
@@ -70,9 +75,10 @@ def test_psi_without_drift_is_as_large_as_published() -> None:
     assert np.mean(found) == pytest.approx(9 * (1 / 300 + 1 / 200), rel=0.1)
 
 
+@settings(max_examples=50)
 @given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=20),
-    st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    st.lists(st.integers(0, 9), min_size=2, max_size=20),
+    st.lists(st.integers(0, 9), min_size=2, max_size=20),
 )
 def test_ks_distance_is_scipys(a: list[int], b: list[int]) -> None:
     expected = ks_2samp(np.array(a), np.array(b), method="asymp").statistic
@@ -245,7 +251,8 @@ def test_the_band_and_the_properties_are_compared() -> None:
         assert report["share_rejected"][name] == pytest.approx(expected)
     assert report["properties"]["dark"]["p_holm"] < 0.05
     assert report["properties"]["same"]["psi"] == 0
-    shown = render(report)
+    shown = render(report | {"sources": {"reference": "a.arrow", "new": "b"}})
+    assert "reference: 60 images of 20 groups, a.arrow" in shown
     assert "rejected by the policy" in shown
     assert shown.count("\n") > 10
     # Properties explain, they do not alarm.
@@ -292,6 +299,35 @@ def test_a_folder_without_labels_is_read_by_groups(
     with open_images(tmp_path / "new", PREPROCESSING) as images:
         assert {str(name) for name in images.groups} >= {"drive1"}
         assert {"csv/drive0/deep/0.jpg", "csv/drive1/deep/5.jpg"} <= set(images.ids)
+
+
+def test_a_sample_has_the_logits_that_the_policy_takes(
+    tmp_path: Path, trained: Any, write_split: Callable[..., Path]
+) -> None:
+    """Several views and a second pass for hard images: as the predictor answers, cached or not."""
+    plain = Predictor.load(trained.bundle, "cpu")
+    grid = ViewGrid(grid=2)
+    fusion = Fusion(FusionConfig.of("simple_mean", Cvfm(), grid, 0))
+    split = open_split("evaluate", "val_test", write_split(tmp_path / "x.arrow", 24))
+    images = [split.image(row) for row in range(24)]
+    middle = np.quantile(plain.logits(images), [0.3, 0.7])
+    policy = replace(plain.policy, hard_images=HardImages(*middle.tolist()))
+    predictor = Predictor(plain.model, plain.config, fusion, policy, 16, torch.device("cpu"))
+    expected = predictor.logits(images)
+    scored = score_images(predictor, split)
+    np.testing.assert_allclose(scored.logits, expected, atol=1e-5)
+    assert (np.abs(expected - plain.logits(images)) > 1e-3).any()
+    scores = score_split_views(
+        predictor.model, predictor.config.preprocessing, split, grid, 16, torch.device("cpu")
+    )
+    path = write_embeddings(tmp_path / "e.arrow", split, view_names(grid), scores)
+    cached = embedded_sample(predictor, read_embeddings(path, features=True), split)
+    np.testing.assert_allclose(cached.logits, expected, atol=1e-5)
+    np.testing.assert_array_equal(cached.features, scored.features)
+    for name, values in scored.properties.items():
+        np.testing.assert_array_equal(cached.properties[name], values)
+    with pytest.raises(UserError, match="embeddings and images of val_test differ"):
+        embedded_sample(predictor, read_embeddings(path, features=True), split.select([0, 1]))
 
 
 # --------------------------------------------------------------------------- the command

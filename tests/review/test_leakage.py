@@ -25,6 +25,7 @@ from streetvision.review.leakage import (
     nearest,
     whitened,
 )
+from streetvision.review.leakage_report import describe
 from tests.review.pictures import encoded, rewrite, street
 
 SIZE = (128, 96)
@@ -131,6 +132,22 @@ def test_planted_copies_are_found_whatever_they_are_alike_in() -> None:
     assert len(found.pairs) == 120 + 120 + 120 + 1
     with pytest.raises(UserError, match="at least 2 are needed"):
         find_leakage([a], 6, 0.04)
+
+
+def test_what_cannot_be_told_is_said() -> None:
+    rng = np.random.default_rng(6)
+    few, b = scenes(rng, "few", 4), scenes(rng, "b", 6)
+    b.groups[:] = [f"image:{name}" for name in b.ids]
+    found = find_leakage([few, b], 6, 0.04)
+    assert not found.leaks
+    shown = "\n".join(describe(found))
+    assert "Too few groups or images in few to know what chance brings" in shown
+    assert "No groups are known in b: frames" in shown
+    assert "No leak found" in shown
+    b.groups[0] = "few1"
+    lines = describe(find_leakage([few, b], 6, 0.04))
+    assert lines[-1] == "LEAK: groups are in two splits."
+    assert "1 groups are in few and in b: few1" in lines
 
 
 def test_bits_and_pixels_are_those_of_prepare() -> None:
