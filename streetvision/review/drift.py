@@ -2,6 +2,7 @@
 
 Frames of one drive are not independent, so whole groups are shuffled between the samples: if both are of one
 distribution, every shuffle is as likely as what is there, and p is the share of shuffles that differ as much.
+That holds for groups of equal size: `match_groups` makes them so.
 """
 
 from __future__ import annotations
@@ -65,6 +66,28 @@ def ks_distance(reference: Floats, new: Floats) -> float:
     both = np.concatenate([a, b])
     first, second = (np.searchsorted(x, both, side="right") / len(x) for x in (a, b))
     return float(np.abs(first - second).max())
+
+
+def match_groups(
+    reference: NDArray[np.object_], new: NDArray[np.object_], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of both samples, of groups [N], [M], whose groups are equally large.
+
+    Groups of 10 images scatter more than groups of 50: shuffled as they are, small new groups would look
+    like drift. So the groups of each sample are ordered by size, and one at a share u of them keeps, drawn
+    at random, as many images as the smaller of both samples has there. Every group keeps one at least.
+    """
+    codes = [np.unique(groups, return_inverse=True)[1] for groups in (reference, new)]
+    sizes = [np.bincount(each) for each in codes]
+    kept = []
+    for own, other, code in zip(sizes, reversed(sizes), codes, strict=True):
+        share = (np.argsort(np.argsort(own, kind="stable")) + 0.5) / len(own)
+        wanted = np.minimum(own, np.quantile(other, share, method="inverted_cdf"))
+        order = rng.permutation(len(code))
+        order = order[np.argsort(code[order], kind="stable")]  # by group, at random within
+        place = np.arange(len(code)) - (np.cumsum(own) - own)[code[order]]
+        kept.append(np.sort(order[place < wanted[code[order]]]))
+    return kept[0], kept[1]
 
 
 def shuffle_groups(

@@ -23,9 +23,9 @@ from streetvision.evaluation.plots import BLUE, GREY, ORANGE, _figure, _picture
 from streetvision.review.drift import (
     Finding,
     Floats,
-    Shuffles,
     holm,
     ks_distance,
+    match_groups,
     mmd_test,
     psi,
     shuffle_groups,
@@ -122,39 +122,57 @@ def drift_report(
     if min(len(reference.ids), len(new.ids)) < 2:
         raise UserError("drift needs at least 2 images of each sample")
     rng = np.random.default_rng(seed)
-    shuffles = shuffle_groups(reference.groups, new.groups, permutations, rng)
     samples = (reference, new)
-    p_both = [probability(each.logits) for each in samples]
+    rows = match_groups(reference.groups, new.groups, rng)
+    compared = [sample.take(each) for sample, each in zip(samples, rows, strict=True)]
+    shuffles = shuffle_groups(compared[0].groups, compared[1].groups, permutations, rng)
+
+    def judge(
+        statistic: Callable[[Floats, Floats], float], of: Callable[[Sample], Floats]
+    ) -> Finding:
+        return shuffle_test(statistic, of(compared[0]), of(compared[1]), shuffles)
+
     found = {
-        "psi_probability": shuffle_test(psi, p_both[0], p_both[1], shuffles),
-        "ks_logit": shuffle_test(ks_distance, reference.logits, new.logits, shuffles),
-        "mmd2_features": _mmd(reference, new, permutations, rng),
+        "psi_probability": judge(psi, lambda sample: probability(sample.logits)),
+        "ks_logit": judge(ks_distance, lambda sample: sample.logits),
+        "mmd2_features": _mmd(compared[0], compared[1], permutations, rng),
     }
     adjusted = holm([found[name].p for name in TESTS])
-    tests = {
-        name: {**found[name]._asdict(), "p_holm": value}
-        for name, value in zip(TESTS, adjusted, strict=True)
-    }
+    p_both = [probability(each.logits) for each in samples]
+    psi_all = psi(p_both[0], p_both[1])
     n_groups = [len(set(each.groups)) for each in samples]
     smallest = max(1 / (permutations + 1), 1 / comb(sum(n_groups), n_groups[1]))
     report: dict[str, Any] = {
         "images": _both(*(len(each.ids) for each in samples)),
+        "compared": _both(*(len(each.ids) for each in compared)),
         "groups": _both(*n_groups) | {"known": all(groups_known(each.groups) for each in samples)},
-        "tests": tests,
+        "tests": {
+            name: {**found[name]._asdict(), "p_holm": value}
+            for name, value in zip(TESTS, adjusted, strict=True)
+        },
         "ks_logit_p_independent": _independent_p(reference.logits, new.logits),
         "alpha": alpha,
         "smallest_p": smallest,
         "decidable": smallest * len(TESTS) <= alpha,
         "drift": min(adjusted) <= alpha,
-        "size": psi_level(found["psi_probability"].value),
+        "answers_moved": min(found[name].p for name in TESTS[:2]) <= alpha,
+        "psi": psi_all,
+        "size": psi_level(psi_all),
         "mean_probability": _both(*(float(p.mean()) for p in p_both)),
         "share_positive": _both(*(float((p > 0.5).mean()) for p in p_both)),
     }
     if accepts is not None:
         rejected = [(~accepts(each.logits)).astype(np.float64) for each in samples]
-        test = shuffle_test(_mean_distance, rejected[0], rejected[1], shuffles)
+        test = judge(_mean_distance, lambda each: (~accepts(each.logits)).astype(np.float64))
         report["share_rejected"] = _both(*(float(x.mean()) for x in rejected)) | {"p": test.p}
-    report["properties"] = _properties(reference, new, shuffles)
+    names = [name for name in reference.properties if name in new.properties]
+    tested = {name: judge(psi, _property(name)) for name in names}
+    adjusted = holm([each.p for each in tested.values()])
+    report["properties"] = {
+        name: _both(*(float(np.median(each.properties[name])) for each in samples))
+        | {"psi": test.value, "chance": test.chance, "p": test.p, "p_holm": p}
+        for (name, test), p in zip(tested.items(), adjusted, strict=True)
+    }
     return report | {"meaning": " ".join(meaning(report))}
 
 
@@ -166,7 +184,7 @@ def psi_level(value: float) -> str:
 def meaning(report: Mapping[str, Any]) -> list[str]:
     """Say in sentences what a report means and what to do."""
     new = report["groups"]["new"]
-    value = report["tests"]["psi_probability"]["value"]
+    value = report["psi"]
     said = []
     if not report["decidable"]:
         said.append(
@@ -176,6 +194,11 @@ def meaning(report: Mapping[str, Any]) -> list[str]:
         )
     elif not report["drift"]:
         said.append("No drift that this many groups could tell.")
+    elif not report["answers_moved"]:
+        said.append(
+            "DRIFT in what the images show; a shift of the answers could not be told. Look at the "
+            "images; the bundle may serve on."
+        )
     elif report["size"] == "small":
         said.append(
             f"DRIFT, but the answers hardly moved (PSI {value:.2f} < 0.1): look at the images; "
@@ -217,6 +240,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"{f'{name}:':11}{images[name]:,} images of {groups[name]:,} groups, {report['sources'][name]}"
             for name in ("reference", "new")
         ),
+        "groups cut to equal sizes: {reference:,} and {new:,} images".format(**report["compared"]),
         f"{'':26}{'value':>9}{'95 % by chance':>16}{'p':>8}{'p, Holm':>9}",
     ]
     names = ("PSI of the probability", "KS distance of the logits", "MMD² of the features")
@@ -242,7 +266,6 @@ def render(report: Mapping[str, Any]) -> str:
             f"{name.replace('_', ' '):26}{row['reference']:9.3f}{row['new']:16.3f}"
             f"{row['psi']:8.3f}{row['p_holm']:9.4f}"
         )
-    lines.append("PSI: below 0.1 small, to 0.25 moderate, above large (Siddiqi 2006)")
     lines.append(report["meaning"])
     return "\n".join(lines)
 
@@ -289,6 +312,10 @@ def _some_groups(groups: NDArray[np.object_], rng: np.random.Generator) -> NDArr
     return np.asarray(kept[codes])
 
 
+def _property(name: str) -> Callable[[Sample], Floats]:
+    return lambda sample: sample.properties[name]
+
+
 def _mean_distance(reference: Floats, new: Floats) -> float:
     return abs(float(new.mean() - reference.mean()))
 
@@ -297,19 +324,3 @@ def _independent_p(reference: Floats, new: Floats) -> float:
     from scipy.stats import ks_2samp
 
     return float(ks_2samp(reference, new, method="asymp").pvalue)
-
-
-def _properties(reference: Sample, new: Sample, shuffles: Shuffles) -> dict[str, Any]:
-    names = [name for name in reference.properties if name in new.properties]
-    found = []
-    for name in names:
-        a, b = reference.properties[name], new.properties[name]
-        found.append(
-            _both(float(np.median(a)), float(np.median(b)))
-            | shuffle_test(psi, a, b, shuffles)._asdict()
-        )
-    adjusted = holm([each["p"] for each in found])
-    return {
-        name: {"psi": each.pop("value"), **each, "p_holm": p}
-        for name, each, p in zip(names, found, adjusted, strict=True)
-    }

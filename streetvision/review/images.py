@@ -52,6 +52,13 @@ class Sample:
     features: NDArray[np.float32]
     properties: dict[str, Floats] = field(default_factory=dict)
 
+    def take(self, rows: NDArray[np.int64]) -> Sample:
+        """The same of some images."""
+        properties = {name: values[rows] for name, values in self.properties.items()}
+        return Sample(
+            self.ids[rows], self.groups[rows], self.logits[rows], self.features[rows], properties
+        )
+
 
 @contextmanager
 def open_images(

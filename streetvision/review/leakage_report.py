@@ -41,7 +41,7 @@ def contact_sheet(found: Leakage, images: Sequence[Split], count: int) -> bytes:
             pictures.append(images[split].image(row))
             seen = found.splits[split]
             captions.append(
-                f"{rank}{' LEAK' if pair.leak else ''}: {seen.name}, {seen.groups[row]}\n"
+                f"{rank}{' LEAK' if pair.leak else ''}: {seen.name}\n{str(seen.groups[row])[-26:]}\n"
                 f"ratio {pair.ratio:.2f}, {pair.hash_bits} bits"
             )
     return plot_mistakes(pictures, captions, "The nearest pairs across splits")
