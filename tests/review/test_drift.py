@@ -212,21 +212,22 @@ def compare(reference: Sample, new: Sample, permutations: int = 99, **more: Any)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "n_groups"), [((6, 6), (15, 9)), ((1, 1), (60, 40)), ((24, 3), (15, 5))]
+    ("sizes", "n_groups", "spread"),
+    [((6, 6), (15, 9), 1.0), ((1, 1), (60, 40), 1.0), ((24, 3), (20, 5), 0.2)],
 )
 def test_false_alarms_are_as_rare_as_promised(
-    sizes: tuple[int, int], n_groups: tuple[int, int]
+    sizes: tuple[int, int], n_groups: tuple[int, int], spread: float
 ) -> None:
     """With groups, without, and where the new ones are small; tests of single images alarm far too often."""
     rng = np.random.default_rng(sizes[1])
     alarms, independent, n = 0, 0, 120
     for seed in range(n):
-        samples = [drawn(rng, g, size) for g, size in zip(n_groups, sizes, strict=True)]
+        samples = [drawn(rng, *each, spread=spread) for each in zip(n_groups, sizes, strict=True)]
         report = compare(samples[0], samples[1], seed=seed)
         alarms += report["drift"]
         independent += report["ks_logit_p_independent"] <= 0.05
     assert alarms / n <= 0.05 + 2.33 * np.sqrt(0.05 * 0.95 / n)
-    assert (independent / n > 0.15) == (sizes[0] > 1)
+    assert (independent / n > 0.15) == (sizes == (6, 6))
 
 
 def test_a_shift_is_found_and_sized() -> None:
