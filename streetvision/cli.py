@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from streetvision.artifacts import ArtifactSchema
     from streetvision.evaluation.gates import Timing
     from streetvision.evaluation.revisions import Review
+    from streetvision.params import Params
 
 PARAMS = "params.yaml"
 log = logging.getLogger(__name__)
 ALARM = 3  # exit code of `replay`, `drift` and `leakage`
+CROSSVAL = Path("report/crossval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,13 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--engine", default="torch", help="torch, or onnx or onnx_int8 where the bundle has it"
     )
     _deploying(add)
-    crossval = add(
-        "crossval", _crossval, "leave one group out: train, calibrate and decide on each in turn"
-    )
-    crossval.add_argument("--preset", help="default: params.yaml")
-    crossval.add_argument(
-        "--output", type=Path, help="folder for crossval.json and predictions.csv"
-    )
+    _held_out(add)
     evidence = add("evidence", _evidence, "measure what each part adds, over seeds; resumable")
     evidence.add_argument(
         "what", choices=["training", "decision", "ablation", "ece"],
@@ -189,6 +185,26 @@ def _add_sweep_summary(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument(
         "--output", type=Path, help="folder for sweep.csv, a row a run, and sweep.png"
     )
+
+
+def _held_out(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that use all data, a part of the groups held out at a time."""
+    crossval = add(
+        "crossval", _crossval,
+        "leave groups out: train, fuse, calibrate and decide without each in turn; resumable",
+    )  # fmt: skip
+    crossval.add_argument("--preset", help="default: params.yaml")
+    crossval.add_argument(
+        "--output", type=Path, default=CROSSVAL, help=f"folder of the results; default: {CROSSVAL}"
+    )
+    crossval.add_argument(
+        "--folds", type=int,
+        help="parts the groups are held out in; default: each alone, of more than 20 groups 5 parts",
+    )  # fmt: skip
+    crossval.add_argument(
+        "--groups", default="group", metavar="COLUMN",
+        help="what is held out together, such as a city where groups are drives; default: group",
+    )  # fmt: skip
 
 
 def _deploying(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -383,17 +399,23 @@ def _publish(options: argparse.Namespace) -> None:
 def _crossval(options: argparse.Namespace) -> None:
     from streetvision.artifacts import ArtifactSchema
     from streetvision.crossval import leave_one_group_out, render
+
+    params, paths = _recipe(options), ArtifactSchema(Path.cwd())
+    report = leave_one_group_out(params, paths, options.output, options.folds, options.groups)
+    _say(render(report))
+
+
+def _recipe(options: argparse.Namespace) -> Params:
+    """The parameters of `--preset`, else of the project here."""
     from streetvision.params import load_params
     from streetvision.presets import load_preset
 
     root = Path.cwd()
     if options.preset:
-        params = load_preset(options.preset, root)
-    elif (root / PARAMS).exists():
-        params = load_params(root / PARAMS)
-    else:
-        raise UserError(f"{root} holds no {PARAMS}; run this in the project's folder")
-    _say(render(leave_one_group_out(params, ArtifactSchema(root), options.output)))
+        return load_preset(options.preset, root)
+    if (root / PARAMS).exists():
+        return load_params(root / PARAMS)
+    raise UserError(f"{root} holds no {PARAMS}; run this in the project's folder")
 
 
 def _evidence(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Leave one group out: nothing of a held-out group is seen, and an interruption changes nothing."""
+"""Leave groups out: nothing of a held-out group is seen, and an interruption changes nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from PIL import Image
 
 from streetvision import crossval
 from streetvision.artifacts import ArtifactSchema
+from streetvision.data.leave_out import held_out_units
+from streetvision.data.store import SplitAccessError, open_split
 from streetvision.errors import UserError
 from streetvision.models import training
 from streetvision.params import Params, check_params
@@ -35,9 +37,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels[8:32, 8 + group : 32 + group] = 255
             name = f"g{group}-{number}.png"
             Image.fromarray(pixels).save(root / name)
-            rows.append([name, label, f"g{group}"])
+            rows.append([name, label, f"g{group}", f"city {group // 2}", f"{number}"])
     with (root / "labels.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["file", "label", "group"], *rows])
+        csv.writer(file).writerows([["file", "label", "group", "city", "number"], *rows])
     return root
 
 
@@ -62,6 +64,7 @@ def params(project: Path) -> Params:
             "batch_size": 8,
             "precision": "fp32",
         },
+        "cvfm": {"mode": "single"},
         "decision": {"n_resamples": 100},
         "evaluate": {"n_resamples": 100},
         "hardware": {"workers": 1, "device": "cpu"},
@@ -96,7 +99,7 @@ def test_folds_see_nothing_of_the_held_out_group_and_resume(
         params, ArtifactSchema(tmp_path / "undisturbed"), tmp_path / "b"
     )
     assert report == undisturbed
-    for name in ("crossval.json", "predictions.csv"):
+    for name in ("crossval.json", "predictions.csv", "logits.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
     from sklearn.metrics import matthews_corrcoef, roc_auc_score
@@ -106,24 +109,135 @@ def test_folds_see_nothing_of_the_held_out_group_and_resume(
     labels = np.array([int(row["label"]) for row in rows])
     assert len(rows) == (GROUPS - 1) * IMAGES == report["images"]
     assert report["images_always_in_train"] == IMAGES
-    for name in crossval.MODELS:
+    for name in ("pipeline", "baseline"):
         values = np.array([float(row[name]) for row in rows])
         assert report[name]["mcc"] == pytest.approx(matthews_corrcoef(labels, values > 0.5))
         assert report[name]["roc_auc"] == pytest.approx(roc_auc_score(labels, values))
         own = np.array([row["group"] == "g3" for row in rows])
         expected = matthews_corrcoef(labels[own], values[own] > 0.5)
-        assert report["by_group"]["g3"][name] == pytest.approx(expected)
+        assert report["by_fold"]["g3"][name] == pytest.approx(expected)
+        each = [report["by_fold"][f"g{number}"][name] for number in range(GROUPS - 1)]
+        assert report[name]["mcc_mean"] == pytest.approx(np.mean(each))
+        assert report[name]["mcc_std"] == pytest.approx(np.std(each, ddof=1))
     gain = report["pipeline"]["mcc"] - report["baseline"]["mcc"]
     assert report["gain"]["mcc"] == pytest.approx(gain)
     assert json.loads((tmp_path / "a/crossval.json").read_text()) == report
     text = crossval.render(report)
     assert text.count("| g") == GROUPS - 1
     assert f"**{report['pipeline']['mcc']:.3f}" in text
+    check_logits(tmp_path / "a", rows, report)
+
+
+def check_logits(folder: Path, rows: list[dict[str, str]], report: dict[str, Any]) -> None:
+    """One line an image and condition, of the same images in the same order."""
+    with (folder / "logits.csv").open() as file:
+        logits = list(csv.DictReader(file))
+    clean = [row for row in logits if row["condition"] == "clean"]
+    assert [row["id"] for row in clean] == [row["id"] for row in rows]
+    assert [row["label"] for row in clean] == [row["label"] for row in rows]
+    assert len(logits) == 2 * len(rows)
+    assert all(row["single"] == row["fused"] for row in logits)
+    assert {row["unit"] for row in clean} == {row["group"] for row in rows}
+    # A policy of a single view is increasing in the logit, within a fold.
+    for group in report["by_fold"]:
+        pairs = [
+            (float(a["fused"]), float(b["pipeline"]))
+            for a, b in zip(clean, rows, strict=True)
+            if b["group"] == group
+        ]
+        assert sorted(pairs) == sorted(pairs, key=lambda pair: pair[1])
+
+
+def test_cities_are_held_out_in_parts_with_views_fused(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups are drives here; with ExPLoRA, which sees images without labels."""
+    from streetvision.models import pretraining
+
+    seen: list[set[str]] = []
+    fit, adapt = training.fit_classifier, pretraining.adapt_backbone
+
+    def fitting(model: Any, config: Any, train: Any, part: Any, select: Any, **rest: Any) -> Any:
+        seen.append(set(part.groups) | set(select.groups))
+        return fit(model, config, train, part, select, **rest)
+
+    def adapting(
+        backbone: Any, explora: Any, part: Any, select: Any, *rest: Any, **named: Any
+    ) -> Any:
+        with pytest.raises(SplitAccessError):
+            _ = part.labels
+        seen.append(set(part.groups) | set(select.groups))
+        return adapt(backbone, explora, part, select, *rest, **named)
+
+    monkeypatch.setattr(training, "fit_classifier", fitting)
+    monkeypatch.setattr(pretraining, "adapt_backbone", adapting)
+    lines, rng = ["file,label,group,city"], np.random.default_rng(1)
+    for number in range(8 * 2 * 4):
+        drive, label = number // 4, number % 2
+        pixels = rng.integers(0, 160, (48, 48, 3), dtype=np.uint8)
+        pixels[8:32, 8 + drive : 32 + drive] = 255 if label else 0
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{label},drive {drive},city {drive // 2}")
+    (tmp_path / "cities.csv").write_text("\n".join(lines))
+    changes = {
+        "data": {
+            "local_root": str(tmp_path),
+            "sources": [{"kind": "csv", "name": "noise", "path": "cities.csv"}],
+            "fusion_fraction": 0.3,
+        },
+        "explora": {"enabled": True, "epochs": 1, "batch_size": 8, "precision": "fp32"},
+        "views": {"grid": 2},
+        "cvfm": {"mode": "mlp", "epochs": 2},
+        "embed": {"challenge_repeats": 2},
+    }
+    small = check_params(merge(params.model_dump(mode="json"), changes), "test")
+    paths = ArtifactSchema(tmp_path)
+    report = crossval.leave_one_group_out(small, paths, tmp_path / "out", 3, "city")
+    assert [row["groups"] for row in report["by_fold"].values()] == [3, 3, 2]
+    assert report["modes"] == {"mlp": 3}
+    assert report["groups"] == 8
+    with (tmp_path / "out/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 64
+    held = [
+        {row["group"] for row in rows[start:stop]} for start, stop in ((0, 24), (24, 48), (48, 64))
+    ]
+    assert [len(cities) for cities in held] == [3, 3, 2]
+    assert len(set.union(*held)) == 8
+    assert len(seen) == 6
+    for number, drives in enumerate(seen):
+        cities = {f"city {int(drive.split()[1]) // 2}" for drive in drives}
+        assert not cities & held[number // 2]
+    with (tmp_path / "out/logits.csv").open() as file:
+        logits = list(csv.DictReader(file))
+    assert len(logits) == 3 * len(rows)  # two distorted versions
+    assert any(row["single"] != row["fused"] for row in logits)
+    assert "fold 1 (3 groups)" in crossval.render(report)
+
+
+def test_what_is_held_out_must_be_whole_groups(write_split: Any, tmp_path: Path) -> None:
+    split = open_split("crossval", "whole", write_split(tmp_path / "whole.arrow", 40))
+    assert held_out_units(split, "group").tolist() == split.groups.tolist()
+    assert held_out_units(split, "source").tolist() == ["easy"] * 40
+    with pytest.raises(UserError, match=r"--groups weather: the group .* has both"):
+        held_out_units(split, "weather")
+    with pytest.raises(UserError, match='the data have no column "town"'):
+        held_out_units(split, "town")
+    for folds, number in ((None, 8), (8, 8), (3, 3)):
+        parts = crossval.held_out_parts(split, split.groups, folds)
+        assert len(parts) == number
+        assert sorted(name for part in parts for name in part) == sorted(set(split.groups))
+    with pytest.raises(UserError, match="--folds 9 is not between 2 and 8"):
+        crossval.held_out_parts(split, split.groups, 9)
+    many = np.array([f"g{row // 2}" for row in range(40 * 2)], dtype=object)[:40]
+    assert len(crossval.held_out_parts(split, many, None)) == 20
+    split = open_split("crossval", "whole", write_split(tmp_path / "many.arrow", 84, groups=21))
+    assert [len(p) for p in crossval.held_out_parts(split, split.groups, None)] == [5, 4, 4, 4, 4]
 
 
 def test_too_few_groups(params: Params, project: Path, tmp_path: Path) -> None:
     rows = (project / "labels.csv").read_text().splitlines()
-    few = [row for row in rows if row.endswith(("group", "g0", "g1", "g2", "g5"))]
+    few = [row for row in rows if row.split(",")[2] in {"group", "g0", "g1", "g2", "g5"}]
     (project / "few.csv").write_text("\n".join(few))
     source = {"kind": "csv", "name": "noise", "path": "few.csv"}
     document = merge(params.model_dump(mode="json"), {"data": {"sources": [source]}})

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from streetvision.artifacts import config_hash, write_atomic
+from streetvision.data.leave_out import balanced_parts, mixed_groups, write_parts
 from streetvision.data.schema import SPLITS
-from streetvision.data.store import Split, open_split, read_arrow, write_arrow
+from streetvision.data.store import Split, open_split, read_arrow
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
 from streetvision.params import Data
@@ -137,11 +137,7 @@ def _prepare(
     table = read_arrow(folder / WHOLE, "prepare")
     for number, rows in enumerate(rotate(whole, folds, calibrated=calibrated)):
         fusion = rows.pop("fusion", np.empty(0, np.int64))
-        for name, chosen in rows.items():
-            part = table.take(pa.array(chosen)).combine_chunks()
-            columns = {column: part.column(column) for column in part.column_names}
-            columns["fusion"] = pa.array(np.isin(chosen, fusion))
-            write_arrow(folder / str(number) / f"{name}.arrow", columns)
+        write_parts(table, rows, fusion, folder / str(number))
     (folder / WHOLE).unlink()
 
 
@@ -180,20 +176,13 @@ def rotate(
     UserError
         Too few groups with both classes, or too few folds for all these parts.
     """
-    from streetvision.crossval import mixed_groups
-
     groups, least = mixed_groups(whole), 5 if calibrated else 3
     if len(groups) < folds or folds < least:
         raise UserError(
             f"{folds} folds, of at least {least}, need as many groups with both classes; "
             f"there are {len(groups)}"
         )
-    sizes: dict[str, int] = {name: int((whole.groups == name).sum()) for name in groups}
-    parts: list[list[str]] = [[] for _ in range(folds)]
-    room = -(-len(groups) // folds)
-    for name in sorted(groups, key=lambda name: (-sizes[name], name)):
-        open_parts = [part for part in parts if len(part) < room]
-        min(open_parts, key=lambda part: sum(sizes[other] for other in part)).append(name)
+    parts = balanced_parts({name: int((whole.groups == name).sum()) for name in groups}, folds)
     part_of = {name: number for number, part in enumerate(parts) for name in part}
     number = np.array([part_of.get(str(name), -1) for name in whole.groups])
     made = []

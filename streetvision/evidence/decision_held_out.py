@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.artifacts import config_hash, write_atomic
-from streetvision.crossval import mixed_groups
+from streetvision.data.leave_out import mixed_groups
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
 from streetvision.evidence.data import WHOLE
