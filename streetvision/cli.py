@@ -205,6 +205,13 @@ def _held_out(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--groups", default="group", metavar="COLUMN",
         help="what is held out together, such as a city where groups are drives; default: group",
     )  # fmt: skip
+    final = add(
+        "final-fit", _final_fit,
+        "the recipe on all data, for submission; its metrics are those of the cross-validation",
+    )  # fmt: skip
+    final.add_argument("--preset", help="default: params.yaml")
+    final.add_argument("--crossval", type=Path, default=CROSSVAL, help="what `crossval` wrote")
+    final.add_argument("--output", type=Path, default=Path("report/final"), help="the new folder")
 
 
 def _deploying(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -403,6 +410,14 @@ def _crossval(options: argparse.Namespace) -> None:
     params, paths = _recipe(options), ArtifactSchema(Path.cwd())
     report = leave_one_group_out(params, paths, options.output, options.folds, options.groups)
     _say(render(report))
+
+
+def _final_fit(options: argparse.Namespace) -> None:
+    from streetvision.artifacts import ArtifactSchema
+    from streetvision.final_fit import final_fit
+
+    paths = ArtifactSchema(Path.cwd())
+    _say(final_fit(_recipe(options), paths, options.crossval, options.output))
 
 
 def _recipe(options: argparse.Namespace) -> Params:

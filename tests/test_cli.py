@@ -20,6 +20,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "crossval",
+    "final-fit",
     "evidence",
     "natix",
     "replay",
