@@ -405,7 +405,8 @@ def _publish(options: argparse.Namespace) -> None:
 
 def _crossval(options: argparse.Namespace) -> None:
     from streetvision.artifacts import ArtifactSchema
-    from streetvision.crossval import leave_one_group_out, render
+    from streetvision.crossval import leave_one_group_out
+    from streetvision.crossval_report import render
 
     params, paths = _recipe(options), ArtifactSchema(Path.cwd())
     report = leave_one_group_out(params, paths, options.output, options.folds, options.groups)

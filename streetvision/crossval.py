@@ -26,6 +26,7 @@ from streetvision.artifacts import (
     write_csv_atomic,
     write_json_atomic,
 )
+from streetvision.crossval_report import summarise
 from streetvision.data.leave_out import balanced_parts, held_out_units, mixed_groups, write_parts
 from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import Split, open_split, read_arrow
@@ -37,13 +38,11 @@ from streetvision.params import Params
 log = logging.getLogger(__name__)
 
 ROLES = ("train", "val_select", "val_calib")
-# What is compared: on images as they are, the same distorted as the validator does; the baseline as they are.
-MODELS = ("pipeline", "pipeline_challenge", "baseline")
 # Sections that change no decision of a fold.
 _IRRELEVANT = {"gates", "hardware", "evaluate", "export", "sweep", "probe"}
 # Up to so many groups, each is held out alone; of more, a part of them at a time.
 MAX_ALONE, PARTS = 20, 5
-REPORT, PREDICTIONS, LOGITS = "crossval.json", "predictions.csv", "logits.csv"
+REPORT = "crossval.json"
 
 
 def fingerprint(params: Params, root: Path) -> dict[str, Any]:
@@ -249,134 +248,3 @@ def divide(
     found = split_groups(units[rest], split.labels[rest], fractions, fusion, params.seed)
     rows = {role: rest[found.split == role] for role in ROLES}
     return rows | {"val_test": np.flatnonzero(held_out)}, rest[found.fusion]
-
-
-def summarise(
-    split: Split, units: NDArray[np.object_], folds: list[dict[str, Any]], params: Params
-) -> tuple[dict[str, Any], dict[str, dict[str, list[Any]]]]:
-    """Pool the folds: report (scalar leaves) and the columns of the two tables, by file name."""
-    from streetvision.evaluation.bootstrap import (
-        group_intervals,
-        group_sign_flip_test,
-        paired_group_interval,
-    )
-    from streetvision.evaluation.metrics import all_metrics
-
-    row_of = {name: row for row, name in enumerate(split.ids.tolist())}
-    parts = [np.array([row_of[name] for name in fold["ids"]]) for fold in folds]
-    repeats = params.embed.challenge_repeats
-    rows = np.concatenate(parts)
-    # Of each model the rows of each fold's images, and its probabilities.
-    seen = {
-        name: [np.repeat(p, repeats if name == MODELS[1] else 1) for p in parts] for name in MODELS
-    }
-    said = {
-        "pipeline": [np.array(fold["conditions"]["clean"]["pipeline"]) for fold in folds],
-        "pipeline_challenge": [
-            np.array(fold["conditions"]["challenge"]["pipeline"]) for fold in folds
-        ],
-        "baseline": [np.array(fold["baseline"]) for fold in folds],
-    }
-    report: dict[str, Any] = {
-        "images": len(rows),
-        "groups": len(set(units[rows])),
-        "images_always_in_train": len(split) - len(rows),
-        "seed": params.seed,
-        "modes": {m: sum(fold["mode"] == m for fold in folds) for m in {f["mode"] for f in folds}},
-        "median_epochs": float(np.median([fold["epochs"] for fold in folds])),
-    }
-    n_resamples = params.evaluate.n_resamples
-    by_fold: dict[str, Any] = {}
-    for number, (fold, part) in enumerate(zip(folds, parts, strict=True)):
-        names = fold["groups_held_out"]
-        by_fold[names[0] if len(names) == 1 else f"fold {number + 1}"] = {
-            "images": len(part),
-            "groups": len(names),
-            "positives": int(split.labels[part].sum()),
-            "mode": fold["mode"],
-            **{
-                name: all_metrics(split.labels[seen[name][number]], said[name][number])["mcc"]
-                for name in MODELS
-            },
-        }
-    for name in MODELS:
-        at = np.concatenate(seen[name])
-        intervals = group_intervals(
-            split.labels[at], np.concatenate(said[name]), units[at], n_resamples=n_resamples,
-            seed=params.seed,
-        )  # fmt: skip
-        wanted = ("mcc", "accuracy", "roc_auc", "fnr", "fpr", "ece", "ece_debiased", "log_loss")
-        report[name] = {key: intervals[key].value for key in wanted}
-        report[name]["mcc_low"], report[name]["mcc_high"] = (
-            intervals["mcc"].low,
-            intervals["mcc"].high,
-        )
-        report[name]["interval_method"] = intervals["mcc"].method
-        each = [row[name] for row in by_fold.values()]
-        report[name] |= {"mcc_mean": float(np.mean(each)), "mcc_std": float(np.std(each, ddof=1))}
-    labels, groups = split.labels[rows], units[rows]
-    pipeline, baseline = (np.concatenate(said[name]) for name in ("pipeline", "baseline"))
-    gain = paired_group_interval(
-        labels, baseline, pipeline, groups, n_resamples=n_resamples, seed=params.seed
-    )
-    flip = group_sign_flip_test(labels, baseline, pipeline, groups, seed=params.seed)
-    report["gain"] = {
-        "mcc": gain.value, "low": gain.low, "high": gain.high, "sign_flip_p": flip,
-    }  # fmt: skip
-    report["by_fold"] = by_fold
-    predictions = {
-        "id": split.ids[rows].tolist(), "group": groups.tolist(), "label": labels.tolist(),
-        "pipeline": pipeline.tolist(), "baseline": baseline.tolist(),
-    }  # fmt: skip
-    return report, {PREDICTIONS: predictions, LOGITS: _logits(split, folds, seen)}
-
-
-def _logits(
-    split: Split, folds: list[dict[str, Any]], seen: dict[str, list[NDArray[np.int64]]]
-) -> dict[str, list[Any]]:
-    """Columns of the raw logits of what was held out, under both conditions."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("id", "unit", "label", "condition", "single", "fused")
-    }
-    for number, fold in enumerate(folds):
-        for condition, model in zip(CONDITIONS, MODELS, strict=False):
-            found, at = fold["conditions"][condition], seen[model][number]
-            columns["id"] += split.ids[at].tolist()
-            columns["unit"] += found["units"]
-            columns["label"] += split.labels[at].tolist()
-            columns["condition"] += [condition] * len(at)
-            columns["single"] += found["single"]
-            columns["fused"] += found["fused"]
-    return columns
-
-
-def render(report: dict[str, Any]) -> str:
-    """The report as a Markdown table and a few sentences."""
-    lines = [
-        "| held out | images | positives | MCC, pipeline | MCC, distorted | MCC, baseline |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in report["by_fold"].items():
-        groups = "" if row["groups"] == 1 else f" ({row['groups']} groups)"
-        cells = " | ".join(f"{row[model]:.3f}" for model in MODELS)
-        lines.append(f"| {name}{groups} | {row['images']} | {row['positives']} | {cells} |")
-    means = " | ".join(f"{report[n]['mcc_mean']:.3f} ± {report[n]['mcc_std']:.3f}" for n in MODELS)
-    lines.append(f"| mean ± standard deviation | | | {means} |")
-    pooled = " | ".join(f"**{report[n]['mcc']:.3f} [{_ends(report[n], 'mcc_')}]**" for n in MODELS)
-    lines.append(f"| **pooled** | {report['images']} | | {pooled} |")
-    gain, auc = report["gain"], [report[name]["roc_auc"] for name in ("pipeline", "baseline")]
-    modes = ", ".join(f"{mode} {count}" for mode, count in sorted(report["modes"].items()))
-    text = (
-        f"Paired over {report['groups']} groups, the pipeline gains {gain['mcc']:+.3f} MCC "
-        f"[{_ends(gain, '')}] (sign-flip p = {gain['sign_flip_p']:.3f}); "
-        f"ROC-AUC {auc[0]:.3f} against {auc[1]:.3f}. Baseline: balanced logistic regression on "
-        f"frozen global-view features of the same backbone, same folds. Fusions chosen: {modes}; "
-        f"median of the chosen epochs {report['median_epochs']:g}."
-    )
-    lines += ["", text]
-    return "\n".join(lines)
-
-
-def _ends(interval: dict[str, Any], prefix: str) -> str:
-    low, high = interval[f"{prefix}low"], interval[f"{prefix}high"]
-    return "no interval" if low is None else f"{low:.3f}, {high:.3f}"

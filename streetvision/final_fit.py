@@ -32,7 +32,8 @@ from streetvision.artifacts import (
     write_bytes_atomic,
     write_json_atomic,
 )
-from streetvision.crossval import LOGITS, REPORT, divide, fingerprint, prepared
+from streetvision.crossval import REPORT, divide, fingerprint, prepared
+from streetvision.crossval_report import LOGITS, MODELS
 from streetvision.data.leave_out import held_out_units, mixed_groups, write_parts
 from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import Split, open_split, read_arrow
@@ -211,12 +212,11 @@ def _fit(
 def _record(
     report: Mapping[str, Any], params: Params, mode: str, epochs: int, trained: int, images: int
 ) -> dict[str, Any]:
-    names = ("pipeline", "pipeline_challenge", "baseline")
     return {
         "metrics_are_of": "cross-validation, not of this bundle",
         "crossval_fingerprint": report["fingerprint"],
         "crossval_code": report["code"],
-        "crossval": {name: report[name] for name in names},
+        "crossval": {name: report[name] for name in MODELS},
         "held_out": report["column"],
         "groups": report["groups"],
         "images": images,

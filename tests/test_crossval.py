@@ -13,6 +13,7 @@ from PIL import Image
 
 from streetvision import crossval
 from streetvision.artifacts import ArtifactSchema
+from streetvision.crossval_report import render
 from streetvision.data.leave_out import held_out_units
 from streetvision.data.store import SplitAccessError, open_split
 from streetvision.errors import UserError
@@ -122,7 +123,7 @@ def test_folds_see_nothing_of_the_held_out_group_and_resume(
     gain = report["pipeline"]["mcc"] - report["baseline"]["mcc"]
     assert report["gain"]["mcc"] == pytest.approx(gain)
     assert json.loads((tmp_path / "a/crossval.json").read_text()) == report
-    text = crossval.render(report)
+    text = render(report)
     assert text.count("| g") == GROUPS - 1
     assert f"**{report['pipeline']['mcc']:.3f}" in text
     check_logits(tmp_path / "a", rows, report)
@@ -212,7 +213,7 @@ def test_cities_are_held_out_in_parts_with_views_fused(
         logits = list(csv.DictReader(file))
     assert len(logits) == 3 * len(rows)  # two distorted versions
     assert any(row["single"] != row["fused"] for row in logits)
-    assert "fold 1 (3 groups)" in crossval.render(report)
+    assert "fold 1 (3 groups)" in render(report)
 
 
 def test_what_is_held_out_must_be_whole_groups(write_split: Any, tmp_path: Path) -> None:
