@@ -85,7 +85,7 @@ def _changes(size: str, name: str) -> dict[str, Any]:
         tiny: dict[str, Any] = {
             "embed": {"challenge_repeats": 2},
             "views": {"grid": 2},
-            "cvfm": {"fits": 2, "epochs": 3, "latent_dim": 8, "attention_dim": 8},
+            "cvfm": {"mode": "auto", "fits": 2, "epochs": 3, "latent_dim": 8, "attention_dim": 8},
             "decision": {"n_resamples": 200},
             "evaluate": {"n_resamples": 200},
         }
@@ -97,7 +97,11 @@ def _changes(size: str, name: str) -> dict[str, Any]:
         return merge(found, {"data": {"sources": [scenes]}, "train": {"epochs": 6}})
     if name == "photos":
         side = 224 if size == "cpu" else 256
-        return {"views": {"grid": 3}, "train": {"height_px": side, "width_px": side}}
+        return {
+            "views": {"grid": 3},
+            "cvfm": {"mode": "auto"},
+            "train": {"height_px": side, "width_px": side},
+        }
     source = {"kind": "synthetic", "name": "synthetic"}
     scenes = {"cpu": {"images": 14000, "cities": 300}, "large": {"images": 60000, "cities": 1200}}
     return {"views": {"grid": 3}, "data": {"sources": [{**source, **scenes[size]}]}}

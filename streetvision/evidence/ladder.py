@@ -69,11 +69,15 @@ def _challenge(*shares: float) -> Rung:
 
 def _decision(size: str, repeats: int) -> Changes:
     """Views are on; each image is distorted so many times."""
-    found: dict[str, Any] = {"views": {"grid": 3}, "embed": {"challenge_repeats": repeats}}
+    found: dict[str, Any] = {
+        "views": {"grid": 3},
+        "cvfm": {"mode": "auto"},
+        "embed": {"challenge_repeats": repeats},
+    }
     if size == "smoke":
         found |= {
             "views": {"grid": 2},
-            "cvfm": {"epochs": 3, "latent_dim": 8, "attention_dim": 8},
+            "cvfm": {"mode": "auto", "epochs": 3, "latent_dim": 8, "attention_dim": 8},
             "decision": {"n_resamples": 100},
         }
     return found
