@@ -68,7 +68,7 @@ def _drift(options: argparse.Namespace) -> int:
     if not 0 < options.alpha < 1:
         raise UserError(f"--alpha is {options.alpha:g}; it must be between 0 and 1")
     paths = ArtifactSchema(Path.cwd())
-    reference = options.reference or paths.embeddings("val_calib")
+    reference = options.reference or paths.embeddings("val_calib").relative_to(paths.root)
     predictor = Predictor.load(options.bundle)
     report, picture = measure_drift(
         predictor, options.data, reference, images_of(reference, paths), options.alpha

@@ -249,7 +249,11 @@ def render(report: Mapping[str, Any]) -> str:
         lines.append(
             f"{title:26}{test['value']:9.4f}{test['chance']:16.4f}{test['p']:8.4f}{test['p_holm']:9.4f}"
         )
-    lines.append(f"(KS as if images were independent: p = {report['ks_logit_p_independent']:.2g})")
+    levels = "below 0.1 small, to 0.25 moderate, above large; Siddiqi 2006"
+    lines += [
+        f"PSI of all images: {report['psi']:.3f}, {report['size']} ({levels})",
+        f"KS of all images, as if independent: p = {report['ks_logit_p_independent']:.2g}",
+    ]
     lines.append(f"{'':26}{'reference':>9}{'new':>16}")
     for title, name in (
         ("mean probability", "mean_probability"), ("share positive", "share_positive"),

@@ -282,6 +282,7 @@ def test_the_band_and_the_properties_are_compared() -> None:
     assert report["properties"]["same"]["psi"] == 0
     shown = render(report | {"sources": {"reference": "a.arrow", "new": "b"}})
     assert "reference: 60 images of 20 groups, a.arrow" in shown
+    assert f"PSI of all images: {report['psi']:.3f}, {report['size']} (below 0.1 small" in shown
     assert "rejected by the policy" in shown
     assert shown.count("\n") > 10
     # Properties explain, they do not alarm.
