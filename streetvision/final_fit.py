@@ -225,6 +225,7 @@ def _record(
         "mode": mode,
         "policy_fitted_on": f"held-out logits of the folds, {params.decision.fit_on}",
         "seed": params.seed,
+        "served_prior": params.decision.served_prior,
     }
 
 
@@ -233,7 +234,8 @@ _CARD = """\
 
 **Nothing below was measured of this bundle itself**: no group was held out of its training. The numbers are \
 those of a cross-validation of the same recipe (`crossval.json`, fingerprint `{fingerprint}`): {groups} \
-groups (`{column}`) were held out in {folds} parts, each by a network that saw nothing of them.
+groups (`{column}`) were held out in {folds} parts, each by a network that saw nothing of them. MCC and ROC \
+AUC are at the data's own share of roadwork, the log loss at the served one, {prior:g}.
 
 | | images as they are | distorted as the validator does | logistic regression on frozen features |
 |---|---|---|---|
@@ -269,5 +271,5 @@ def card(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         auc=" | ".join(f"{m['roc_auc']:.3f}" for m in models),
         loss=" | ".join(f"{m['log_loss']:.3f}" for m in models),
         trained=found["images_trained_on"], images=found["images"], epochs=found["epochs"],
-        mode=found["mode"], fit_on=found["policy_fitted_on"].split(", ")[1],
+        mode=found["mode"], prior=found["served_prior"], fit_on=found["policy_fitted_on"].split(", ")[1],
     )  # fmt: skip
