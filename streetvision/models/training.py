@@ -194,7 +194,8 @@ def fit_classifier(
     hardware, compile_settings = hardware or Hardware(), compile_settings or Compile()
     preprocessing = config.preprocessing
     choose_trainable(model, train, seed)
-    model.to(memory_format=torch.channels_last)
+    if train.trainable != "dora":  # peft's takes views of a convolution's adapter, which must be contiguous
+        model.to(memory_format=torch.channels_last)
     cost = _cost(model, train, len(fit_split))
     device = pick_device(hardware.device)
     feed = _feed(model, train, fit_split, select_split, preprocessing, seed, device)

@@ -422,6 +422,7 @@ CONVOLUTIONS = ("conv1.weight", "conv2.weight")
             VIT_LAYERS,
         ),
         ("street_resnet_tiny", {"trainable": "lora"}, CONVOLUTIONS),
+        ("street_resnet_tiny", {"trainable": "dora"}, CONVOLUTIONS),
     ],
 )
 def test_what_is_trained_changes_and_nothing_else(
