@@ -194,7 +194,9 @@ def fit_classifier(
     hardware, compile_settings = hardware or Hardware(), compile_settings or Compile()
     preprocessing = config.preprocessing
     choose_trainable(model, train, seed)
-    if train.trainable != "dora":  # peft's takes views of a convolution's adapter, which must be contiguous
+    if (
+        train.trainable != "dora"
+    ):  # peft's takes views of a convolution's adapter, which must be contiguous
         model.to(memory_format=torch.channels_last)
     cost = _cost(model, train, len(fit_split))
     device = pick_device(hardware.device)

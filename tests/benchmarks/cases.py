@@ -1,16 +1,17 @@
-"""The benchmarks; each returns one `Result`."""
+"""The benchmarks that are ratios; each returns its `Result`s."""
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
+from numpy.typing import NDArray
 
+from tests.benchmarks.data import access, distort, prepare
+from tests.benchmarks.features import frozen
 from tests.benchmarks.runner import Result, compare
 from tests.benchmarks.training import explora, train
 
 
-def sweep() -> Result:
+def sweep() -> list[Result]:
     """Exact optimum over a million scores against scikit-learn over 5,000 thresholds."""
     from sklearn.metrics import matthews_corrcoef
 
@@ -26,29 +27,33 @@ def sweep() -> Result:
         for threshold in few:
             matthews_corrcoef(labels, probabilities > threshold)
 
-    return compare(
+    result = compare(
         "exact MCC sweep, 1,000,000 scores",
         f"scikit-learn over 5,000 thresholds (extrapolated from {len(few)})",
         lambda: select_threshold_max_mcc(logits, labels),
         other,
         5000 / len(few),
+        reach=1000,
     )
+    return [result]
 
 
-def bootstrap() -> Result:
-    """All interval metrics over groups against scikit-learn in a loop."""
+def bootstrap() -> list[Result]:
+    """All interval metrics over groups against scikit-learn in a loop and scipy's bootstrap."""
+    from scipy import stats
     from sklearn import metrics
 
     from streetvision.evaluation.bootstrap import group_intervals
+    from streetvision.evaluation.metrics import all_metrics
 
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), 100)
     labels = rng.integers(0, 2, 10_000)
     probabilities = 1 / (1 + np.exp(-rng.normal(2 * labels - 1, 1.5)))
     rows = [np.flatnonzero(groups == group) for group in range(100)]
-    few, resamples = 3, 2000
+    few, some, resamples = 3, 20, 10_000
 
-    def other() -> None:
+    def loop() -> None:
         for _ in range(few):
             index = np.concatenate([rows[g] for g in rng.integers(0, 100, 100)])
             y, p = labels[index], probabilities[index]
@@ -60,73 +65,33 @@ def bootstrap() -> Result:
             metrics.brier_score_loss(y, p)
             metrics.log_loss(y, p)
 
-    return compare(
-        "group bootstrap of 14 metrics, 10,000 images, 2,000 resamples",
-        f"scikit-learn in a loop, 9 of the metrics (extrapolated from {few} resamples)",
-        lambda: group_intervals(labels, probabilities, groups, 0.5, resamples),
-        other,
-        resamples / few,
-    )
+    def statistic(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
+        index = np.concatenate([rows[g] for g in drawn])
+        return np.array(list(all_metrics(labels[index], probabilities[index]).values()))
 
+    def scipy() -> None:
+        stats.bootstrap(
+            (np.arange(100),), statistic, n_resamples=some, vectorized=False, method="percentile"
+        )
 
-def decode() -> Result:
-    """A 12-megapixel JPEG to 512 pixels against Pillow's full decode."""
-    from PIL import Image
+    what = "group bootstrap of 14 metrics, 10,000 images, 10,000 resamples"
 
-    from streetvision.data.decode import decode_image
+    def ours() -> None:
+        group_intervals(labels, probabilities, groups, 0.5, resamples)
 
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 255, (378, 504, 3), dtype=np.uint8)
-    photo = Image.fromarray(small).resize((4032, 3024), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=85)
-    data = buffer.getvalue()
-
-    def other() -> None:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        image.resize((683, 512), Image.Resampling.BICUBIC)
-
-    return compare(
-        f"12-megapixel JPEG ({len(data) / 1e6:.1f} MB) to 512 px, one thread",
-        "Pillow full decode + bicubic",
-        lambda: decode_image(data, side_px=512, square_crop=False, max_pixels=10**8),
-        other,
-    )
-
-
-def distort() -> Result:
-    """The hardest distortion of a photograph of 1,024 × 768 pixels against torchvision on tensors."""
-    import torch
-    from PIL import Image
-    from torchvision.transforms.v2 import functional
-
-    from streetvision.data.distort import SIDE, Distortion, apply
-
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 255, (96, 128, 3), dtype=np.uint8)
-    photo = Image.fromarray(small).resize((1024, 768), Image.Resampling.BICUBIC)
-    drawn = Distortion(12.0, (100, 50, 600), False, False, 2, 2, 2, 2, 2)
-
-    def other() -> None:
-        image = functional.to_dtype(functional.to_image(photo), torch.float32, scale=True)
-        image = functional.rotate(image, drawn.angle)
-        image = functional.resized_crop(image, 50, 100, 600, 600, [SIDE, SIDE], antialias=True)
-        image = functional.adjust_brightness(functional.adjust_saturation(image, 0.3), 0.725)
-        for side in (SIDE // 3, SIDE):
-            image = functional.resize(image, [side, side], antialias=False)
-        image = functional.gaussian_noise(image, sigma=0.045)
-        image = functional.gaussian_blur(image, [9, 9], [1.5, 1.5])
-        functional.to_pil_image(image)
-
-    return compare(
-        "one distortion of level 3, 1,024 × 768 px, one thread",
-        "torchvision on a float tensor, as a validator",
-        lambda: apply(photo, drawn, rng),
-        other,
-    )
+    return [
+        compare(
+            what, f"scikit-learn in a loop, 9 of the metrics (extrapolated from {few} resamples)",
+            ours, loop, resamples / few, reach=1000,
+        ),
+        compare(
+            what, f"scipy.stats.bootstrap of our metrics (extrapolated from {some} resamples)",
+            ours, scipy, resamples / some, reach=20,
+        ),
+    ]  # fmt: skip
 
 
 CASES = {
-    "sweep": sweep, "bootstrap": bootstrap, "decode": decode, "distort": distort, "train": train,
-    "explora": explora,
+    "prepare": prepare, "access": access, "distort": distort, "sweep": sweep, "bootstrap": bootstrap,
+    "train": train, "explora": explora, "frozen": frozen,
 }  # fmt: skip

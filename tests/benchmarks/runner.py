@@ -12,7 +12,10 @@ PAIRS = 5
 
 @dataclass(frozen=True)
 class Result:
-    """Median seconds of both, and the ratio alternative / ours: median, least and largest of the pairs."""
+    """Median seconds of both, and the ratio alternative / ours: median, least and largest of the pairs.
+
+    `reach` is the ratio to reach, where there is one.
+    """
 
     name: str
     against: str
@@ -21,6 +24,7 @@ class Result:
     ratio: float
     ratio_low: float
     ratio_high: float
+    reach: float | None
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,13 @@ def compare(
     ours: Callable[[], object],
     other: Callable[[], object],
     other_factor: float = 1.0,
+    *,
+    reach: float | None = None,
 ) -> Result:
     """Run `PAIRS` pairs after one warm-up of each.
 
-    `other_factor` scales the alternative's time where only a part of its work is run.
+    `other_factor` scales the alternative's time where only a part of its work is run; `reach` is the ratio
+    that is wanted.
     """
     ours()
     other()
@@ -58,6 +65,7 @@ def compare(
         statistics.median(ratios),
         min(ratios),
         max(ratios),
+        reach,
     )
 
 

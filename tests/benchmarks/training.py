@@ -29,31 +29,40 @@ PARTS = ("full", "last_n_blocks", "head", "lora", "dora")
 
 def make_splits(folder: Path, images: int, height: int, width: int) -> dict[str, Path]:
     """Split files of smooth noise: `images` for TRAIN, 8 for VAL_SELECT."""
-    import pyarrow as pa
     from PIL import Image
-
-    from streetvision.data.schema import SPLIT_SCHEMA
 
     rng = np.random.default_rng(0)
     paths = {}
     for name, count in (("train", images), ("val_select", 8)):
-        rows = []
-        for row in range(count):
+        jpegs = []
+        for _ in range(count):
             small = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             buffer = io.BytesIO()
             picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
             picture.save(buffer, "JPEG", quality=92)
-            rows.append(
-                {
-                    "id": f"{name}{row}", "image": buffer.getvalue(), "label": row % 2, "source": "noise",
-                    "group": f"{name}{row // 8}", "width": width, "height": height, "fusion": False,
-                }
-            )  # fmt: skip
-        paths[name] = folder / f"{name}.arrow"
-        table = pa.Table.from_pylist(rows, schema=SPLIT_SCHEMA)
-        with pa.OSFile(str(paths[name]), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
-            file.write_table(table)
+            jpegs.append(buffer.getvalue())
+        paths[name] = write_split(folder / f"{name}.arrow", jpegs, width, height)
     return paths
+
+
+def write_split(path: Path, jpegs: list[bytes], width: int, height: int) -> Path:
+    """A split file of these images, labels alternating, eight of a group."""
+    import pyarrow as pa
+
+    from streetvision.data.schema import SPLIT_SCHEMA
+
+    rows = [
+        {
+            "id": f"{path.stem}{row}", "image": image, "label": row % 2, "source": "noise",
+            "group": f"{path.stem}{row // 8}", "width": width, "height": height,
+            "original_width": width, "original_height": height, "fusion": False,
+        }
+        for row, image in enumerate(jpegs)
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows, schema=SPLIT_SCHEMA)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table)
+    return path
 
 
 @contextmanager
@@ -143,22 +152,24 @@ def plain_fit(train: Any, split: Any) -> Callable[[], None]:
     return run
 
 
-def train() -> Result:
+def train() -> list[Result]:
     """Supervised training of the default model."""
     from streetvision.params import Train
 
     settings = Train(epochs=2, init_from_explora=False, challenge_probability=0.0)
     with bench_splits(512, settings.height_px, settings.width_px) as (splits, folder):
         images = settings.epochs * len(splits["train"])
-        return compare(
+        result = compare(
             f"train, street_resnet 128 × 96, {images:,} images, augmented",
             "timm + AdamW + DataLoader, FP32, eager",
             lambda: fit(settings, splits, folder),
             plain_fit(settings, splits["train"]),
+            reach=1,
         )
+    return [result]
 
 
-def explora() -> Result:
+def explora() -> list[Result]:
     """SimCLR with every weight trained against lightly's transform, head and loss."""
     from streetvision.data.transforms import Preprocessing
     from streetvision.models.backbone import build_backbone, resolve
@@ -180,12 +191,14 @@ def explora() -> Result:
                 )  # fmt: skip
 
         images = settings.epochs * len(splits["train"])
-        return compare(
+        result = compare(
             f"explora, SimCLR, street_resnet {side} × {side}, {images:,} pairs",
             "lightly: SimCLRTransform, SimCLRProjectionHead, NTXentLoss",
             ours,
             lightly_simclr(settings, splits["train"], name, arguments, (mean, std), side),
+            reach=1,
         )
+    return [result]
 
 
 def lightly_simclr(
