@@ -21,7 +21,7 @@ from streetvision.decision.choice import AUTO, CALIBRATORS, fit_kind
 from streetvision.decision.ensemble import TIERS
 from streetvision.decision.folds import group_folds, out_of_fold
 from streetvision.decision.policy import fit_abstaining_policy, fit_policy
-from tests.benchmarks.runner import Table
+from tests.benchmarks.runner import Result, Table, compare
 
 Floats = NDArray[np.float64]
 Fit = Callable[[Floats, NDArray[np.bool_], NDArray[np.intp]], CalibrationMap]
@@ -168,6 +168,45 @@ def _policy_costs() -> Table:
         ["decision.calibrator", "CPU time", "peak memory of the process"],
         rows,
     )
+
+
+SKLEARN_METHODS = {"temperature": "temperature", "platt": "sigmoid", "isotonic": "isotonic"}
+
+
+def calibration() -> list[Result]:
+    """The methods that scikit-learn has, too: out of five group folds, and the final fit."""
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.frozen import FrozenEstimator
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
+    rng = np.random.default_rng(0)
+    logits = _logits(rng, 10_000)
+    labels = _labels(rng, _noisy_labels(logits))
+    groups = np.arange(logits.size) // 200
+    masks = group_folds(labels, groups, 0)
+    folds = [(np.flatnonzero(~mask), np.flatnonzero(mask)) for mask in masks]
+
+    inputs = logits[:, None]
+    model = FrozenEstimator(LogisticRegression().fit(inputs, labels))  # a logit of its own
+
+    def ours() -> None:
+        for kind in SKLEARN_METHODS:
+            out_of_fold(CALIBRATORS[kind].fit, logits, labels, groups, masks)
+            CALIBRATORS[kind].fit(logits, labels, groups)
+
+    def other() -> None:
+        for method in SKLEARN_METHODS.values():
+            calibrated = CalibratedClassifierCV(model, method=method)
+            cross_val_predict(calibrated, inputs, labels, cv=folds, method="predict_proba")
+            calibrated.fit(inputs, labels)
+
+    result = compare(
+        f"{', '.join(SKLEARN_METHODS)}: five group folds and the final fit, 10,000 logits",
+        "scikit-learn: CalibratedClassifierCV, cross_val_predict",
+        ours, other, reach=1,
+    )  # fmt: skip
+    return [result]
 
 
 def calibrators() -> list[Table]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.benchmarks.calibrators import calibration
 from tests.benchmarks.data import access, distort, prepare
 from tests.benchmarks.features import frozen
 from tests.benchmarks.runner import Result, compare
@@ -93,5 +94,6 @@ def bootstrap() -> list[Result]:
 
 CASES = {
     "prepare": prepare, "access": access, "distort": distort, "sweep": sweep, "bootstrap": bootstrap,
+    "calibration": calibration,
     "train": train, "explora": explora, "frozen": frozen,
 }  # fmt: skip
