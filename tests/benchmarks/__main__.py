@@ -21,10 +21,11 @@ from tests.benchmarks.calibrators import calibrators
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.comparison import comparison
 from tests.benchmarks.data import prepare_memory
+from tests.benchmarks.gpu import gpu
 from tests.benchmarks.inference import inference, latency, shared
 from tests.benchmarks.pipeline import dvc, repro, startup
 from tests.benchmarks.runner import Result, Table
-from tests.benchmarks.training import gpu, memory
+from tests.benchmarks.training import memory
 
 # What is measured in something else than seconds prints a table of its own.
 TABLES = {

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.runner import PAIRS, Result, Table, compare
+from tests.benchmarks.runner import Result, Table, compare
 
-NOT_MEASURED = "not measured: no GPU here"
 MEMORY_MODEL = "vit_small_patch16_224"
 PARTS = ("full", "last_n_blocks", "head", "lora", "dora")
 
@@ -76,13 +73,13 @@ def bench_splits(images: int, height: int, width: int, stage: str = "train") -> 
         yield splits, Path(folder)
 
 
-def fit(train: Any, splits: Any, folder: Path, **sections: Any) -> None:
-    """Our `fit_classifier`, from the start, on whatever device there is."""
+def fit(train: Any, splits: Any, folder: Path, **sections: Any) -> Any:
+    """Our `fit_classifier` and its result, from the start, on whatever device there is."""
     from streetvision.models.training import build_classifier, fit_classifier
 
     model, config = build_classifier(train, False, 0, folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        fit_classifier(
+        return fit_classifier(
             model, config, train, splits["train"], splits["val_select"], seed=0,
             scratch=Path(scratch), **sections,
         )  # fmt: skip
@@ -345,82 +342,3 @@ def _status(name: str) -> int:
     """Bytes of one line of this process's status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-# --------------------------------------------------------------------------- GPU
-
-
-def gpu() -> list[Table]:
-    """Compile and BF16 against FP32 eager with DINOv3 at 224, and how busy the loader keeps the GPU."""
-    import torch
-
-    names = ("vit_base_patch16_dinov3", "vit_large_patch16_dinov3")
-    columns = ["backbone", "ours, images/s", "FP32 eager, images/s", "ratio", "GPU busy"]
-    title = f"Training in full at 224 px, batches of 64, {PAIRS} pairs (least, largest)"
-    if not torch.cuda.is_available():
-        return [Table(title, columns, [[name, NOT_MEASURED, "", "", ""] for name in names])]
-    return [Table(title, columns, [_gpu_row(name) for name in names])]
-
-
-def _gpu_row(name: str) -> list[str]:
-    """Both as images a second beyond the first epoch, in which ours compiles."""
-    from streetvision.params import Compile, Train
-
-    images, epochs = 1024, 3
-
-    def settings(count: int, precision: str) -> Train:
-        return Train.model_validate(
-            {
-                "backbone": name, "height_px": 224, "width_px": 224, "batch_size": 64, "epochs": count,
-                "precision": precision, "init_from_explora": False, "choose_epoch": "last",
-            }
-        )  # fmt: skip
-
-    with bench_splits(images, 224, 224) as (splits, folder), _busy() as busy:
-
-        def steady(run: Callable[[int], object]) -> float:
-            """Images a second of the later epochs."""
-            times = []
-            for count in (1, epochs):
-                start = time.perf_counter()
-                run(count)
-                times.append(time.perf_counter() - start)
-            return (epochs - 1) * images / (times[1] - times[0])
-
-        def ours(count: int) -> None:
-            fit(settings(count, "bf16"), splits, folder, compile_settings=Compile(enabled=True))
-
-        def plain(count: int) -> None:
-            plain_fit(settings(count, "fp32"), splits["train"])()
-
-        ours(1)
-        pairs = [(steady(ours), steady(plain)) for _ in range(PAIRS)]
-        start = time.perf_counter()
-        ours(10)
-        share = busy(since=(start + time.perf_counter()) / 2)
-    ratios = sorted(a / b for a, b in pairs)
-    return [
-        name, f"{np.median([a for a, _ in pairs]):,.0f}", f"{np.median([b for _, b in pairs]):,.0f}",
-        f"{np.median(ratios):.2f}× ({ratios[0]:.2f}, {ratios[-1]:.2f})", f"{share:.0%}",
-    ]  # fmt: skip
-
-
-@contextmanager
-def _busy() -> Iterator[Callable[[float], float]]:
-    """Sample the driver's share of time in which a kernel ran; yields its mean since a moment."""
-    command = [
-        "nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits",
-        f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0]}", "--loop-ms=200",
-    ]  # fmt: skip
-    samples: list[tuple[float, float]] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        import threading
-
-        def read() -> None:
-            samples.extend(
-                (time.perf_counter(), float(line) / 100) for line in process.stdout or ()
-            )
-
-        threading.Thread(target=read, daemon=True).start()
-        yield lambda since: float(np.mean([share for when, share in samples if when >= since]))
-        process.terminate()
