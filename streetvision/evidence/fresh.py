@@ -121,9 +121,9 @@ def _images(predictor: Predictor, split: Split, params: Params, workers: int) ->
 _TEXT = """\
 # Calibration on new cities
 
-Written by `{command}`; no number here is typed by hand. {n:,} scenes ({condition}) of {cities} cities that \
-nobody has seen (seed {seed}), {n_groups:,} groups, through the bundle \
-`{bundle}`. At the served prior {served_prior:g}; 95 % intervals count groups. The deployed log-odds are the \
+Written by `{command}`; no number here is typed by hand. {n:,} scenes ({condition}, what its \
+policy was fitted on: `decision.fit_on: {fit_on}`) of {cities} cities that nobody has seen (seed {seed}), \
+{n_groups:,} groups, through the bundle `{bundle}`. At the served prior {served_prior:g}; 95 % intervals count groups. The deployed log-odds are the \
 calibrated ones {shift:+.3f}, which moves the threshold that is best for MCC on VAL_CALIB to 0.5.
 
 | | calibrated | interval | deployed | interval |
@@ -165,6 +165,7 @@ def write_report(found: dict[str, Any], out: Path, command: str) -> str:
     condition = {"clean": "as they are", "challenge": "distorted as the validator does"}
     text = _TEXT.format(
         command=command, n=report["n"], condition=condition[found["condition"]],
+        fit_on=found["condition"],
         cities=found["cities"], seed=found["seed"], n_groups=report["n_groups"],
         bundle=found["bundle_sha256"][:12], served_prior=report["served_prior"],
         shift=found["threshold_shift"], rows="\n".join(rows), bins=detail["bins"],
