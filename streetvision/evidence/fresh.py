@@ -123,8 +123,9 @@ _TEXT = """\
 
 Written by `{command}`; no number here is typed by hand. {n:,} scenes ({condition}, what its \
 policy was fitted on: `decision.fit_on: {fit_on}`) of {cities} cities that nobody has seen (seed {seed}), \
-{n_groups:,} groups, through the bundle `{bundle}`. At the served prior {served_prior:g}; 95 % intervals count groups. The deployed log-odds are the \
-calibrated ones {shift:+.3f}, which moves the threshold that is best for MCC on VAL_CALIB to 0.5.
+{n_groups:,} groups, through the bundle `{bundle}`. At the served prior {served_prior:g}; 95 % intervals \
+count groups. The deployed log-odds are the calibrated ones \
+{shift:+.3f}, which moves the threshold that is best for MCC on VAL_CALIB to 0.5.
 
 | | calibrated | interval | deployed | interval |
 |---|---|---|---|---|
