@@ -41,8 +41,7 @@ def export(stage: Stage) -> None:
         timing = time_bundle(paths.bundle, engines, params.export.timed_images)
         write_json_atomic(paths.export_timing, timing)
     inputs = [paths.classifier, paths.cvfm, paths.scrc_params, paths.scrc_pickle]
-    if params.export.onnx:
-        inputs += [paths.split(name) for name in CONTRACT["export"]]
+    inputs += [paths.split(name) for name in CONTRACT["export"]]
     stage.write_manifest(stage.config(), inputs, [paths.bundle, paths.metric("export")], metrics)
 
 

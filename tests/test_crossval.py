@@ -136,7 +136,7 @@ def check_logits(folder: Path, rows: list[dict[str, str]], report: dict[str, Any
     clean = [row for row in logits if row["condition"] == "clean"]
     assert [row["id"] for row in clean] == [row["id"] for row in rows]
     assert [row["label"] for row in clean] == [row["label"] for row in rows]
-    assert len(logits) == 2 * len(rows)
+    assert len(logits) == (1 + Params().embed.challenge_repeats) * len(rows)
     assert all(row["single"] == row["fused"] for row in logits)
     assert {row["unit"] for row in clean} == {row["group"] for row in rows}
     # A policy of a single view is increasing in the logit, within a fold.

@@ -46,10 +46,12 @@ def test_what_each_split_may_be_used_for() -> None:
     }
     assert users == {
         "train": {"train", "embed"},
-        "val_select": {"train", "embed"},
-        "val_calib": {"embed"},
+        # Export asks whether an ONNX model decides as torch's does, and what int8 costs.
+        "val_select": {"train", "embed", "export"},
+        "val_calib": {"embed", "export"},
         "val_test": {"evaluate", "challenge"},
     }
+    assert not CONTRACT["export"]["val_calib"].labels
 
 
 def test_undeclared_labels_are_refused(
