@@ -65,7 +65,7 @@ def calibrate(stage: Stage) -> None:
         "reliability_before.png": (sigmoid(logits), f"{images}, before"),
         "reliability_after.png": (
             policy.calibrated_probability(logits),
-            f"{images}, after, in sample",
+            f"{images}, in sample",
         ),
     }
     outputs = [paths.scrc_params, paths.scrc_pickle, paths.metric("calibrate")]

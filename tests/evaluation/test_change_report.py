@@ -15,7 +15,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from streetvision import cli
 from streetvision.artifacts import write_csv_atomic, write_json_atomic
 from streetvision.data.store import open_split
 from streetvision.evaluation.metrics import all_metrics, prior_weights
@@ -93,18 +92,6 @@ def reported(made: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(made.root, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     return Project(tmp_path / "project")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, output and error output of a command line."""
-
-    def command(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main(arguments)
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def rows(text: str) -> dict[str, list[str]]:
