@@ -1,4 +1,4 @@
-"""Work in processes: order, threads, errors, death of a worker."""
+"""Work in threads and processes: order, how far ahead, errors, death of a worker."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
 from streetvision.errors import UserError
-from streetvision.processes import in_processes
+from streetvision.processes import TOGETHER, in_processes, in_threads
 
 
 def square(number: int) -> int:
@@ -58,6 +61,46 @@ def test_a_killed_worker_is_one_clear_error() -> None:
 def test_a_users_mistake_reaches_the_caller(workers: int) -> None:
     with pytest.raises(UserError, match="this image is broken"):
         list(in_processes(fail, range(4), workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_results_of_threads_come_in_order(workers: int, count: int) -> None:
+    def slow_where_even(number: int) -> int:
+        time.sleep(0.002 * (number % 2 == 0))
+        return square(number)
+
+    assert list(in_threads(slow_where_even, range(count), workers)) == [n * n for n in range(count)]
+
+
+def test_threads_work_at_once_and_little_ahead() -> None:
+    meeting = threading.Barrier(3, timeout=30)
+    taken = []
+
+    def items() -> Iterator[int]:
+        for number in range(96):
+            taken.append(number)
+            yield number
+
+    def meet(number: int) -> int:
+        meeting.wait()  # raises unless three are there
+        return number
+
+    found = in_threads(meet, items(), 3)
+    assert next(found) == 0
+    assert len(taken) == (3 + 1) * TOGETHER
+    assert list(found) == list(range(1, 96))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_item_is_worked_on_by_the_caller(count: int) -> None:
+    found = set(in_threads(lambda _: threading.get_ident(), range(count), 2))
+    assert (found == {threading.get_ident()}) == (count == 1)
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    with pytest.raises(UserError, match="this image is broken"):
+        list(in_threads(fail, range(9), 2))
 
 
 # Ten rounds of eight blocks of 1 MiB; prints how often the system had to map a page meanwhile.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from streetvision.data.distort import Task, mixed_jpegs, open_jpeg
 from streetvision.data.store import Split
+from streetvision.processes import in_threads
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
@@ -26,4 +27,5 @@ def challenge_images(
     jpegs = mixed_jpegs(
         tasks, challenge.level_shares, repeats, seed, challenge.flip_probability, workers
     )
-    yield from map(open_jpeg, progress(jpegs, len(tasks) * repeats, f"{split.name}, distorted"))
+    shown = progress(jpegs, len(tasks) * repeats, f"{split.name}, distorted")
+    yield from in_threads(open_jpeg, shown, workers)

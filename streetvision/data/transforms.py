@@ -78,7 +78,9 @@ class Preprocessing:
         mean = torch.tensor(self.mean, device=batch.device).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.std, device=batch.device).view(1, 3, 1, 1) * 255
         # Channels last: on a CPU convolutions run up to 1.6 times faster in training, 1.8 in inference.
-        return ((batch.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+        # In place: fresh memory of a batch costs more than the arithmetic.
+        scaled = batch.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        return scaled.sub_(mean).div_(std)
 
 
 def central_crop(image: Image, width: int, height: int) -> Image:

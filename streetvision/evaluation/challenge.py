@@ -21,6 +21,7 @@ from streetvision.evaluation.bootstrap import (
 )
 from streetvision.evaluation.metrics import Floats, Integers, count_metrics, prior_weights
 from streetvision.evaluation.reward import beats_rival, reward_moments, simulate_rewards
+from streetvision.processes import in_threads
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def challenge_split(
     jpegs = challenge_jpegs(
         tasks, levels, challenge.repeats, seed, challenge.flip_probability, workers
     )
-    scored = predictor.probabilities(map(open_jpeg, progress(jpegs, total, "scoring")))
+    images = in_threads(open_jpeg, progress(jpegs, total, "scoring"), workers)
+    scored = predictor.probabilities(images)
     probabilities = scored.reshape(len(split), len(levels), challenge.repeats)
     return challenge_report(
         split.labels, probabilities, split.groups, sources, levels, challenge, served_prior, seed

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
 from streetvision.data.store import Split
+from streetvision.processes import in_threads
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def evaluate_split(
 
     labels = split.labels
     weights = prior_weights(labels, served_prior)
-    images = (split.image(row) for row in progress(range(len(split)), len(split), "scoring"))
+    images = in_threads(split.image, progress(range(len(split)), len(split), "scoring"))
     probabilities = predictor.probabilities(images)
     slices = {name: split.column(name) for name in ("source", "weather", "daytime")}
     slices["evidence_size"] = evidence_size(split.evidence_area())

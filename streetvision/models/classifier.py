@@ -17,6 +17,7 @@ from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
 from streetvision.models.backbone import build_backbone, fill, read_state_dict
+from streetvision.processes import in_threads
 from streetvision.progress import progress
 
 WEIGHTS = "model.safetensors"
@@ -161,12 +162,11 @@ def score_split(
     device: torch.device,
 ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
     """Score a split in its order; returns what `score` does."""
-
-    def inputs() -> Iterator[NDArray[np.uint8]]:
-        for row in progress(range(len(split)), len(split), split.name):
-            yield preprocessing.apply(split.image(row))
-
-    return score(model, preprocessing, inputs(), batch_size, device)
+    inputs = in_threads(
+        lambda row: preprocessing.apply(split.image(row)),
+        progress(range(len(split)), len(split), split.name),
+    )
+    return score(model, preprocessing, inputs, batch_size, device)
 
 
 def _batches(inputs: Iterable[NDArray[np.uint8]], size: int) -> Iterator[list[NDArray[np.uint8]]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import ViewScores, view_names, views_of
 from streetvision.params import ViewGrid
+from streetvision.processes import in_threads
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def network_scores(
     in float16, are the same to the bit whichever images come with it. Single views pass in batches.
     """
     per_pass = batch_size if len(view_names(grid)) == 1 else 1
-    made = (views_of(image, preprocessing, grid) for image in images)
+    made = in_threads(lambda image: views_of(image, preprocessing, grid), images)
     for chunk in batched(made, per_pass):
         inputs = [view for views in chunk for view in views.inputs]
         logits, features = network(inputs)
@@ -84,7 +85,7 @@ def score_split_views(
     device: torch.device,
 ) -> ViewScores:
     """Scores of all images of a split, in its order."""
-    images = (split.image(row) for row in progress(range(len(split)), len(split), split.name))
+    images = in_threads(split.image, progress(range(len(split)), len(split), split.name))
     return score_all_views(model, preprocessing, images, grid, batch_size, device)
 
 

@@ -22,6 +22,7 @@ from streetvision.models.frozen import KeptFeatures, TrainingFeatures
 from streetvision.models.loop import epoch_loss
 from streetvision.models.task import ClassifierTask
 from streetvision.params import Train
+from streetvision.processes import in_threads
 from streetvision.progress import progress
 
 log = logging.getLogger(__name__)
@@ -251,7 +252,8 @@ def predict_logits(
     parts = [np.zeros(0, np.float32)]
     starts = range(0, len(wanted), batch_size)
     for start in progress(starts, len(starts), images.split.name):
-        batch = torch.stack([images[row] for row in wanted[start : start + batch_size]]).to(device)
+        chosen = in_threads(images.__getitem__, wanted[start : start + batch_size])
+        batch = torch.stack(list(chosen)).to(device)
         with torch.autocast(device.type, enabled=False):
             parts.append(model(preprocessing.normalise(batch))[0].cpu().numpy())
     for module, training in modes.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -57,9 +59,9 @@ def square(seed: int = 0) -> NDArray[np.uint8]:
     return np.asarray(picture(SIDE, SIDE, seed))
 
 
-def planes(seed: int = 0) -> NDArray[np.uint8]:
-    """The same as [3, H, W]."""
-    return np.ascontiguousarray(square(seed).transpose(2, 0, 1))
+def apart(found: object, wanted: object) -> NDArray[np.int64]:
+    """Grey levels between two images."""
+    return np.abs(np.asarray(found).astype(np.int64) - np.asarray(wanted).astype(np.int64))
 
 
 def tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
@@ -69,14 +71,14 @@ def tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
 # --------------------------------------------------------------------------- what is drawn
 
 
-@pytest.mark.parametrize("size", [(200, 120), (90, 161), (50, 50)])
+@pytest.mark.parametrize("size", [(200, 120), (90, 161), (50, 50), (500, 300)])
 def test_level_0_is_the_central_square(size: tuple[int, int]) -> None:
     image = picture(*size)
     short = min(size)
     found = distort(image, 0, np.random.default_rng(0))
     square = functional.center_crop(image, [short, short])
     wanted = functional.resize(square, [SIDE, SIDE], antialias=True)
-    assert np.array_equal(np.asarray(found), np.asarray(wanted))
+    assert apart(found, wanted).max() <= 1
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -152,30 +154,42 @@ def test_an_unknown_level_is_refused(level: int) -> None:
 # --------------------------------------------------------------------------- what is done
 
 
-def test_rotation_crop_and_flips_are_those_of_torchvision() -> None:
-    image = picture()
-    found = apply(image, Distortion(17.0, (20, 10, 70), True, True), np.random.default_rng(0))
+@pytest.mark.parametrize("scale", [1, 5])  # enlarged, and reduced, where a filter acts
+def test_rotation_crop_and_flips_are_those_of_torchvision(scale: int) -> None:
+    image = picture(128 * scale, 96 * scale)
+    left, top, side = 20 * scale, 10 * scale, 70 * scale
+    drawn = Distortion(17.0, (left, top, side), True, True)
+    found = apply(image, drawn, np.random.default_rng(0))
     turned = functional.rotate(image, 17.0)
-    wanted = functional.resized_crop(turned, 10, 20, 70, 70, [SIDE, SIDE], antialias=True)
+    wanted = functional.resized_crop(turned, top, left, side, side, [SIDE, SIDE], antialias=True)
     wanted = functional.vertical_flip(functional.horizontal_flip(wanted))
-    assert np.array_equal(np.asarray(found), np.asarray(wanted))
+    assert apart(found, wanted).max() <= 1
     # The tensor version that a validator runs, but for a few pixels on the edges of the rotation.
     theirs = functional.rotate(tensor(np.asarray(image)), 17.0).permute(1, 2, 0).numpy()
     assert (np.asarray(turned) != theirs).any(axis=2).mean() < 0.02
     assert tuple(np.asarray(turned)[0, -1]) == (0, 0, 0)
 
 
+def broadcast(red_green_blue: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Y, Cb, Cr [H, W, 3] at broadcast scale, as the validator makes them of whole levels with OpenCV."""
+    y, cr, cb = np.moveaxis(cv2.cvtColor(red_green_blue, cv2.COLOR_RGB2YCrCb), -1, 0)
+    return np.stack([y * 219 + 16, cb * 224 + 16, cr * 224 + 16], axis=-1) / np.float32(255)
+
+
+def seen(ycbcr: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The inverse of `broadcast`."""
+    y, cb, cr = np.moveaxis(ycbcr * 255 - 16, -1, 0) / np.array([219, 224, 224])[:, None, None]
+    stacked = np.stack([y, cr, cb], axis=-1).astype(np.float32)
+    return np.asarray(cv2.cvtColor(stacked, cv2.COLOR_YCrCb2RGB))
+
+
 @pytest.mark.parametrize("factor", [0.4, 0.3])
 def test_saturation_scales_chroma_and_keeps_luma(factor: float) -> None:
-    pixels = planes()
-    found = saturate(pixels, factor)
-    for y, x in np.random.default_rng(0).integers(0, SIDE, (200, 2)):
-        red, green, blue = (float(v) for v in pixels[:, y, x])
-        luma = 0.299 * red + 0.587 * green + 0.114 * blue
-        cr, cb = factor * (red - luma) * 0.713, factor * (blue - luma) * 0.564
-        wanted = (luma + 1.403 * cr, luma - 0.714 * cr - 0.344 * cb, luma + 1.773 * cb)
-        assert np.abs(found[:, y, x] - np.floor(wanted)).max() <= 1
-    grey = np.repeat(pixels[:1], 3, axis=0)
+    pixels = square()
+    ycbcr = broadcast(pixels.astype(np.float32))
+    ycbcr[..., 1:] = 0.5 + factor * (ycbcr[..., 1:] - 0.5)
+    assert apart(saturate(pixels, factor), np.floor(seen(ycbcr))).max() <= 1
+    grey = np.repeat(pixels[..., :1], 3, axis=2)
     assert np.array_equal(saturate(grey, factor), grey)
 
 
@@ -190,25 +204,23 @@ def test_contrast_multiplies_and_cuts(strength: int, factor: float) -> None:
 
 @pytest.mark.parametrize("factor", [2, 3])
 def test_down_and_up_is_bilinear_without_a_filter(factor: int) -> None:
-    pixels = planes()
+    pixels = square()
     small = SIDE // factor
-    resized = torch.from_numpy(pixels).float()  # torchvision rounds bytes after each axis
+    resized = tensor(pixels).float()  # torchvision rounds bytes after each axis
     for side in (small, SIDE):
         resized = functional.resize(resized, [side, side], antialias=False).round()
-    wanted = resized.numpy()
-    difference = np.abs(down_and_up(pixels, factor) - wanted)
-    assert difference.max() <= 1
-    assert difference.mean() < 0.01
-    filtered = functional.resize(torch.from_numpy(pixels), [small, small])
+    difference = apart(down_and_up(pixels, factor), resized.permute(1, 2, 0).numpy())
+    assert difference.max() <= 2
+    assert difference.mean() < 0.3
+    filtered = functional.resize(tensor(pixels), [small, small])
     filtered = functional.resize(filtered, [SIDE, SIDE])
-    assert np.abs(wanted - filtered.numpy().astype(int)).max() > 10
+    assert apart(resized.numpy(), filtered.numpy()).max() > 10
 
 
 @pytest.mark.parametrize("variance", [0.001, 0.002])
 def test_noise_has_its_variance_in_ycbcr(variance: float) -> None:
-    pixels = np.full((3, SIDE, SIDE), 128, dtype=np.uint8)
+    pixels = np.full((SIDE, SIDE, 3), 128, dtype=np.uint8)
     noise = add_noise(pixels, variance, np.random.default_rng(0)) - 127.5  # cut, not rounded
-    noise = noise.transpose(1, 2, 0)
     # ITU-R BT.601 luma and chroma at broadcast scale, of a range of 1.
     luma = noise @ [0.299, 0.587, 0.114]
     chroma = ((noise[..., 2] - luma) * 0.564, (noise[..., 0] - luma) * 0.713)
@@ -220,77 +232,62 @@ def test_noise_has_its_variance_in_ycbcr(variance: float) -> None:
     assert abs(np.corrcoef(luma[:-1].ravel(), luma[1:].ravel())[0, 1]) < 0.02
 
 
+@pytest.mark.parametrize("variance", [0.001, 0.002])
+def test_noise_is_distributed_as_the_validators(variance: float) -> None:
+    """Each channel, in the dark where values are cut at 0 and in the light; and how channels go together."""
+    rng = np.random.default_rng(1)
+    for level in (4, 128, 250):
+        pixels = np.full((SIDE, SIDE, 3), level, dtype=np.uint8)
+        drawn = rng.standard_normal(pixels.shape).astype(np.float32)
+        theirs = (broadcast(pixels.astype(np.float32)) / 255 + np.sqrt(variance) * drawn) * 255
+        theirs = np.clip(seen(theirs.astype(np.float32)), 0, 255).astype(np.uint8)
+        ours = add_noise(pixels, variance, rng)
+        for channel in range(3):
+            pair = ours[..., channel].ravel(), theirs[..., channel].ravel()
+            assert stats.ks_2samp(*pair).pvalue > 1e-3
+        correlations = [np.corrcoef(found.reshape(-1, 3).T) for found in (ours, theirs)]
+        assert np.abs(correlations[0] - correlations[1]).max() < 0.03
+
+
 def test_noise_is_clipped() -> None:
     rng = np.random.default_rng(0)
     for level in (0, 255):
-        found = add_noise(np.full((3, 64, 64), level, dtype=np.uint8), 0.002, rng)
+        found = add_noise(np.full((64, 64, 3), level, dtype=np.uint8), 0.002, rng)
         assert np.abs(found.astype(int) - level).max() < 120
+
+
+def test_noise_depends_on_the_generator_alone_in_any_thread() -> None:
+    pixels = square()
+
+    def noisy(seed: int) -> NDArray[np.uint8]:
+        return add_noise(pixels, 0.002, np.random.default_rng(seed))
+
+    alone = [noisy(seed) for seed in range(16)]
+    assert len({found.tobytes() for found in alone}) == 16
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(noisy, range(16)))
+    assert np.array_equal(alone, together)
 
 
 @pytest.mark.parametrize("kernel", [7, 9])
 def test_blur_is_a_gaussian_kernel(kernel: int) -> None:
-    pixels = planes()
+    pixels = square()
     x = np.arange(kernel) - kernel // 2
     line = np.exp(-(x**2) / (2 * (kernel / 6) ** 2))
-    weights = np.outer(line, line) / line.sum() ** 2
-    wanted = [ndimage.convolve(plane.astype(float), weights, mode="mirror") for plane in pixels]
-    assert np.abs(blur(pixels, kernel) - np.rint(wanted)).max() <= 1
-    theirs = functional.gaussian_blur(torch.from_numpy(pixels), [kernel] * 2, [kernel / 6] * 2)
-    assert np.abs(blur(pixels, kernel) - theirs.numpy().astype(int)).max() <= 1
+    weights = np.outer(line, line)[..., None] / line.sum() ** 2
+    wanted = ndimage.convolve(pixels.astype(float), weights, mode="mirror")
+    assert apart(blur(pixels, kernel), np.rint(wanted)).max() <= 1
+    theirs = functional.gaussian_blur(tensor(pixels), [kernel] * 2, [kernel / 6] * 2)
+    assert apart(blur(pixels, kernel), theirs.permute(1, 2, 0).numpy()).max() <= 1
 
 
 def test_distortions_follow_in_order() -> None:
     image, rng = Image.fromarray(square()), np.random.default_rng
     every = Distortion(0.0, (0, 0, SIDE), False, False, 2, 2, 2, 2, 2)
-    pixels = saturate(planes(), 0.3)
+    pixels = saturate(square(), 0.3)
     pixels = (pixels.astype(np.float32) * np.float32(0.725)).astype(np.uint8)
     pixels = blur(add_noise(down_and_up(pixels, 3), 0.002, rng(5)), 9)
-    assert np.array_equal(np.asarray(apply(image, every, rng(5))), pixels.transpose(1, 2, 0))
-
-
-def slow_saturate(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    """Pixel by pixel [H, W, 3], as it was first written."""
-    luma = (pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None]
-    return (luma + factor * (pixels - luma) + 1e-3).astype(np.uint8)
-
-
-def slow_bilinear(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    found = pixels.astype(np.float32)
-    n = len(pixels)
-    place = np.clip((np.arange(side, dtype=np.float32) + 0.5) * n / side - 0.5, 0, n - 1)
-    below = np.minimum(place.astype(np.int64), n - 2)
-    weight = (place - below).astype(np.float32)[:, None, None]
-    for _ in range(2):
-        low, high = found[below], found[below + 1]
-        found = ((high - low) * weight + low).transpose(1, 0, 2)
-    return np.rint(found).astype(np.uint8)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_planes_give_the_bytes_that_interleaved_pixels_gave(seed: int) -> None:
-    pixels, own = square(seed), planes(seed)
-    for factor in (0.4, 0.3):
-        found = saturate(own, factor).transpose(1, 2, 0)
-        assert np.array_equal(found, slow_saturate(pixels, factor))
-    for factor in (2, 3):
-        slow = slow_bilinear(slow_bilinear(pixels, SIDE // factor), SIDE)
-        assert np.array_equal(down_and_up(own, factor).transpose(1, 2, 0), slow)
-    for kernel in (7, 9):
-        blurred = pixels.astype(np.float32)
-        for axis in (0, 1):
-            blurred = ndimage.gaussian_filter1d(
-                blurred, kernel / 6, axis=axis, mode="mirror", radius=kernel // 2
-            )
-        assert np.array_equal(blur(own, kernel).transpose(1, 2, 0), np.rint(blurred))
-    noise = np.random.default_rng(seed).standard_normal((SIDE, SIDE, 3), dtype=np.float32)
-    mixing = np.diag([255 / 219, 255 / 224, 255 / 224]) @ [
-        [1, 1, 1], [0, -0.344, 1.773], [1.403, -0.714, 0],
-    ]  # fmt: skip
-    noisy = np.clip(pixels + noise @ (255 * mixing * np.sqrt(0.002)), 0, 255).astype(np.uint8)
-    found = add_noise(own, 0.002, np.random.default_rng(seed)).transpose(1, 2, 0)
-    # In double precision here, so a value at a whole number may fall on its other side.
-    assert np.abs(found - noisy.astype(int)).max() <= 1
-    assert (found != noisy).mean() < 1e-4
+    assert np.array_equal(np.asarray(apply(image, every, rng(5))), pixels)
 
 
 # --------------------------------------------------------------------------- challenges
