@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import __main__ as bench
+from tests.benchmarks.limits import REST, shares
 from tests.benchmarks.runner import Result, Table, compare
 
 
@@ -35,7 +36,9 @@ def test_results_add_up_and_are_printed_with_the_machine(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "sweep") == 0
-    assert ROW in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ROW in printed
+    assert "sweep took 0 s" in printed
     assert run(monkeypatch, "memory") == 0
     capsys.readouterr()
     assert run(monkeypatch, "--table") == 0
@@ -59,6 +62,22 @@ def test_an_unknown_benchmark_is_refused(
     assert run(monkeypatch, "sweeep") == 2
     assert "sweeep is not one of sweep, memory" in capsys.readouterr().err
     assert not results.exists()
+
+
+def test_shares_of_steps_add_up_and_a_renamed_step_is_noticed() -> None:
+    numbers = list(range(20_000))
+
+    def work() -> None:
+        sorted(numbers, key=lambda number: -number)
+        json.dumps(numbers)
+
+    name = "<built-in method builtins.sorted>"
+    found = shares(work, {"sorting": (name,), "writing": ("__init__.py:dumps",)})
+    assert sum(found.values()) == pytest.approx(1)
+    assert min(found["sorting"], found["writing"]) > 0.01
+    assert 0 <= found[REST] < min(found["sorting"], found["writing"])
+    with pytest.raises(LookupError, match="dump_all"):
+        shares(work, {"writing": ("__init__.py:dump_all",)})
 
 
 def test_pairs_alternate_and_scale_the_alternative() -> None:

@@ -9,6 +9,7 @@ import argparse
 import json
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from tests.benchmarks.comparison import comparison
 from tests.benchmarks.data import prepare_memory
 from tests.benchmarks.gpu import gpu
 from tests.benchmarks.inference import inference, latency, shared
+from tests.benchmarks.limits import limits
 from tests.benchmarks.pipeline import dvc, repro, startup
 from tests.benchmarks.runner import Result, Table
 from tests.benchmarks.training import memory
@@ -31,7 +33,7 @@ from tests.benchmarks.training import memory
 TABLES = {
     "calibrators": calibrators, "comparison": comparison, "inference": inference, "latency": latency,
     "memory": memory, "shared": shared, "gpu": gpu, "prepare_memory": prepare_memory,
-    "startup": startup, "dvc": dvc, "repro": repro,
+    "limits": limits, "startup": startup, "dvc": dvc, "repro": repro,
 }  # fmt: skip
 RESULTS = Path(__file__).parent / "results.json"
 COLUMNS = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)", "to reach"]
@@ -53,8 +55,11 @@ def main() -> int:
         keep_freed_memory()  # as every stage does; the alternatives profit, too
         for name in options.names or known:
             print(f"\n{name}\n")
-            document["results"][name] = _measure(name)
+            start = time.perf_counter()
+            found = _measure(name)
+            document["results"][name] = found | {"seconds": round(time.perf_counter() - start, 1)}
             _print({name: document["results"][name]})
+            print(f"\n{name} took {document['results'][name]['seconds']:.0f} s")
             write_json_atomic(RESULTS, document)
         return 0
     wanted = {name: document["results"][name] for name in known if name in document["results"]}

@@ -8,8 +8,11 @@ from numpy.typing import NDArray
 from tests.benchmarks.calibrators import calibration
 from tests.benchmarks.data import access, distort, prepare
 from tests.benchmarks.features import frozen
+from tests.benchmarks.inference import views
 from tests.benchmarks.runner import Result, compare
 from tests.benchmarks.training import explora, train
+
+RESAMPLES = 10_000
 
 
 def sweep() -> list[Result]:
@@ -39,6 +42,14 @@ def sweep() -> list[Result]:
     return [result]
 
 
+def grouped_sample() -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Labels, probabilities and groups of 10,000 images, 100 a group."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 10_000)
+    probabilities = 1 / (1 + np.exp(-rng.normal(2 * labels - 1, 1.5)))
+    return labels, probabilities, np.repeat(np.arange(100), 100)
+
+
 def bootstrap() -> list[Result]:
     """All interval metrics over groups against scikit-learn in a loop and scipy's bootstrap."""
     from scipy import stats
@@ -47,12 +58,10 @@ def bootstrap() -> list[Result]:
     from streetvision.evaluation.bootstrap import group_intervals
     from streetvision.evaluation.metrics import all_metrics
 
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(100), 100)
-    labels = rng.integers(0, 2, 10_000)
-    probabilities = 1 / (1 + np.exp(-rng.normal(2 * labels - 1, 1.5)))
+    labels, probabilities, groups = grouped_sample()
+    rng = np.random.default_rng(1)
     rows = [np.flatnonzero(groups == group) for group in range(100)]
-    few, some, resamples = 3, 20, 10_000
+    few, some = 3, 20
 
     def loop() -> None:
         for _ in range(few):
@@ -78,16 +87,16 @@ def bootstrap() -> list[Result]:
     what = "group bootstrap of 14 metrics, 10,000 images, 10,000 resamples"
 
     def ours() -> None:
-        group_intervals(labels, probabilities, groups, 0.5, resamples)
+        group_intervals(labels, probabilities, groups, 0.5, RESAMPLES)
 
     return [
         compare(
             what, f"scikit-learn in a loop, 9 of the metrics (extrapolated from {few} resamples)",
-            ours, loop, resamples / few, reach=1000,
+            ours, loop, RESAMPLES / few, reach=1000,
         ),
         compare(
             what, f"scipy.stats.bootstrap of our metrics (extrapolated from {some} resamples)",
-            ours, scipy, resamples / some, reach=20,
+            ours, scipy, RESAMPLES / some, reach=20,
         ),
     ]  # fmt: skip
 
@@ -95,5 +104,5 @@ def bootstrap() -> list[Result]:
 CASES = {
     "prepare": prepare, "access": access, "distort": distort, "sweep": sweep, "bootstrap": bootstrap,
     "calibration": calibration,
-    "train": train, "explora": explora, "frozen": frozen,
+    "train": train, "explora": explora, "frozen": frozen, "views": views,
 }  # fmt: skip

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image, ImageChops
 
+from streetvision.data.distort import LEVELS, Task, challenge_jpegs
 from streetvision.data.ingest import write_shard
 from streetvision.data.prepare import prepare_splits
 from streetvision.data.schema import SPLITS
@@ -30,8 +31,10 @@ from tests.benchmarks.runner import Result, Table, compare
 PHOTOS, PHOTO_SIZE = 96, (4032, 3024)
 SIDE = 512  # pixels that photographs are prepared for
 SMALL_COUNTS = (1000, 4000, 16_000)
-STORED = 256  # shorter side of the stored images that are loaded, as in the natix-gpu preset
-INPUT = 224
+# Shorter sides of stored images and of the inputs that they are decoded for each time.
+DECODED = ((96, 96), (224, 224), (256, 224))
+INPUTS = 192
+CHALLENGED = {96: 48, 256: 24}  # shorter side of images → how many
 
 
 # --------------------------------------------------------------------------- images
@@ -225,24 +228,40 @@ def stored_images(count: int, side: int) -> Iterator[Path]:
         yield folder
 
 
-def access() -> list[Result]:
-    """Random access, decoding and training transforms, by one worker."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch, as in a worker of a DataLoader."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker of a DataLoader
-    results = [
-        _access(96, 96, keep=True),  # as by default
-        _access(96, 96, keep=False),  # the same of data that memory cannot hold
-        _access(INPUT, INPUT, keep=False),
-        _access(STORED, INPUT, keep=False),  # as in the natix-gpu preset
-    ]
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
+
+
+def access() -> list[Result]:
+    """Random access, decoding and training transforms, by one worker."""
+    results = []
+    with one_thread():
+        # As by default, the same of data that memory cannot hold, and as in the natix-gpu preset.
+        for stored, side, keep in ((96, 96, True), *((*sizes, False) for sizes in DECODED)):
+            with training_inputs(stored, side, keep=keep) as (ours, other):
+                results.append(
+                    compare(
+                        f"random access and training transforms, {stored} px to {side}, {INPUTS} images, "
+                        + ("kept decoded" if keep else "decoded each time"),
+                        "torchvision: ImageFolder, transforms v2",
+                        ours, other, reach=1.5,
+                    )
+                )  # fmt: skip
     return results
 
 
-def _access(stored: int, side: int, *, keep: bool) -> Result:
-    """Images of `stored` pixels and 4:3, to an input of `side` pixels and 4:3; decoded once, or each time."""
+@contextmanager
+def training_inputs(
+    stored: int, side: int, *, keep: bool
+) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Ours and torchvision: images of `stored` pixels, 4:3, to inputs of `side`, decoded once or each time."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -251,7 +270,7 @@ def _access(stored: int, side: int, *, keep: bool) -> Result:
     from streetvision.data.transforms import Preprocessing, training_transform
     from streetvision.params import Train
 
-    count, width = 192, side * 4 // 3
+    width = side * 4 // 3
     train = Train(height_px=side, width_px=width, challenge_probability=0.0)
     transform = v2.Compose(
         [
@@ -261,13 +280,13 @@ def _access(stored: int, side: int, *, keep: bool) -> Result:
             v2.PILToTensor(),
         ]
     )
-    with stored_images(count, stored) as folder:
+    with stored_images(INPUTS, stored) as folder:
         plain = ImageFolder(folder / "classes", transform)
         preprocessing = Preprocessing(side, width, train.fit, False, (0.5,) * 3, (0.5,) * 3)
         split = open_split("train", "train", folder / "train.arrow")
         with patch.object(loader, "CACHE_BYTES", loader.CACHE_BYTES if keep else 0):
             images = loader.TrainingImages(split, preprocessing, training_transform(train), 0)
-        order = np.random.default_rng(0).permutation(count).tolist()
+        order = np.random.default_rng(0).permutation(INPUTS).tolist()
 
         def ours() -> None:
             for row in order:
@@ -277,44 +296,46 @@ def _access(stored: int, side: int, *, keep: bool) -> Result:
             for row in order:
                 plain[row]
 
-        return compare(
-            f"random access and training transforms, {stored} px to {side}, {count} images, "
-            + ("kept decoded" if keep else "decoded each time"),
-            "torchvision: ImageFolder, transforms v2",
-            ours, other, reach=1.5,
-        )  # fmt: skip
+        yield ours, other
 
 
 # --------------------------------------------------------------------------- challenges
 
 
+def challenge_tasks(side: int) -> list[Task]:
+    """JPEGs of `side` pixels and 4:3."""
+    return [
+        Task(f"image-{n}", jpeg(picture(n, (side * 4 // 3, side)), 92))
+        for n in range(CHALLENGED[side])
+    ]
+
+
+def all_levels(tasks: Sequence[Task]) -> list[bytes]:
+    """A challenge of each image at each level."""
+    return list(challenge_jpegs(tasks, LEVELS, 1, 0))
+
+
 def distort() -> list[Result]:
     """All four levels of challenges, JPEG in and out, against torchvision with the same draws."""
-    import torch
-
-    from streetvision.data.distort import LEVELS, Task, challenge_jpegs
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     results = []
-    for side, count in ((96, 48), (STORED, 24)):
-        tasks = [
-            Task(f"image-{n}", jpeg(picture(n, (side * 4 // 3, side)), 92)) for n in range(count)
-        ]
-        results.append(
-            compare(
-                f"{4 * count} challenges of images of {side} px, all levels, one thread",
-                "torchvision on float tensors, as the validator, same draws",
-                lambda tasks=tasks: list(challenge_jpegs(tasks, LEVELS, 1, 0)),
-                lambda tasks=tasks: [_plain_challenge(task, n) for task in tasks for n in LEVELS],
-                reach=3,
+    with one_thread():
+        for side in CHALLENGED:
+            tasks = challenge_tasks(side)
+            results.append(
+                compare(
+                    f"{4 * len(tasks)} challenges of images of {side} px, all levels, one thread",
+                    "torchvision on float tensors, as the validator, same draws",
+                    partial(all_levels, tasks),
+                    lambda tasks=tasks: [
+                        _plain_challenge(task, n) for task in tasks for n in LEVELS
+                    ],
+                    reach=3,
+                )
             )
-        )
-    torch.set_num_threads(threads)
     return results
 
 
-def _plain_challenge(task: Any, level: int) -> bytes:
+def _plain_challenge(task: Task, level: int) -> bytes:
     """One challenge, a step after the other in RGB or, as the validator, in YCbCr."""
     import torch
     from torchvision.transforms.v2 import functional

@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from tests.benchmarks.runner import Table, compare
+from tests.benchmarks.data import picture
+from tests.benchmarks.runner import Result, Table, compare
 
 if TYPE_CHECKING:
+    from streetvision.bundle.predictor import Predictor
     from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier
+    from streetvision.models.fusion import Fusion
 
 MODEL = "vit_base_patch16_224"
 SIDE = 224
 THREADS = 2
+# Model, height and width of its input, and images a run, of what ten views are timed with.
+VIEWED = (("street_resnet", 96, 128, 10), ("vit_small_patch16_224", SIDE, SIDE, 1))
 # Views of an image → their grid, and how many images are timed with each engine.
 LATENCY_VIEWS = {1: (1, 100), 10: (3, 40)}
 # What many threads share one predictor of, for how long, and when their memory is first looked at.
@@ -30,25 +35,16 @@ SHARED_MODEL, CALLERS, SHARED_SECONDS, SETTLED_SECONDS = "resnet18", 8, 60.0, 15
 
 def inference() -> list[Table]:
     """`Predictor` against transformers' pipeline, and onnxruntime, float32 and int8, against torch."""
-    import torch
-
     from streetvision.bundle.onnx_export import export_network, quantise
     from streetvision.bundle.onnx_predictor import OnnxPredictor
     from streetvision.bundle.onnx_session import Network
-    from streetvision.bundle.predictor import Predictor
-    from streetvision.decision.calibrators import PlattMap
-    from streetvision.decision.policy import Policy
-    from streetvision.models.fusion import Fusion, FusionConfig
-    from streetvision.params import Cvfm, ViewGrid
 
-    model, config = _classifier()
-    preprocessing = config.preprocessing
-    fusion = Fusion(FusionConfig.of("single", Cvfm(), ViewGrid(), 0))
-    policy = Policy(PlattMap(1.0, 0.0), 0.5, 0.5)
-    ours = Predictor(model, config, fusion, policy, 1, torch.device("cpu"))
+    ours = torch_predictor()
+    model, preprocessing = ours.model, ours.preprocessing
+    fusion, policy = ours.fusion, ours.policy
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    rows = [_row("Predictor", "transformers' pipeline", ours, _pipeline(), image)]
+    rows = [_row("Predictor", "transformers' pipeline", ours, hugging_face(), image)]
     if not _has_onnx():
         rows.append(
             ["onnxruntime", "torch", "not measured: the extra onnx is not installed", "", ""]
@@ -69,6 +65,40 @@ def inference() -> list[Table]:
                 rows.append(_row(version, "torch", onnx, ours, image))
     columns = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)"]
     return [Table(f"One prediction, {MODEL}, batch 1, on the CPU", columns, rows)]
+
+
+def views() -> list[Result]:
+    """The ten views of an image in one call against a call for each view, cut from the image alike."""
+    from streetvision.data.views import views_of
+
+    results = []
+    for model, height, width, images in VIEWED:
+        ten, one = (torch_predictor(grid, model, height, width) for grid in (3, 1))
+        image = picture(0, (4 * width, 4 * height))
+        shown = views_of(image, ten.preprocessing, ten.fusion.config.grid).boxes
+        boxes = [tuple(box) for box in np.rint(shown * np.tile(image.size, 2)).astype(int).tolist()]
+
+        def ours(ten: Predictor = ten, image: Image.Image = image, images: int = images) -> None:
+            for _ in range(images):
+                ten(image)
+
+        def other(
+            one: Predictor = one,
+            image: Image.Image = image,
+            boxes: Any = boxes,
+            images: int = images,
+        ) -> None:
+            for _ in range(images):
+                for box in boxes:
+                    one(image.crop(box))
+
+        results.append(
+            compare(
+                f"ten views of an image, {model} {width} × {height}, {images} times",
+                "ten calls of a predictor of one view", ours, other, reach=1.5,
+            )
+        )  # fmt: skip
+    return results
 
 
 def latency() -> list[Table]:
@@ -137,7 +167,32 @@ def _resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def _classifier(model: str = MODEL) -> tuple[RoadworkClassifier, ClassifierConfig]:
+def torch_predictor(
+    grid: int = 1, model: str = MODEL, height: int = SIDE, width: int = SIDE
+) -> Predictor:
+    """A predictor of random weights on the CPU; several views are averaged."""
+    import torch
+
+    from streetvision.bundle.predictor import Predictor
+    from streetvision.decision.calibrators import PlattMap
+    from streetvision.decision.policy import Policy
+
+    policy = Policy(PlattMap(1.0, 0.0), 0.5, 0.5)
+    network = _classifier(model, height, width)
+    return Predictor(*network, _fusion(grid), policy, 1, torch.device("cpu"))
+
+
+def _fusion(grid: int) -> Fusion:
+    from streetvision.models.fusion import Fusion, FusionConfig
+    from streetvision.params import Cvfm, ViewGrid
+
+    mode = "single" if grid == 1 else "simple_mean"
+    return Fusion(FusionConfig.of(mode, Cvfm(), ViewGrid(grid=grid), 0))
+
+
+def _classifier(
+    model: str = MODEL, height: int = SIDE, width: int = SIDE
+) -> tuple[RoadworkClassifier, ClassifierConfig]:
     import torch
 
     from streetvision.data.transforms import Preprocessing
@@ -145,8 +200,9 @@ def _classifier(model: str = MODEL) -> tuple[RoadworkClassifier, ClassifierConfi
     from streetvision.models.classifier import ClassifierConfig
 
     torch.manual_seed(0)
-    name, arguments, mean, std = resolve(model, SIDE, SIDE)
-    config = ClassifierConfig(name, arguments, Preprocessing(SIDE, SIDE, "crop", False, mean, std))
+    name, arguments, mean, std = resolve(model, height, width)
+    preprocessing = Preprocessing(height, width, "crop", False, mean, std)
+    config = ClassifierConfig(name, arguments, preprocessing)
     return config.build().eval(), config
 
 
@@ -158,12 +214,11 @@ def _bundle(folder: Path, grid: int, model: str = MODEL, *, onnx: bool = True) -
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import Policy, scrc_document
     from streetvision.models.classifier import save_classifier
-    from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
-    from streetvision.params import Cvfm, Export, ViewGrid
+    from streetvision.models.fusion import save_fusion
+    from streetvision.params import Export
 
     save_classifier(*_classifier(model), folder / "classifier")
-    mode = "single" if grid == 1 else "simple_mean"
-    save_fusion(Fusion(FusionConfig.of(mode, Cvfm(), ViewGrid(grid=grid), 0)), folder / "cvfm")
+    save_fusion(_fusion(grid), folder / "cvfm")
     # Everything is roadwork: with random weights decisions at 0.5 would hang on the last digit.
     policy = Policy(PlattMap(1.0, 5.0), 0.5, 0.5)
     document = scrc_document(policy, {"metrics": {"before": {}, "after": None}})
@@ -201,7 +256,7 @@ def _environment(**variables: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _pipeline() -> Callable[[Any], object] | None:
+def hugging_face() -> Callable[[Any], object] | None:
     """The same architecture as transformers serves it."""
     if find_spec("transformers") is None:
         return None

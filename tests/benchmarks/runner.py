@@ -54,8 +54,8 @@ def compare(
     other()
     mine, theirs = [], []
     for _ in range(PAIRS):
-        mine.append(_seconds(ours))
-        theirs.append(_seconds(other) * other_factor)
+        mine.append(seconds(ours))
+        theirs.append(seconds(other) * other_factor)
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
     return Result(
         name,
@@ -69,7 +69,7 @@ def compare(
     )
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

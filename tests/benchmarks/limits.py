@@ -1,0 +1,195 @@
+"""Where the time goes of what misses its bar: shares of the steps, and of what the processor can do.
+
+Profiling costs a little with every call of a Python function, so the rest of a table is an upper bound.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from streetvision.evaluation.bootstrap import group_intervals
+from streetvision.params import Data
+from tests.benchmarks.cases import RESAMPLES, grouped_sample
+from tests.benchmarks.data import (
+    CHALLENGED,
+    DECODED,
+    PHOTO_SIZE,
+    SIDE,
+    all_levels,
+    challenge_tasks,
+    one_thread,
+    photograph,
+    prepare_stage,
+    training_inputs,
+    write_raw,
+)
+from tests.benchmarks.inference import MODEL, hugging_face, torch_predictor
+from tests.benchmarks.inference import SIDE as INPUT
+from tests.benchmarks.runner import Table, seconds
+
+# Step → the functions that it is, by file and name, or as cProfile names what is not Python. None of a
+# table's functions may call another one of it.
+Steps = Mapping[str, tuple[str, ...]]
+PREPARE: Steps = {
+    "reading": ("core.py:iter_batches",),
+    "decoding at DCT scale": ("<method 'decode' of 'ImagingDecoder' objects>",),
+    "resizing": ("decode.py:_resized",),
+    "encoding": ("decode.py:encode_jpeg",),
+    "thumbnails for duplicates": ("duplicates.py:make_thumbnail",),
+    "writing the splits": ("prepare.py:_write_splits",),
+}
+ACCESS: Steps = {
+    "reading and JPEG decoding": ("store.py:image",),
+    "fitting to the input": ("transforms.py:apply",),
+    "random crop and resizing": ("_geometry.py:make_params", "_geometry.py:resized_crop_image"),
+    "flip": ("_geometry.py:horizontal_flip_image",),
+    "colour jitter": ("colour.py:transform",),
+}
+CHALLENGES: Steps = {
+    "JPEG decoding": ("distort.py:open_jpeg",),
+    "drawing": ("distort.py:challenge_rng", "distort.py:draw"),
+    "rotation, crop, resizing": ("Image.py:rotate", "Image.py:crop", "Image.py:resize"),
+    "saturation": ("distort.py:saturate",),
+    "down and up": ("distort.py:down_and_up",),
+    "noise": ("distort.py:add_noise",),
+    "blur": ("distort.py:blur",),
+    "JPEG encoding": ("Image.py:save",),
+}
+BOOTSTRAP: Steps = {
+    "sums by group": ("metrics.py:build",),
+    "drawing resamples": ("bootstrap.py:resample_multiplicities",),
+    "ROC-AUC and average precision": ("metrics.py:_rank_metrics",),
+    "calibration errors, Brier score, log loss": ("metrics.py:_probability_metrics",),
+    "metrics of counts": ("metrics.py:count_metrics",),
+    "quantiles": ("bootstrap.py:_percentile_interval",),
+}
+REST = "the rest"
+PHOTOS = 12
+TOKENS, WIDTH = 197, 768  # of a ViT-B/16 at 224 pixels
+PRODUCTS = (
+    (WIDTH, 3 * WIDTH),
+    (WIDTH, WIDTH),
+    (WIDTH, 4 * WIDTH),
+    (4 * WIDTH, WIDTH),
+)  # of a block
+RUNS = 5
+
+
+def limits() -> list[Table]:
+    """A table for each bar that is missed."""
+    return [_prepare(), _access(), _challenges(), _prediction(), _bootstrap()]
+
+
+def shares(work: Callable[[], object], steps: Steps) -> dict[str, float]:
+    """Share of each step and of the rest in the time of `work`: of several runs the fastest, profiled.
+
+    LookupError where no function of a step's name ran: it was renamed.
+    """
+    work()
+    profiles = [cProfile.Profile() for _ in range(RUNS)]
+    for profile in profiles:
+        profile.runcall(work)
+    whole, spent = min((_spent(profile) for profile in profiles), key=lambda found: found[0])
+    for name in (name for names in steps.values() for name in names):
+        if name not in spent:
+            raise LookupError(f"nothing that is called {name} ran")
+    found = {step: sum(spent[name] for name in names) / whole for step, names in steps.items()}
+    return found | {REST: 1 - sum(found.values())}
+
+
+def _spent(profile: cProfile.Profile) -> tuple[float, dict[str, float]]:
+    """Seconds of all, and of each function with what it calls."""
+    spent: dict[str, float] = defaultdict(float)
+    for entry in (entries := profile.getstats()):
+        code = entry.code
+        name = code if isinstance(code, str) else f"{Path(code.co_filename).name}:{code.co_name}"
+        spent[name] += entry.totaltime
+    return sum(entry.inlinetime for entry in entries), dict(spent)
+
+
+def _table(title: str, works: Mapping[str, Callable[[], object]], steps: Steps) -> Table:
+    found = [shares(work, steps) for work in works.values()]
+    rows = [[step, *(f"{each[step]:.1%}" for each in found)] for step in [*steps, REST]]
+    return Table(f"{title}: share of the time", ["step", *works], rows)
+
+
+def _prepare() -> Table:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        raw = write_raw(folder / "raw", [photograph(seed) for seed in range(PHOTOS)])
+        work = partial(prepare_stage, raw, folder, Data(side_px=SIDE), 1)
+        size = " × ".join(map(str, PHOTO_SIZE))
+        return _table(f"`prepare` of {PHOTOS} JPEGs", {f"{size} px to {SIDE}": work}, PREPARE)
+
+
+def _access() -> Table:
+    with one_thread(), ExitStack() as stack:
+        works = {
+            f"{stored} px to {side}": stack.enter_context(
+                training_inputs(stored, side, keep=False)
+            )[0]
+            for stored, side in DECODED
+        }
+        return _table("Random access and training transforms, decoded each time", works, ACCESS)
+
+
+def _challenges() -> Table:
+    with one_thread():
+        works = {f"{side} px": partial(all_levels, challenge_tasks(side)) for side in CHALLENGED}
+        return _table("Challenges of all levels", works, CHALLENGES)
+
+
+def _bootstrap() -> Table:
+    work = partial(group_intervals, *grouped_sample(), 0.5, RESAMPLES)
+    return _table(
+        "Group bootstrap of 14 metrics",
+        {f"10,000 images, {RESAMPLES:,} resamples": work},
+        BOOTSTRAP,
+    )
+
+
+def _prediction() -> Table:
+    """What a prediction would take if all its operations ran as fast as a block's matrix products alone."""
+    import torch
+
+    from streetvision.bundle.cost import forward_flops
+
+    ours = torch_predictor()
+    pixels = np.random.default_rng(0).integers(0, 256, (INPUT, INPUT, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    flops = forward_flops(ours.model, torch.zeros((1, 3, INPUT, INPUT), device="meta"))
+    matrices = [(torch.randn(TOKENS, a), torch.randn(a, b)) for a, b in PRODUCTS]
+    works: dict[str, Callable[[], object]] = {
+        "matrix products alone": lambda: [torch.mm(a, b) for a, b in matrices],
+        "`Predictor`": lambda: ours(image),
+    }
+    other = hugging_face()
+    if other is not None:
+        works["transformers' pipeline"] = lambda: other(image)
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(RUNS):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    products, *predictions = (statistics.median(each) for each in times.values())
+    bound = products * flops / sum(2 * TOKENS * a * b for a, b in PRODUCTS)
+    rows = [
+        [name, f"{1e3 * time:,.0f} ms", f"{flops / time / 1e9:,.0f}", f"{bound / time:.0%}"]
+        for name, time in zip(["that bound", *list(works)[1:]], [bound, *predictions], strict=True)
+    ]
+    title = (
+        f"One prediction, {MODEL}, batch 1, {torch.get_num_threads()} threads: {flops / 1e9:.1f} GFLOP at the "
+        "rate of torch.mm at the shapes of a block"
+    )
+    return Table(title, ["what", "time", "GFLOP/s", "share that the bound is"], rows)
