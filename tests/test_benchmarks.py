@@ -56,6 +56,14 @@ def test_results_add_up_and_are_printed_with_the_machine(
     assert set(json.loads(results.read_text())["results"]) == {"memory"}
 
 
+def test_without_names_all_run_but_those_on_request(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "ON_REQUEST", ("memory",))
+    assert run(monkeypatch) == 0
+    assert set(json.loads(results.read_text())["results"]) == {"sweep"}
+
+
 def test_an_unknown_benchmark_is_refused(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

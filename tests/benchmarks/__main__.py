@@ -1,6 +1,7 @@
-"""Run all benchmarks, or those named; prints tables and adds the results to `results.json` beside this file.
+"""Run the benchmarks named, or all but the long simulations; prints tables, adds results to `results.json`.
 
-`--table` prints what is in that file as the tables for README, with the machine, and runs nothing.
+`--table` prints what that file beside this one holds as the tables for README, with the machine, and runs
+nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ TABLES = {
     "memory": memory, "shared": shared, "gpu": gpu, "prepare_memory": prepare_memory,
     "limits": limits, "startup": startup, "dvc": dvc, "repro": repro,
 }  # fmt: skip
+# Minutes of simulation each, about how right something is and not how fast.
+ON_REQUEST = ("calibrators", "comparison")
 RESULTS = Path(__file__).parent / "results.json"
 COLUMNS = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)", "to reach"]
 
@@ -43,7 +46,11 @@ def main() -> int:
     """Run the benchmarks named on the command line."""
     known = [*CASES, *TABLES]
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(known)}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help=f"of {', '.join(known)}; default: all but {' and '.join(ON_REQUEST)}",
+    )
     parser.add_argument("--table", action="store_true", help="print results.json for README")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in known]
@@ -53,7 +60,7 @@ def main() -> int:
     document = _earlier()
     if not options.table:
         keep_freed_memory()  # as every stage does; the alternatives profit, too
-        for name in options.names or known:
+        for name in options.names or [name for name in known if name not in ON_REQUEST]:
             print(f"\n{name}\n")
             start = time.perf_counter()
             found = _measure(name)

@@ -28,7 +28,7 @@ from streetvision.params import Data
 from streetvision.processes import in_processes
 from tests.benchmarks.runner import Result, Table, compare
 
-PHOTOS, PHOTO_SIZE = 96, (4032, 3024)
+PHOTOS, PHOTO_SIZE = 48, (4032, 3024)
 SIDE = 512  # pixels that photographs are prepared for
 SMALL_COUNTS = (1000, 4000, 16_000)
 # Shorter sides of stored images and of the inputs that they are decoded for each time.
