@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from streetvision.data.augment import ChallengeAugmentation
 from streetvision.data.store import Split
@@ -155,34 +155,13 @@ class TrainingImages(_Images, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.labels = torch.from_numpy(split.labels.astype(np.float32))
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A batch of items.
-
-        The training process has all cores, so challenges are made in threads there: they draw from generators
-        of their own, the augmentation from one that all share.
-        """
-        drawn = [
-            None if self.challenge is None else self.challenge.chosen(self.key_seed(key))
-            for key in keys
-        ]
-        challenges = in_threads(
-            lambda chosen: self._challenged(*chosen),
-            [(key[1], generator) for key, generator in zip(keys, drawn, strict=True) if generator],
-            1 if get_worker_info() else 0,
-        )
-        return [
-            (next(challenges) if generator else self._augmented(key), self.labels[key[1]])
-            for key, generator in zip(keys, drawn, strict=True)
-        ]
-
-    def _challenged(self, row: int, generator: np.random.Generator) -> torch.Tensor:
-        assert self.challenge is not None
-        return _tensor(self.challenge(self.split.image(row), generator))
-
-    def _augmented(self, key: Key) -> torch.Tensor:
-        return self.seeded(key, lambda: self.augment(self.input(key[1])))
+        row = key[1]
+        generator = self.challenge and self.challenge.chosen(self.key_seed(key))
+        if self.challenge and generator:
+            image = _tensor(self.challenge(self.split.image(row), generator))
+        else:
+            image = self.seeded(key, lambda: self.augment(self.input(row)))
+        return image, self.labels[row]
 
 
 class PairImages(_Images, Dataset[torch.Tensor]):

@@ -58,7 +58,7 @@ ACCESS: Steps = {
 CHALLENGES: Steps = {
     "JPEG decoding": ("distort.py:open_jpeg",),
     "drawing": ("distort.py:challenge_rng", "distort.py:draw"),
-    "rotation, crop, resizing": ("Image.py:rotate", "Image.py:crop", "Image.py:resize"),
+    "rotation, crop, resizing": ("Image.py:rotate", "distort.py:_resized"),
     "saturation": ("distort.py:saturate",),
     "down and up": ("distort.py:down_and_up",),
     "noise": ("distort.py:add_noise",),

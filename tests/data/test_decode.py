@@ -72,6 +72,21 @@ def test_agrees_with_a_full_decode(kind: str, size: tuple[int, int]) -> None:
     assert difference(shown, full) < 2
 
 
+@pytest.mark.parametrize("size", [(1200, 900), (333, 97), (40, 50)])
+@pytest.mark.parametrize("square", [False, True])
+def test_resizing_is_pillows_but_for_rounding(size: tuple[int, int], square: bool) -> None:
+    image = picture(*size)
+    found = run(encode(image, "PNG"), crop=square).image
+    if square:
+        side = min(size)
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    wanted = image.resize(found.size, Image.Resampling.BICUBIC)
+    apart = np.abs(np.asarray(found, np.int16) - np.asarray(wanted, np.int16))
+    assert apart.max() <= 2  # each axis is rounded to whole levels
+    assert apart.mean() < 0.1
+
+
 @pytest.mark.parametrize(("side", "largest"), [(96, 504), (378, 504), (600, 1008), (1600, 4032)])
 def test_a_large_jpeg_is_never_decoded_in_full(
     side: int, largest: int, monkeypatch: pytest.MonkeyPatch
