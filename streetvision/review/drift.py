@@ -143,7 +143,7 @@ def mmd_test(
     sums, own = kernel_sums(pooled, shuffles.codes, median_distance(pooled, rng))
     sizes = np.bincount(shuffles.codes).astype(np.float64)
     observed = np.zeros((1, len(sizes)), dtype=np.bool_)
-    observed[0, shuffles.codes[len(reference)] :] = True
+    observed[0, shuffles.codes[len(reference) :]] = True
     value, shuffled = (mmd2(sums, own, sizes, each) for each in (observed, shuffles.new))
     return judged(float(value[0]), shuffled)
 
