@@ -8,29 +8,37 @@ group. In the null worlds both have the same MCC exactly, by construction:
 - `operating point`: base says yes more, head as much less; the classes mirror each other, the prior is 50 %;
 - `correlation`: errors of the same size, base's by image, head's by group.
 
-In `better` head is better; its true difference is that of 250,000 groups.
+In `better` head is better; its true differences are those of 250,000 groups.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.evaluation.compare import compare_predictions, mcc_difference
-from streetvision.evaluation.metrics import Floats, Integers, mcc_from_counts
-from streetvision.evaluation.paired import fisher_z_interval, mcnemar_exact
+from streetvision.evaluation.compare import compare_predictions, difference_intervals
+from streetvision.evaluation.metrics import Floats, GroupTable, Integers, all_metrics_batch
+from streetvision.evaluation.paired import (
+    expected_reward,
+    fisher_z_interval,
+    mcnemar_exact,
+    same_mcc_p,
+)
 from streetvision.evaluation.predictions import Predictions
 from tests.benchmarks.runner import Table
 
 PRIOR = 0.5
 NULLS = ("exchangeable", "operating point", "correlation")
 BETTER = "better"
-REPEATS = 2000
-RESAMPLES = 1000
+METRICS = ("mcc", "accuracy", "log_loss", "reward", "ece", "ece_debiased")
+_COLUMNS = ("mcc", "accuracy", "log_loss", "ece", "ece_debiased", "fnr", "fpr")
+REPEATS = 1000
+RESAMPLES = 500
 
 
 def simulate(
@@ -63,18 +71,27 @@ def simulate(
 
 
 @cache
-def true_difference(world: str) -> float:
-    """Head's MCC minus base's in the whole world, at a prior of 50 %."""
+def true_differences(world: str) -> dict[str, float]:
+    """Head's metrics minus base's in the whole world, at a prior of 50 %.
+
+    In the null worlds both have one law of probability and label by image, or its mirror: no metric that
+    treats the classes alike differs.
+    """
     if world in NULLS:
-        return 0.0
-    called, images = np.zeros((2, 2)), np.zeros(2)  # [side, label], [label]
+        return dict.fromkeys(METRICS, 0.0)
+    sums: list[Floats] = [np.zeros(())] * 2
     for seed in range(5):
         labels, *sides, _ = simulate(world, 50_000, np.random.default_rng([99, seed]))
-        images += np.bincount(labels)
-        called += [np.bincount(labels, p > 0.5) for p in sides]
-    fpr, tpr = (called / images).T
-    base, head = mcc_from_counts(tpr, fpr, 1 - fpr, 1 - tpr)
-    return float(head - base)
+        one = np.zeros_like(labels)
+        tables = [GroupTable.build(labels, p, one, PRIOR) for p in sides]
+        sums = [total + table.sums for total, table in zip(sums, tables, strict=True)]
+    values = []
+    for table, total in zip(tables, sums, strict=True):
+        whole = GroupTable(total, table.ordered, table.steps)
+        found = all_metrics_batch(whole, np.ones((1, 1)), PRIOR, _COLUMNS)
+        found["reward"] = expected_reward(1 - found["fnr"], found["fpr"], PRIOR)
+        values.append(found)
+    return {m: float(values[1][m][0] - values[0][m][0]) for m in METRICS}
 
 
 @dataclass(frozen=True)
@@ -83,47 +100,72 @@ class Rates:
 
     Attributes
     ----------
-    sign_flip, mcnemar
+    same_mcc, mcnemar
         Share with p <= 0.05.
-    given, covered, fisher_covered
-        Share with an interval; of these the share that holds the truth; the same of Fisher's z.
+    given, fisher_covered
+        Share with an interval of MCC; how often Fisher's z holds the truth.
+    covered, covered_mean
+        By metric the share of intervals that hold the true difference, and that hold the mean of what the
+        test sets show: an ECE expects more than its true value, so the two differ.
+    bias
+        By metric that mean less the true difference, in standard deviations of what the test sets show.
     excluded, halfwidth
-        Share whose interval excludes 0; its mean half width.
+        Share whose interval of MCC excludes 0; its mean half width.
     """
 
-    sign_flip: float
+    same_mcc: float
     mcnemar: float
     given: float
-    covered: float
     fisher_covered: float
+    covered: dict[str, float]
+    covered_mean: dict[str, float]
+    bias: dict[str, float]
     excluded: float
     halfwidth: float
 
 
-def rates(world: str, n_groups: int, repeats: int, seed: int, resamples: int = RESAMPLES) -> Rates:
+def rates(
+    world: str,
+    n_groups: int,
+    repeats: int,
+    seed: int,
+    resamples: int = RESAMPLES,
+    metrics: Sequence[str] = ("mcc",),
+) -> Rates:
     """Simulate, compare as `compare` does, count."""
     rng = np.random.default_rng([seed, n_groups, (*NULLS, BETTER).index(world)])
-    truth = true_difference(world)
-    rows = []
+    truth = true_differences(world)
+    tests = np.empty((repeats, 4))  # p of ours, p of McNemar, bounds of Fisher's z
+    deltas = np.full((repeats, len(metrics), 3), np.nan)  # value, low, high
     for repeat in range(repeats):
         labels, base, head, groups = simulate(world, n_groups, rng)
-        delta, p_value = mcc_difference(labels, base, head, groups, PRIOR, resamples, repeat)
+        pair = (labels, base, head, groups, PRIOR)
         right = [(p > 0.5) == (labels == 1) for p in (base, head)]
         exact = mcnemar_exact(int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum()))
         fisher = fisher_z_interval(labels, base > 0.5, head > 0.5)
-        bounds = [
-            (x.low, x.high) if x and x.low is not None else (np.nan, np.nan)
-            for x in (delta, fisher)
-        ]
-        rows.append((p_value, exact, *bounds[0], *bounds[1]))
-    p, exact, low, high, fisher_low, fisher_high = np.array(rows, dtype=np.float64).T
+        bounds = (fisher.low, fisher.high) if fisher else (np.nan, np.nan)
+        tests[repeat] = same_mcc_p(*pair, resamples, repeat), exact, *bounds
+        found = difference_intervals(*pair, metrics, resamples, repeat)
+        deltas[repeat] = [(found[m].value, found[m].low, found[m].high) for m in metrics]
+    p, exact_p, fisher_low, fisher_high = tests.T
+    low, high = deltas[:, 0, 1:].T
     given = np.isfinite(low)
+    covered, covered_mean, bias = {}, {}, {}
+    for place, metric in enumerate(metrics):
+        value, *ends = deltas[:, place].T
+        covered[metric] = _held(*ends, truth[metric])
+        covered_mean[metric] = _held(*ends, float(value.mean()))
+        bias[metric] = float((value.mean() - truth[metric]) / value.std())
     return Rates(
-        float((p <= 0.05).mean()), float((exact <= 0.05).mean()), float(given.mean()),
-        _mean((low <= truth) & (truth <= high), given),
-        _mean((fisher_low <= truth) & (truth <= fisher_high), np.isfinite(fisher_low)),
+        float((p <= 0.05).mean()), float((exact_p <= 0.05).mean()), float(given.mean()),
+        _held(fisher_low, fisher_high, truth["mcc"]), covered, covered_mean, bias,
         _mean((low > 0) | (high < 0), given), _mean((high - low) / 2, given),
     )  # fmt: skip
+
+
+def _held(low: Floats, high: Floats, truth: float) -> float:
+    """Share of the intervals [R], as far as they exist, that hold the truth."""
+    return _mean((low <= truth) & (truth <= high), np.isfinite(low))
 
 
 def _mean(values: NDArray[np.generic], chosen: NDArray[np.bool_]) -> float:
@@ -155,25 +197,38 @@ def _speed() -> Table:
 
 def comparison() -> list[Table]:
     """False positives, coverage and cost."""
-    rows = []
-    for n_groups in (4, 8, 20, 45, 60, 100, 200):
+    noise = 100 * np.sqrt(0.05 * 0.95 / REPEATS)
+    tests, covers = [], []
+    for n_groups in (8, 20, 45, 60, 200):
         for world in (*NULLS, BETTER):
-            found = rates(world, n_groups, REPEATS, seed=0)
-            null = world in NULLS
-            without = found.given == 0
-            rows.append([
-                f"{n_groups}", world, f"{found.sign_flip:.1%}" if null else "",
-                f"{found.mcnemar:.1%}" if null else "", f"{found.given:.0%}",
-                "" if without else f"{found.covered:.1%}", "" if without else f"± {found.halfwidth:.3f}",
-                f"{found.fisher_covered:.1%}",
+            all_of_them = world in {"correlation", BETTER}
+            metrics = METRICS if all_of_them else METRICS[:1]
+            found = rates(world, n_groups, REPEATS, seed=0, metrics=metrics)
+            tests.append([
+                f"{n_groups}", world, f"{found.same_mcc:.1%}", f"{found.mcnemar:.1%}",
+                f"{found.covered['mcc']:.1%}", f"± {found.halfwidth:.3f}", f"{found.fisher_covered:.1%}",
             ])  # fmt: skip
+            if all_of_them:
+                covers.append([
+                    f"{n_groups}", world, *(f"{found.covered[m]:.1%}" for m in metrics),
+                    *(f"{found.covered_mean[m]:.1%}" for m in metrics[-2:]),
+                    *(f"{found.bias[m]:+.2f}" for m in metrics[-2:]),
+                ])  # fmt: skip
+    title = f"{REPEATS:,} simulated test sets a row (so that 5 % and 95 % are ± {noise:.1f}), 20 images a group"
     return [
         Table(
-            f"{REPEATS:,} simulated test sets a row, 20 images a group; rejections at p <= 0.05 where there is "
-            "no difference, and how often a 95 % interval of the MCC difference holds the true one",
-            ["groups", "world", "sign-flip rejects", "McNemar (i.i.d.) rejects", "interval given", "covers",
-             "half width", "Fisher z (i.i.d.) covers"],
-            rows,
+            f"{title}; how often p <= 0.05, which is a false positive but for `{BETTER}`, and how often a 95 % "
+            "interval of the MCC difference holds the true one",
+            ["groups", "world", "same MCC? rejects", "McNemar (i.i.d.) rejects", "covers", "half width",
+             "Fisher z (i.i.d.) covers"],
+            tests,
+        ),
+        Table(
+            f"{title}; how often a 95 % interval of a difference holds the true one or, of ECE, the mean of "
+            "what such test sets show, and how many standard deviations that mean is off",
+            ["groups", "world", *METRICS, *(f"mean of {m}" for m in METRICS[-2:]),
+             *(f"bias of {m}" for m in METRICS[-2:])],
+            covers,
         ),
         _speed(),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import BOOTSTRAP, JACKKNIFE, group_intervals
@@ -11,13 +12,14 @@ from streetvision.evaluation.compare import (
     METRICS,
     Comparison,
     compare_predictions,
-    mcc_difference,
+    difference_intervals,
 )
 from streetvision.evaluation.metrics import all_metrics, prior_weights
-from streetvision.evaluation.paired import groups_needed
+from streetvision.evaluation.paired import groups_needed, same_mcc_p
 from streetvision.evaluation.predictions import Predictions, joined_groups, parse_predictions
 from streetvision.evaluation.reward import reward_moments
-from tests.benchmarks.comparison import BETTER, NULLS, rates, simulate, true_difference
+from tests.benchmarks.comparison import BETTER, NULLS, rates, simulate, true_differences
+from tests.benchmarks.comparison import METRICS as COVERED
 
 PRIOR = 0.5
 
@@ -82,18 +84,18 @@ def test_intervals_of_one_side_are_those_of_the_evaluation(n_groups: int) -> Non
         assert (each.low, each.high) == pytest.approx((interval.low, interval.high), abs=slack)
 
 
-def test_mcc_difference_is_that_of_the_comparison() -> None:
+def test_difference_intervals_are_those_of_the_comparison() -> None:
     """So that what the simulations say of the one holds for the other."""
     for n_groups in (20, 70):
         base, head = tables(n_groups)
         index = np.unique(head.groups, return_inverse=True)[1]
-        delta, p_value = mcc_difference(
-            base.labels, base.probabilities, head.probabilities, index, PRIOR, 300, seed=5
-        )
+        pair = (base.labels, base.probabilities, head.probabilities, index, PRIOR)
+        deltas = difference_intervals(*pair, METRICS, 300, seed=5)
         found = compare_predictions(base, head, PRIOR, n_resamples=300, seed=5)
-        assert found.sign_flip_p == p_value
-        mcc = found.differences["mcc"].delta
-        assert (mcc.low, mcc.high) == pytest.approx((delta.low, delta.high))
+        assert found.same_mcc_p == same_mcc_p(*pair, 300, seed=5)
+        for metric in METRICS:
+            delta = found.differences[metric].delta
+            assert (delta.low, delta.high) == (deltas[metric].low, deltas[metric].high)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_a_swap_of_the_sides_turns_every_sign() -> None:
         assert (one.low, one.high) == pytest.approx((-two.high, -two.low))
         verdicts = {there.differences[metric].verdict, back.differences[metric].verdict}
         assert verdicts in ({"better", "worse"}, {"not told apart"})
-    assert there.sign_flip_p == back.sign_flip_p
+    assert there.same_mcc_p == back.same_mcc_p
     assert there.mcnemar_p == back.mcnemar_p
     assert {c.id for c in there.changes if c.right == "head"} == {
         c.id for c in back.changes if c.right == "base"
@@ -143,7 +145,7 @@ def test_better_is_higher_for_mcc_and_lower_for_errors() -> None:
 def test_a_model_against_itself() -> None:
     base, _ = tables(70)
     found = compare_predictions(base, base, PRIOR, n_resamples=100)
-    assert found.sign_flip_p == found.mcnemar_p == 1.0
+    assert found.same_mcc_p == found.mcnemar_p == 1.0
     assert found.changes == ()
     for each in found.differences.values():
         assert (each.delta.value, each.delta.low, each.groups_needed) == (0, None, None)
@@ -251,7 +253,7 @@ def test_slices_are_comparisons_of_their_images() -> None:
     alone = compare_predictions(rows(base, own), rows(head, own), PRIOR, n_resamples=300)
     rain = by_name["weather", "rain"]
     assert (rain.n, rain.n_groups) == (own.sum(), alone.n_groups)
-    assert rain.p_value == alone.sign_flip_p
+    assert rain.p_value == alone.same_mcc_p
     assert rain.delta.low == pytest.approx(alone.differences["mcc"].delta.low)
     assert rain.base == pytest.approx(alone.differences["mcc"].base.value)
     near = by_name["evidence", "near"]
@@ -275,32 +277,41 @@ def test_slices_are_corrected_for_how_many_are_tested() -> None:
 
 
 @pytest.mark.parametrize("world", NULLS)
-@pytest.mark.parametrize("n_groups", [8, 60])
+@pytest.mark.parametrize("n_groups", [8, 20, 60])
 def test_no_difference_is_found_rarely_where_there_is_none(world: str, n_groups: int) -> None:
     """Clustered images of unequal groups; McNemar's test, beside it, is wrong much more often."""
-    repeats = 600 if n_groups == 60 else 400
+    repeats = 600
     found = rates(world, n_groups, repeats, seed=1, resamples=300)
     noise = np.sqrt(0.05 * 0.95 / repeats)
-    assert found.sign_flip <= 0.05 + 2.5 * noise
+    assert found.same_mcc <= binom.ppf(0.99, repeats, 0.05) / repeats
     if n_groups == 60:
         assert found.mcnemar > 0.15
-        assert found.covered == pytest.approx(0.95, abs=0.015 + 2.5 * noise)
+        assert found.covered["mcc"] == pytest.approx(0.95, abs=0.015 + 2.5 * noise)
     else:
-        assert found.covered >= 0.95 - 0.015 - 2.5 * noise
+        assert found.covered["mcc"] >= 0.95 - 0.015 - 2.5 * noise
     assert found.fisher_covered < 0.7
 
 
 def test_intervals_cover_a_true_difference_and_are_wider_with_few_groups() -> None:
     noise = np.sqrt(0.05 * 0.95 / 500)
-    many, few = (rates(BETTER, n_groups, 500, seed=2, resamples=300) for n_groups in (80, 12))
-    assert many.covered == pytest.approx(0.95, abs=0.015 + 2.5 * noise)
-    assert few.covered >= 0.935 - 2.5 * noise
+    many, few = (
+        rates(BETTER, n_groups, 500, seed=2, resamples=300, metrics=COVERED)
+        for n_groups in (80, 12)
+    )
+    for metric in COVERED[:4]:
+        assert many.covered[metric] == pytest.approx(0.95, abs=0.015 + 2.5 * noise), metric
+        assert few.covered[metric] >= 0.935 - 2.5 * noise, metric
+    # An ECE that images show is larger than the true one; its interval is about what they show.
+    for metric in COVERED[4:]:
+        assert many.covered_mean[metric] >= 0.935 - 2.5 * noise, metric
+        assert few.covered_mean[metric] >= 0.935 - 2.5 * noise, metric
+    assert few.bias["ece"] < -0.3
     assert few.halfwidth > many.halfwidth * np.sqrt(80 / 12)
     assert rates(BETTER, 4, 50, seed=2, resamples=100).given == 0
 
 
 def test_the_size_that_would_tell_has_the_power() -> None:
-    delta, n_groups = true_difference(BETTER), 100
+    delta, n_groups = true_differences(BETTER)["mcc"], 100
     errors = []
     for seed in range(20):
         found = compare_predictions(*tables(n_groups, seed), PRIOR, n_resamples=10)

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, t
 
-from streetvision.evaluation.bootstrap import MIN_GROUPS
-from streetvision.evaluation.metrics import mcc_from_counts
+from streetvision.errors import UserError
+from streetvision.evaluation.bootstrap import (
+    JACKKNIFE,
+    MIN_GROUPS,
+    group_sign_flip_test,
+    paired_group_interval,
+)
+from streetvision.evaluation.metrics import all_metrics, mcc_from_counts, prior_weights
 from streetvision.evaluation.paired import (
     correlation_difference_bounds,
     expanded_level,
@@ -19,6 +25,7 @@ from streetvision.evaluation.paired import (
     holm,
     mcnemar_exact,
     resting_groups,
+    same_mcc_p,
 )
 from streetvision.evaluation.reward import reward_moments
 
@@ -91,23 +98,71 @@ def test_fisher_z_does_not_exist_without_two_correlations() -> None:
     assert fisher_z_interval(y[:3], some[:3], some[:3]) is None
 
 
-@pytest.mark.parametrize(
-    "bounds", [((0.8, 0.95), (0.02, 0.1)), ((0.9, 0.9), (0, 0)), ((0, 1), (0, 1))]
-)
-def test_many_rewards_are_interpolated_exactly(bounds: tuple[tuple[float, float], ...]) -> None:
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.5])
+def test_many_rewards_are_interpolated_exactly(share: float) -> None:
     rng = np.random.default_rng(0)
-    tpr, fpr = (rng.uniform(*each, 1000) for each in bounds)
-    tpr[3] = np.nan
-    found = expected_reward(tpr, fpr, 0.4)
-    assert np.isnan(found[3])
-    wanted = reward_moments(np.delete(tpr, 3), np.delete(fpr, 3), 0.4)[0]
-    np.testing.assert_allclose(np.delete(found, 3), wanted, rtol=0, atol=1e-7)
-    np.testing.assert_allclose(expected_reward(tpr[:3], fpr[:3], 0.4), wanted[:3], rtol=1e-12)
+    tpr, fpr = rng.uniform(0, 1, (2, 1000))
+    tpr[:4], fpr[:4] = [0, 1, 0, 1], [0, 0, 1, 1]
+    tpr[4] = np.nan
+    found = expected_reward(tpr, fpr, share)
+    assert np.isnan(found[4])
+    wanted = reward_moments(np.delete(tpr, 4), np.delete(fpr, 4), share)[0]
+    np.testing.assert_allclose(np.delete(found, 4), wanted, rtol=0, atol=1e-8)
+
+
+def noisy(n_groups: int, seed: int, gain: float) -> tuple[np.ndarray, ...]:
+    """Labels, two models' probabilities and groups; the second model is better by `gain`."""
+    rng = np.random.default_rng(seed)
+    groups = np.arange(n_groups).repeat(rng.integers(2, 12, n_groups))
+    labels = rng.integers(0, 2, len(groups))
+    labels[np.unique(groups, return_index=True)[1]] = np.arange(n_groups) % 2
+    sign = 2 * labels - 1
+    logits = sign * [[1], [1 + gain]] + rng.normal(0, 1, (2, n_groups))[:, groups]
+    return labels, *(1 / (1 + np.exp(-logits - rng.normal(0, 1, logits.shape)))), groups
+
+
+def mcc_of(labels: np.ndarray, p: np.ndarray, prior: float) -> float:
+    return float(all_metrics(labels, p, prior_weights(labels, prior))["mcc"])
+
+
+@pytest.mark.parametrize(("gain", "prior"), [(0.0, 0.5), (0.7, 0.5), (2.0, 0.2)])
+def test_same_mcc_has_to_convince_the_swaps_and_the_jackknife(gain: float, prior: float) -> None:
+    """The jackknife leaves out each group and counts anew, the slow way."""
+    larger = set()
+    for seed in range(8):
+        labels, a, b, groups = noisy(16, seed, gain)
+        left_out = []
+        for group in range(16):
+            kept = groups != group
+            left_out.append(
+                mcc_of(labels[kept], b[kept], prior) - mcc_of(labels[kept], a[kept], prior)
+            )
+        error = np.sqrt(15 / 16 * ((np.array(left_out) - np.mean(left_out)) ** 2).sum())
+        delta = mcc_of(labels, b, prior) - mcc_of(labels, a, prior)
+        jackknife = 2 * t.sf(abs(delta) / error, resting_groups(labels, groups) - 1)
+        swaps = group_sign_flip_test(labels, a, b, groups, prior, 500, seed)
+        found = same_mcc_p(labels, a, b, groups, prior, 500, seed)
+        assert found == pytest.approx(max(swaps, jackknife))
+        # At 5 % the jackknife test says what the jackknife interval says.
+        interval = paired_group_interval(labels, a, b, groups, "mcc", prior)
+        assert interval.method == JACKKNIFE
+        assert (jackknife <= 0.05) == (not interval.low <= 0 <= interval.high)
+        larger.add(bool(swaps > jackknife))
+    assert gain or larger == {True, False}
+
+
+def test_same_mcc_is_not_denied_without_a_spread() -> None:
+    labels, groups = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 2, 3, 3, 3])
+    a, b = np.array([0.9, 0.9, 0.1, 0.9, 0.1, 0.1]), np.array([0.1, 0.1, 0.1, 0.9, 0.9, 0.9])
+    assert same_mcc_p(labels, a, b, groups, 0.5) == 1.0  # all positives are in one group
+    assert same_mcc_p(labels, a, a, np.arange(6), 0.5) == 1.0
+    with pytest.raises(UserError, match="both classes"):
+        same_mcc_p(labels * 0, a, b, groups, 0.5)
 
 
 def test_expanded_level_is_that_of_students_t() -> None:
     """Percentiles of a mean's bootstrap are normal with the variance (n - 1) / n of the sample's."""
-    from scipy.stats import norm, t
+    from scipy.stats import norm
 
     for n in (60, 200):
         reach = norm.ppf((1 + expanded_level(n)) / 2) * math.sqrt((n - 1) / n)
