@@ -649,7 +649,9 @@ class Hardware(Section):
     """What may not change a result, and so never invalidates a stage."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Annotated[Integer, Field(ge=0)] = Field(0, description="processes; 0 = one a core")
+    workers: Annotated[Integer, Field(ge=0)] = Field(
+        0, description="processes, or threads; 0 = one a core"
+    )
     devices: Count = Field(1, description="devices a node; on a CPU, processes")
     nodes: Count = 1
     checkpoint_minutes: Annotated[Number, Field(gt=0)] = Field(

@@ -20,6 +20,9 @@ from streetvision.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 TOGETHER = 4  # items that a thread takes at once: to hand one over costs a tenth of a millisecond
+MOST_THREADS = (
+    8  # more would wait for Python between the libraries' calls, with more images in memory
+)
 
 
 def in_processes(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
@@ -62,9 +65,10 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], workers: int = 0) -> 
     """Yield `work(item)` in the order of `items`, which are taken a few at a time, as results are asked for.
 
     For what Pillow, OpenCV and NumPy do with one image: they let other threads run meanwhile. `workers` 0
-    means one a usable core; with one worker, or one item, the caller does the work itself.
+    means one a usable core, but no more than `MOST_THREADS`; with one worker, or one item, the caller does
+    the work itself.
     """
-    workers = workers or usable_cores()
+    workers = min(workers or usable_cores(), MOST_THREADS)
     items = iter(items)
     first = list(islice(items, 2 if workers > 1 else 0))
     if len(first) < 2:

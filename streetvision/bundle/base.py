@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from streetvision.bundle.inputs import MAX_PIXELS, ImageInput, upright_image
 from streetvision.data.transforms import Preprocessing
-from streetvision.data.views import ViewScores
+from streetvision.data.views import ViewScores, views_of
 from streetvision.decision.policy import Policy
 from streetvision.models.fusion import Fusion
 from streetvision.models.multiview import network_scores
@@ -93,4 +93,6 @@ class BasePredictor:
             yield chunk
 
     def _scores(self, images: Iterable[Image], grid: ViewGrid) -> Iterator[ViewScores]:
-        return network_scores(self.run_network, self.preprocessing, images, grid, self.batch_size)
+        # One after the other: photographs may be large, and only one is in memory.
+        made = (views_of(image, self.preprocessing, grid) for image in images)
+        return network_scores(self.run_network, made, grid, self.batch_size)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.data.transforms import Preprocessing
-from streetvision.data.views import ViewScores, view_names, views_of
+from streetvision.data.views import Views, ViewScores, view_names, views_of
 from streetvision.params import ViewGrid
 from streetvision.processes import in_threads
 from streetvision.progress import progress
@@ -47,23 +47,19 @@ def score_views(
     ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
         return score(model, preprocessing, inputs, len(inputs), device)
 
-    return network_scores(network, preprocessing, images, grid, batch_size)
+    views = in_threads(lambda image: views_of(image, preprocessing, grid), images)
+    return network_scores(network, views, grid, batch_size)
 
 
 def network_scores(
-    network: Network,
-    preprocessing: Preprocessing,
-    images: Iterable[Image],
-    grid: ViewGrid,
-    batch_size: int,
+    network: Network, made: Iterable[Views], grid: ViewGrid, batch_size: int
 ) -> Iterator[ViewScores]:
-    """Yield the scores of images in their order, some images at a time; images are read as needed.
+    """Yield the scores of images, some at a time; their views in `grid` are made as needed.
 
     With several views an image is a batch of its own, so that its scores, and the fusion of its features
     in float16, are the same to the bit whichever images come with it. Single views pass in batches.
     """
     per_pass = batch_size if len(view_names(grid)) == 1 else 1
-    made = in_threads(lambda image: views_of(image, preprocessing, grid), images)
     for chunk in batched(made, per_pass):
         inputs = [view for views in chunk for view in views.inputs]
         logits, features = network(inputs)

@@ -86,17 +86,17 @@ def test_the_registry_versions_promotes_and_fetches_the_bundle(project: Project)
 @pytest.mark.slow
 def test_diffs_work_in_a_clone_without_the_data(project: Project, tmp_path: Path) -> None:
     first = project.git("rev-parse", "HEAD").stdout.strip()
-    project.change({"sweep": {"n_thresholds": 50, "selection": "bagged_median"}})
-    assert project.repro("sweep") == ["sweep"]
+    project.change({"sweep": {"n_thresholds": 50}, "decision": {"served_prior": 0.4}})
+    assert {"sweep", "calibrate"} <= set(project.repro("calibrate"))
     project.commit()
     clone = Project(tmp_path / "clone")
     project.git("clone", "--quiet", project.root, clone.root)
     assert not (clone / "data/raw").exists()
     assert not (clone / ".dvc/cache").exists()
     metrics = json.loads(clone.dvc("metrics", "diff", "--json", first, "HEAD").stdout)
-    assert set(metrics) == {"metrics/sweep.json"}
-    assert metrics["metrics/sweep.json"]["threshold"]["diff"] != 0
-    assert "| metrics/sweep.json" in clone.dvc("metrics", "diff", "--md", first, "HEAD").stdout
+    assert set(metrics) == {"metrics/calibrate.json"}
+    assert metrics["metrics/calibrate.json"]["after.served.log_loss"]["diff"] != 0
+    assert "| metrics/calibrate.json" in clone.dvc("metrics", "diff", "--md", first, "HEAD").stdout
     params = json.loads(clone.dvc("params", "diff", "--json", first, "HEAD").stdout)
     count = params["params.yaml"]["sweep.n_thresholds"]
     assert (count["old"], count["new"]) == (5000, 50)
