@@ -20,12 +20,9 @@ def summarise(
     split: Split, units: NDArray[np.object_], folds: list[dict[str, Any]], params: Params
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[Any]]]]:
     """Pool the folds: report (scalar leaves) and the columns of the two tables, by file name."""
-    from streetvision.evaluation.bootstrap import (
-        group_intervals,
-        group_sign_flip_test,
-        paired_group_interval,
-    )
+    from streetvision.evaluation.bootstrap import group_intervals, paired_group_interval
     from streetvision.evaluation.metrics import all_metrics
+    from streetvision.evaluation.paired import same_mcc_p
 
     row_of = {name: row for row, name in enumerate(split.ids.tolist())}
     parts = [np.array([row_of[name] for name in fold["ids"]]) for fold in folds]
@@ -88,9 +85,9 @@ def summarise(
     gain = paired_group_interval(
         labels, baseline, pipeline, groups, n_resamples=n_resamples, seed=params.seed
     )
-    flip = group_sign_flip_test(labels, baseline, pipeline, groups, seed=params.seed)
+    p = same_mcc_p(labels, baseline, pipeline, groups, float(labels.mean()), seed=params.seed)
     report["gain"] = {
-        "mcc": gain.value, "low": gain.low, "high": gain.high, "sign_flip_p": flip,
+        "mcc": gain.value, "low": gain.low, "high": gain.high, "same_mcc_p": p,
     }  # fmt: skip
     report["by_fold"] = by_fold
     predictions = {
@@ -137,7 +134,7 @@ def render(report: dict[str, Any]) -> str:
     modes = ", ".join(f"{mode} {count}" for mode, count in sorted(report["modes"].items()))
     text = (
         f"Paired over {report['groups']} groups, the pipeline gains {gain['mcc']:+.3f} MCC "
-        f"[{_ends(gain, '')}] (sign-flip p = {gain['sign_flip_p']:.3f}); "
+        f"[{_ends(gain, '')}] (same MCC: p = {gain['same_mcc_p']:.3f}); "
         f"ROC-AUC {auc[0]:.3f} against {auc[1]:.3f}. Baseline: balanced logistic regression on "
         f"frozen global-view features of the same backbone, same folds. Fusions chosen: {modes}; "
         f"median of the chosen epochs {report['median_epochs']:g}."

@@ -249,10 +249,10 @@ def _overall(
         counts["mcc"] = np.where(defined, counts["mcc"], np.nan)
         return {name: reward if name == "reward" else counts[name] for name in names}
 
-    resting = int((images > 0).sum(axis=0).min())
-    return statistic_intervals(
-        evaluate, n_groups, dict.fromkeys(_RANGES, resting), _RANGES, n_resamples, seed=seed
-    )
+    n_negative, n_positive = (int(n) for n in (images > 0).sum(axis=0))
+    resting = dict.fromkeys(_RANGES, min(n_negative, n_positive))
+    resting |= {"fnr": n_positive, "fpr": n_negative}
+    return statistic_intervals(evaluate, n_groups, resting, _RANGES, n_resamples, seed=seed)
 
 
 def _by_source(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from streetvision.evaluation.bootstrap import (
     MIN_GROUPS,
     Interval,
+    delete_one,
     statistic_intervals,
 )
 from streetvision.evaluation.metrics import (
@@ -29,7 +30,7 @@ from streetvision.evaluation.metrics import (
     prior_weights,
 )
 from streetvision.evaluation.paired import (
-    expanded_level,
+    LEVEL,
     expected_reward,
     fisher_z_interval,
     groups_needed,
@@ -55,7 +56,6 @@ _RANGES = METRIC_RANGES | {REWARD: (0.0, 1.0)}
 _SCALES = dict.fromkeys(METRICS, "logit") | {
     "mcc": "atanh", "log_loss": "log", "ece": "identity", "ece_debiased": "identity"
 }  # fmt: skip
-_BLOCK = 1 << 20  # multiplicities held at once
 Evaluate = Callable[[Floats, Sequence[str]], dict[str, Floats]]
 
 
@@ -311,7 +311,7 @@ def _intervals(
     resting = resting_groups(labels, index)
     return statistic_intervals(
         evaluate, int(index.max()) + 1, dict.fromkeys(names, resting), ranges, n_resamples,
-        expanded_level(resting), seed, scales,
+        LEVEL, seed, scales,
     )  # fmt: skip
 
 
@@ -328,7 +328,7 @@ def _differences(
     evaluate = _evaluator(labels, a, b, index, served_prior, METRICS)
     names = [f"{side}{metric}" for side in ("", "base.", "head.") for metric in METRICS]
     intervals = _intervals(evaluate, names, labels, index, n_resamples, seed)
-    left_out = _delete_one(evaluate, n_groups)
+    left_out = delete_one(evaluate, n_groups, METRICS)
     found = {}
     for metric in METRICS:
         if metric not in intervals:
@@ -343,18 +343,6 @@ def _differences(
             None if needed is None else math.ceil(needed * len(labels) / n_groups),
         )  # fmt: skip
     return found
-
-
-def _delete_one(evaluate: Evaluate, n_groups: int) -> dict[str, Floats]:
-    """Differences [G] by metric without each of the groups in turn."""
-    parts: list[dict[str, Floats]] = []
-    block = max(1, _BLOCK // n_groups)
-    for start in range(0, n_groups, block):
-        rows = np.arange(start, min(start + block, n_groups))
-        multiplicities = np.ones((len(rows), n_groups))
-        multiplicities[np.arange(len(rows)), rows] = 0
-        parts.append(evaluate(multiplicities, METRICS))
-    return {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
 
 
 def _slices(

@@ -17,31 +17,18 @@ from numpy.typing import ArrayLike
 
 from streetvision.evaluation.bootstrap import (
     MIN_GROUPS,
-    MIN_GROUPS_BOOTSTRAP,
     Interval,
+    check_groups,
+    degrees_of_freedom,
     group_sign_flip_test,
 )
-from streetvision.evaluation.metrics import Floats, Integers, mcc_from_counts
+from streetvision.evaluation.metrics import Floats, Integers, check_sample, mcc_from_counts
 from streetvision.evaluation.reward import reward_moments
 
 LEVEL, POWER = 0.95, 0.8
 _NO_VARIATION = 1e-12
 FISHER_Z = "fisher_z_iid"
 _NODES = 40  # of the reward's interpolation, along each rate
-
-
-def expanded_level(resting: int) -> float:
-    """Nominal level at which a percentile interval of so many groups covers 95 %.
-
-    Percentiles lack Student's t and the factor n / (n - 1) of a sample's variance; the expanded percentile
-    interval has both (Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
-    """
-    from scipy.stats import t
-
-    if resting < MIN_GROUPS_BOOTSTRAP:
-        return LEVEL  # the jackknife interval has its t
-    reach = math.sqrt(resting / (resting - 1)) * t.ppf((1 + LEVEL) / 2, resting - 1)
-    return 1 - 2 * NormalDist().cdf(-float(reach))
 
 
 def resting_groups(labels: Integers, index: Integers) -> int:
@@ -63,10 +50,10 @@ def groups_needed(distance: float, standard_error: float | None, n_groups: int) 
 
 
 def same_mcc_p(
-    labels: Integers,
-    base: Floats,
-    head: Floats,
-    groups: Integers,
+    labels: ArrayLike,
+    base: ArrayLike,
+    head: ArrayLike,
+    groups: ArrayLike,
     served_prior: float,
     n_permutations: int = 10_000,
     seed: int = 0,
@@ -83,7 +70,7 @@ def same_mcc_p(
     Parameters
     ----------
     labels, base, head, groups
-        [N] in {0, 1}, probabilities [N] twice, group index [N] in 0..G-1.
+        [N] in {0, 1}, probabilities [N] twice, group [N] of any sortable type.
     served_prior
         Positive share in (0, 1) that both MCCs are re-weighted to.
     n_permutations, seed
@@ -94,8 +81,10 @@ def same_mcc_p(
     UserError
         A class is missing.
     """
-    swaps = group_sign_flip_test(labels, base, head, groups, served_prior, n_permutations, seed)
-    return max(swaps, _jackknife_p(labels, base, head, groups, served_prior))
+    y, a, index = check_groups(labels, base, groups)
+    _, b = check_sample(y, head)
+    swaps = group_sign_flip_test(y, a, b, index, served_prior, n_permutations, seed)
+    return max(swaps, _jackknife_p(y, a, b, index, served_prior))
 
 
 def _jackknife_p(
@@ -118,9 +107,11 @@ def _jackknife_p(
         fpr, tpr = (side / images).T
         odds = (1 - served_prior) / served_prior
         values.append(mcc_from_counts(tp=tpr, fp=odds * fpr, tn=odds * (1 - fpr), fn=1 - tpr))
-    delta, *left_out = values[1] - values[0]
+    delta, left_out = (each := values[1] - values[0])[0], each[1:]
     error = math.sqrt((n_groups - 1) * np.var(left_out))
-    return 2 * float(stdtr(resting - 1, -abs(delta) / error)) if error > _NO_VARIATION else 1.0
+    if error <= _NO_VARIATION:
+        return 1.0
+    return 2 * float(stdtr(degrees_of_freedom(left_out, resting), -abs(delta) / error))
 
 
 def holm(p_values: ArrayLike) -> Floats:

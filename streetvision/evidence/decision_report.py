@@ -179,8 +179,9 @@ def split_text(lines: Sequence[Line]) -> list[str]:
 def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
     """Pooled decisions of the held-out groups, each mode against the single view, paired over groups."""
     from streetvision.decision.inputs import sigmoid
-    from streetvision.evaluation.bootstrap import group_sign_flip_test, paired_group_interval
+    from streetvision.evaluation.bootstrap import paired_group_interval
     from streetvision.evaluation.metrics import all_metrics
+    from streetvision.evaluation.paired import same_mcc_p
 
     quarters = sorted({line["number"] for line in lines})
 
@@ -198,13 +199,13 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
 
     labels, groups = pool("labels"), pool("groups")
     single = sigmoid(pool("logits", "single"))
-    rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "sign-flip p"]]
+    rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "same MCC: p"]]
 
     def gain(before: NDArray[Any], after: NDArray[Any]) -> tuple[str, str]:
         # An image counts once a quarter, and its group stays one group.
         pair = (labels.ravel(), before.ravel(), after.ravel(), groups.ravel())
         apart = as_dict(paired_group_interval(*pair, n_resamples=N_RESAMPLES, seed=seed))
-        return interval(apart, "+"), f"{group_sign_flip_test(*pair, seed=seed):.3f}"
+        return interval(apart, "+"), f"{same_mcc_p(*pair, float(labels.mean()), seed=seed):.3f}"
 
     for mode in (*MODES, AUTO, *REFERENCES):
         fused = sigmoid(pool("logits", mode))

@@ -15,10 +15,10 @@ from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import (
     Interval,
-    group_sign_flip_test,
     paired_group_interval,
 )
 from streetvision.evaluation.metrics import all_metrics
+from streetvision.evaluation.paired import same_mcc_p
 from streetvision.models.backbone import PASSTHROUGH, initial_backbone, load_weights
 from streetvision.models.classifier import RoadworkClassifier, pick_device, score_split
 from streetvision.params import Probe, Train
@@ -105,7 +105,9 @@ def probe_report(
             "mcc": gain.value,
             **({"low": gain.low, "high": gain.high} if gain.low is not None else {}),
             "interval_method": gain.method,
-            "sign_flip_p": group_sign_flip_test(labels, before, after, groups, seed=seed),
+            "same_mcc_p": same_mcc_p(
+                labels, before, after, groups, float(labels.mean()), seed=seed
+            ),
             "log_loss": scores["after"]["log_loss"] - scores["before"]["log_loss"],
         },
         "read_images": len(labels),

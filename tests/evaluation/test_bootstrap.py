@@ -10,6 +10,7 @@ from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import (
     BOOTSTRAP,
     JACKKNIFE,
+    degrees_of_freedom,
     group_intervals,
     group_sign_flip_test,
     paired_group_interval,
@@ -88,17 +89,45 @@ def test_multiplicities_are_draws_with_replacement_whatever_the_block():
     assert rows.var() == pytest.approx(1, abs=0.01)
 
 
+def student_t(left_out, level=0.95):
+    """Reach in standard errors at Satterthwaite's degrees of freedom, with SciPy's unbiased kurtosis."""
+    n = len(left_out)
+    excess = max(scipy.stats.kurtosis(left_out, bias=False), 0)
+    return scipy.stats.t.ppf((1 + level) / 2, 2 / (excess / n + 2 / (n - 1)))
+
+
 def test_percentiles_of_the_resamples_are_the_interval():
+    """At the level at which percentiles have Student's t and the factor G / (G - 1) of a variance."""
     y, p, groups = clustered(70, np.random.default_rng(1))
     [rows] = resample_multiplicities(70, 500, np.random.default_rng(9))
-    values = all_metrics_batch(GroupTable.build(y, p, groups, 0.5), rows, 0.5)
+    table = GroupTable.build(y, p, groups, 0.5)
+    values = all_metrics_batch(table, rows, 0.5)
+    left_out = all_metrics_batch(table, 1 - np.eye(70), 0.5)
     got = group_intervals(y, p, groups, 0.5, n_resamples=500, level=0.9, seed=9)
     for name in METRIC_NAMES:
-        low, high = np.quantile(values[name], [0.05, 0.95])
+        tail = scipy.stats.norm.sf(student_t(left_out[name], 0.9) * np.sqrt(70 / 69))
+        assert 0.02 < tail < 0.05
+        low, high = np.quantile(values[name], [tail, 1 - tail])
         assert (got[name].low, got[name].high) == pytest.approx((low, high))
         assert got[name].method == BOOTSTRAP
     point = all_metrics(y, p, prior_weights(y, 0.5))
     assert {k: v.value for k, v in got.items()} == pytest.approx(point)
+
+
+def test_degrees_of_freedom_are_those_of_the_variance():
+    """A mean's variance, estimated from n draws, varies as σ⁴ 2 / df: here of exponential draws (κ = 6)."""
+    rng = np.random.default_rng(0)
+    variances = rng.exponential(size=(20_000, 400)).var(axis=1, ddof=1)
+    draws = rng.exponential(size=100_000)
+    without = (draws.sum() - draws) / (len(draws) - 1)
+    of_one = degrees_of_freedom(without, len(draws)) / len(draws)
+    assert of_one == pytest.approx(2 / variances.var() / 400, rel=0.1)
+    normal = rng.normal(size=100_000)
+    assert degrees_of_freedom(normal, 100_000) == pytest.approx(100_000, rel=0.05)
+    # Lighter tails than a normal's give no more than a normal's, nor do too few groups to tell.
+    assert degrees_of_freedom(np.tile([-1.0, 1.0], 25), 50) == pytest.approx(49)
+    assert degrees_of_freedom(np.array([0.0, 0.0, 9.0]), 3) == 2
+    assert degrees_of_freedom(np.ones(9), 7) == 6
 
 
 def coverage(n_groups, n_simulations, seed, iid=False, prior=0.5):
@@ -161,7 +190,8 @@ def test_jackknife_of_a_mean_is_the_t_interval():
     p = np.clip(y + rng.normal(0, 0.02, 50)[groups] - 0.3 * (2 * y - 1), 0, 1)
     got = group_intervals(y, p, groups, metrics=("brier",))["brier"]
     means = ((p - y) ** 2).reshape(50, 40).mean(axis=1)
-    expected = scipy.stats.t.interval(0.95, 49, means.mean(), scipy.stats.sem(means))
+    reach = student_t(means) * scipy.stats.sem(means)
+    expected = means.mean() - reach, means.mean() + reach
     assert (got.low, got.high) == pytest.approx(expected, rel=2e-3)
     ece = group_intervals(y, p, groups, metrics=("ece",))["ece"]
     assert ece.method == JACKKNIFE

@@ -12,13 +12,13 @@ from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import (
     JACKKNIFE,
     MIN_GROUPS,
+    degrees_of_freedom,
     group_sign_flip_test,
     paired_group_interval,
 )
 from streetvision.evaluation.metrics import all_metrics, mcc_from_counts, prior_weights
 from streetvision.evaluation.paired import (
     correlation_difference_bounds,
-    expanded_level,
     expected_reward,
     fisher_z_interval,
     groups_needed,
@@ -139,7 +139,8 @@ def test_same_mcc_has_to_convince_the_swaps_and_the_jackknife(gain: float, prior
             )
         error = np.sqrt(15 / 16 * ((np.array(left_out) - np.mean(left_out)) ** 2).sum())
         delta = mcc_of(labels, b, prior) - mcc_of(labels, a, prior)
-        jackknife = 2 * t.sf(abs(delta) / error, resting_groups(labels, groups) - 1)
+        df = degrees_of_freedom(np.array(left_out), resting_groups(labels, groups))
+        jackknife = 2 * t.sf(abs(delta) / error, df)
         swaps = group_sign_flip_test(labels, a, b, groups, prior, 500, seed)
         found = same_mcc_p(labels, a, b, groups, prior, 500, seed)
         assert found == pytest.approx(max(swaps, jackknife))
@@ -158,16 +159,6 @@ def test_same_mcc_is_not_denied_without_a_spread() -> None:
     assert same_mcc_p(labels, a, a, np.arange(6), 0.5) == 1.0
     with pytest.raises(UserError, match="both classes"):
         same_mcc_p(labels * 0, a, b, groups, 0.5)
-
-
-def test_expanded_level_is_that_of_students_t() -> None:
-    """Percentiles of a mean's bootstrap are normal with the variance (n - 1) / n of the sample's."""
-    from scipy.stats import norm
-
-    for n in (60, 200):
-        reach = norm.ppf((1 + expanded_level(n)) / 2) * math.sqrt((n - 1) / n)
-        assert reach == pytest.approx(t.ppf(0.975, n - 1))
-    assert expanded_level(59) == 0.95
 
 
 def test_resting_groups_are_the_fewer() -> None:

@@ -92,7 +92,7 @@ def test_report(groups: int, wrong: tuple[float, float], finding: str) -> None:
         assert difference["low"] < difference["mcc"] < difference["high"]
         method = "group_bootstrap_percentile" if groups >= 60 else "group_jackknife_t"
         assert difference["interval_method"] == method
-        assert (difference["sign_flip_p"] < 0.05) == (finding != "inconclusive")
+        assert (difference["same_mcc_p"] < 0.05) == (finding != "inconclusive")
 
 
 @pytest.fixture
@@ -149,5 +149,5 @@ def test_passthrough_computes_once_and_says_so(
     assert len(calls) == 2
     assert report["before"] == report["after"]
     assert report["difference"]["mcc"] == 0  # type: ignore[index]
-    assert report["difference"]["sign_flip_p"] == 1  # type: ignore[index]
+    assert report["difference"]["same_mcc_p"] == 1  # type: ignore[index]
     assert "one and the same" in str(report["finding"])
