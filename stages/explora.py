@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING, Any
+
 from stages.common import Stage, run_stage
 from streetvision.artifacts import main_process, write_csv_atomic, write_json_atomic
+
+if TYPE_CHECKING:
+    from streetvision.models.adapted import AdaptationResult
+
+log = logging.getLogger(__name__)
 
 
 def explora(stage: Stage) -> None:
@@ -11,36 +19,52 @@ def explora(stage: Stage) -> None:
 
     With several devices every rank runs this; the first one writes.
     """
-    from streetvision.data.store import open_split
+    from streetvision.models.adapted import pass_through
     from streetvision.models.backbone import initial_backbone
-    from streetvision.models.monitor import HISTORY_COLUMNS
-    from streetvision.models.pretraining import adapt_backbone, save_adaptation
 
     params, paths = stage.params, stage.paths
-    inputs = {name: paths.split(name) for name in ("train", "val_select")}
-    splits = {name: open_split("explora", name, path) for name, path in inputs.items()}
     config = stage.config()
-    backbone, name, arguments, preprocessing = initial_backbone(
+    backbone, timm_name, arguments, preprocessing = initial_backbone(
         params.train, params.data.square_crop, params.seed, paths.root
+    )
+    document = {
+        "backbone": timm_name, "arguments": arguments, "preprocessing": preprocessing.to_dict(),
+    }  # fmt: skip
+    if not params.explora.enabled:
+        log.info("explora.enabled is false: the backbone passes through")
+        if main_process():
+            _write(stage, config, document, pass_through(backbone))
+        return
+    from streetvision.data.store import open_split
+    from streetvision.models.pretraining import adapt_backbone
+
+    fit, select = (
+        open_split("explora", name, paths.split(name)) for name in ("train", "val_select")
     )
     with stage.scratch(config, stage.upstream("prepare")) as scratch:
         result = adapt_backbone(
-            backbone, params.explora, splits["train"], splits["val_select"], preprocessing,
+            backbone, params.explora, fit, select, preprocessing,
             pretrained=params.train.weights != "none", freeze_norm=params.train.freeze_norm,
             seed=params.seed, scratch=scratch, hardware=params.hardware,
             compile_settings=params.compile,
         )  # fmt: skip
-        if not main_process():
-            return
-        document = {
-            "backbone": name, "arguments": arguments, "preprocessing": preprocessing.to_dict(),
-        }  # fmt: skip
-        save_adaptation(result, document, paths.explora)
-        history = {key: [row[key] for row in result.history] for key in HISTORY_COLUMNS}
-        write_csv_atomic(paths.plot("explora.csv"), history)
-        write_json_atomic(paths.metric("explora"), result.metrics)
-        outputs = [paths.explora, paths.plot("explora.csv"), paths.metric("explora")]
-        stage.write_manifest(config, list(inputs.values()), outputs, result.metrics)
+        if main_process():
+            _write(stage, config, document, result)
+
+
+def _write(
+    stage: Stage, config: dict[str, Any], document: dict[str, Any], result: AdaptationResult
+) -> None:
+    from streetvision.models.adapted import HISTORY_COLUMNS, save_adaptation
+
+    paths = stage.paths
+    save_adaptation(result, document, paths.explora)
+    history = {key: [row[key] for row in result.history] for key in HISTORY_COLUMNS}
+    write_csv_atomic(paths.plot("explora.csv"), history)
+    write_json_atomic(paths.metric("explora"), result.metrics)
+    inputs = [paths.split(name) for name in ("train", "val_select")]
+    outputs = [paths.explora, paths.plot("explora.csv"), paths.metric("explora")]
+    stage.write_manifest(config, inputs, outputs, result.metrics)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from streetvision.data.store import Split, read_arrow, write_arrow
+from streetvision.data.store import Split, numbers, read_arrow, write_arrow
 from streetvision.data.views import ViewScores
 from streetvision.errors import UserError
 
@@ -101,12 +101,9 @@ def read_embeddings(path: Path, *, features: bool = False) -> Embeddings:
     n = len(ids) // count
 
     def column(name: str) -> NDArray[np.generic]:
-        values = table.column(name).combine_chunks()
         kind = table.schema.field(name).type
-        if pa.types.is_fixed_size_list(kind):
-            flat = values.flatten().to_numpy(zero_copy_only=False)
-            return np.asarray(flat.reshape(n, count, kind.list_size))
-        return np.asarray(values.to_numpy(zero_copy_only=False).reshape(n, count))
+        size = (kind.list_size,) if pa.types.is_fixed_size_list(kind) else ()
+        return numbers(table.column(name)).reshape(n, count, *size)
 
     scores = ViewScores(
         logits=column("logit").astype(np.float64),

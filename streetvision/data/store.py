@@ -82,7 +82,7 @@ class Split:
         """Labels [N], 1 = roadwork; refused where the stage declared images only."""
         if not self._has_labels:
             raise SplitAccessError(f"the labels of {self.name} were not declared by this stage")
-        return np.asarray(self._table.column("label").to_numpy()[self.rows], dtype=np.int64)
+        return numbers(self._table.column("label"))[self.rows].astype(np.int64)
 
     def column(self, name: str) -> NDArray[np.object_]:
         """A context column [N] as Python objects; missing values are None."""
@@ -132,7 +132,8 @@ def open_split(stage: str, split: str, path: Path) -> Split:
         raise UserError(f"{path} is not a split file: no columns {', '.join(missing)}")
     rows = np.arange(len(table))
     if access.rows != "all":
-        rows = np.flatnonzero(table.column("fusion").to_numpy() == (access.rows == "fusion"))
+        fusion = numbers(table.column("fusion").cast(pa.uint8()))
+        rows = np.flatnonzero(fusion == (access.rows == "fusion"))
     if len(rows) == 0 and access.rows != "fusion":
         raise UserError(f"{path} holds no images for stage `{stage}`")
     return Split(table, split, rows, access.labels)
@@ -147,6 +148,17 @@ def read_arrow(path: Path, made_by: str) -> pa.Table:
         raise UserError(f"{path} is missing; the stage `{made_by}` makes it") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable Arrow file; rerun `{made_by}`") from error
+
+
+def numbers(column: pa.ChunkedArray) -> NDArray[Any]:
+    """Values of a column of numbers without nulls, those of fixed-size lists one after the other.
+
+    Not by Arrow's own `to_numpy`: it imports pandas, half a second.
+    """
+    values = column.combine_chunks()
+    if pa.types.is_fixed_size_list(column.type):
+        values = values.flatten()
+    return np.from_dlpack(values)
 
 
 def write_arrow(path: Path, columns: dict[str, Any]) -> Path:

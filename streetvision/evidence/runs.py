@@ -126,8 +126,9 @@ def train(
 
 def adapt(params: Params, fold: Fold, root: Path, scratch: Path) -> Path:
     """What the stage `explora` does, on one fold; the folder of the adapted backbone."""
+    from streetvision.models.adapted import save_adaptation
     from streetvision.models.backbone import initial_backbone
-    from streetvision.models.pretraining import adapt_backbone, save_adaptation
+    from streetvision.models.pretraining import adapt_backbone
 
     folder = scratch / "adapted"
     if (folder / "config.json").is_file():  # written last

@@ -17,7 +17,6 @@ from streetvision.params import Train
 
 log = logging.getLogger(__name__)
 Triple = tuple[float, float, float]
-PASSTHROUGH = "passthrough"  # the method of an `explora` that is off
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from streetvision.data.loader import PairImages
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
+from streetvision.models.adapted import Row
 from streetvision.models.loop import epoch_loss
 from streetvision.models.pretraining_task import AdaptationTask
 from streetvision.models.selfsupervised import (
@@ -26,11 +27,6 @@ from streetvision.models.selfsupervised import (
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]  # of the history
-HISTORY_COLUMNS = (
-    "epoch", "train_loss", "loss", "alignment", "uniformity", "rankme", "embedding_rankme",
-    "embedding_spread",
-)  # fmt: skip
 COLLAPSE_RULE = (
     f"RankMe of the embeddings < {COLLAPSE_RANK:g} or their spread < {COLLAPSE_SPREAD:g}"
 )

@@ -9,22 +9,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streetvision.artifacts import write_atomic, write_json_atomic
 from streetvision.data.loader import PairImages, loader_workers, training_loader
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing, contrastive_transform
 from streetvision.errors import UserError
-from streetvision.models.backbone import PASSTHROUGH
+from streetvision.models.adapted import AdaptationResult, Row
 from streetvision.models.classifier import pick_device
 from streetvision.models.loop import LoopSettings, describe, run_loop
-from streetvision.models.monitor import COLLAPSE_RULE, Monitor, Row
+from streetvision.models.monitor import COLLAPSE_RULE, Monitor
 from streetvision.models.peft import adapter_state, add_adapters, merge_adapters, unfreeze
 from streetvision.models.pretraining_task import AdaptationTask
 from streetvision.models.selfsupervised import build_objective, refuse_batch_statistics
@@ -35,24 +33,6 @@ log = logging.getLogger(__name__)
 # Largest difference of merged and unmerged features, relative to the largest feature, on this many images.
 MERGE_TOLERANCE = 1e-4
 MERGE_IMAGES = 8
-
-
-@dataclass(frozen=True)
-class AdaptationResult:
-    """The adapted backbone, merged, and how it came about.
-
-    Attributes
-    ----------
-    method: explora, `<objective> pretraining` (no pretrained weights) or passthrough
-    adapter: what an adapted backbone has learnt, before merging; empty without adapters
-    history: `monitor.HISTORY_COLUMNS` of the start (epoch 0) and after each epoch
-    """
-
-    backbone: nn.Module
-    method: str
-    adapter: dict[str, Tensor]
-    history: list[Row]
-    metrics: dict[str, Any]
 
 
 def adapt_backbone(
@@ -71,8 +51,7 @@ def adapt_backbone(
 ) -> AdaptationResult:
     """Adapt `backbone`, in place, to the images of `fit_split`; no label is read.
 
-    A run that finds a checkpoint in `scratch` goes on from there. `explora.enabled: false` measures the
-    backbone and hands it back as it is.
+    A run that finds a checkpoint in `scratch` goes on from there. `explora.enabled` is the caller's to heed.
 
     Parameters
     ----------
@@ -92,9 +71,8 @@ def adapt_backbone(
             raise UserError(
                 f"{split.name} holds one image; learning to tell images apart needs two"
             )
-    adapting = explora.enabled and pretrained
     backbone.to(memory_format=torch.channels_last)
-    if adapting:
+    if pretrained:
         add_adapters(backbone, explora.lora, seed=seed, skip_blocks=explora.unfreeze_blocks)
         unfreeze(backbone, explora.unfreeze_blocks, explora.train_norms)
     torch.manual_seed(seed)
@@ -110,13 +88,7 @@ def adapt_backbone(
         "parameters": sum(p.numel() for p in backbone.parameters()),
     }
     device = pick_device(hardware.device)
-    if not explora.enabled:
-        log.info("explora.enabled is false: the backbone passes through")
-        start = monitor.measure(task.to(device), epoch=0, train_loss=None)
-        metrics |= {"method": PASSTHROUGH, "trainable_parameters": 0, "start": _readings(start)}
-        return AdaptationResult(backbone.cpu().eval(), PASSTHROUGH, {}, [start], metrics)
-
-    method = "explora" if adapting else f"{explora.objective} pretraining"
+    method = "explora" if pretrained else f"{explora.objective} pretraining"
     if explora.gradient_cache_chunks > 1:
         refuse_batch_statistics(backbone)
     cost = _cost(task, (3, preprocessing.height, preprocessing.width), len(fit_split))
@@ -134,7 +106,7 @@ def adapt_backbone(
     )  # fmt: skip
     backbone.cpu().eval()
     adapter: dict[str, Tensor] = {}
-    if adapting:
+    if pretrained:
         adapter = adapter_state(backbone)
         some = preprocessing.normalise(monitor.views[:MERGE_IMAGES, 0])
         metrics["merge"] = _merge(backbone, some)
@@ -152,26 +124,6 @@ def adapt_backbone(
         "collapse_rule": COLLAPSE_RULE,
     }
     return AdaptationResult(backbone, method, adapter, monitor.history, metrics)
-
-
-def save_adaptation(result: AdaptationResult, config: Mapping[str, Any], folder: Path) -> None:
-    """Write `backbone.safetensors`, `adapter.safetensors` if there is one, and `config.json`.
-
-    The latter holds `method` and `config`.
-    """
-    _save_tensors(result.backbone.state_dict(), folder / "backbone.safetensors")
-    if result.adapter:
-        _save_tensors(result.adapter, folder / "adapter.safetensors")
-    else:
-        (folder / "adapter.safetensors").unlink(missing_ok=True)
-    write_json_atomic(folder / "config.json", {"method": result.method, **config})
-
-
-def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_atomic(path, lambda temporary: save_file(plain, temporary))
 
 
 def _cost(task: AdaptationTask, shape: tuple[int, int, int], images: int) -> dict[str, int]:

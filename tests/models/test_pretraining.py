@@ -19,19 +19,19 @@ from safetensors.torch import load_file
 from streetvision.data.store import Split, SplitAccessError, open_split, read_arrow, write_arrow
 from streetvision.errors import UserError
 from streetvision.models import pretraining, pretraining_task
+from streetvision.models.adapted import (
+    HISTORY_COLUMNS,
+    AdaptationResult,
+    pass_through,
+    save_adaptation,
+)
 from streetvision.models.backbone import (
     ARCHITECTURES,
     Architecture,
     build_backbone,
     initial_backbone,
 )
-from streetvision.models.monitor import HISTORY_COLUMNS
-from streetvision.models.pretraining import (
-    MERGE_TOLERANCE,
-    AdaptationResult,
-    adapt_backbone,
-    save_adaptation,
-)
+from streetvision.models.pretraining import MERGE_TOLERANCE, adapt_backbone
 from streetvision.models.pretraining_task import AdaptationTask
 from streetvision.params import Compile, Explora, Hardware, Lora, Train
 from tests.models.ranks import run_ranks
@@ -236,15 +236,17 @@ def test_a_merge_that_changes_the_features_is_refused(
         adapt(epochs=1)
 
 
-def test_disabled_hands_the_backbone_back_as_it_is(adapt: Adapt) -> None:
-    result = adapt(enabled=False)
+def test_passing_through_hands_the_backbone_on_as_it_is() -> None:
+    backbone, *_ = initial_backbone(
+        train_section("street_vit"), square_crop=False, seed=7, root=Path()
+    )
+    result = pass_through(backbone)
     after = result.backbone.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in initial().items())
     assert result.method == result.metrics["method"] == "passthrough"
-    assert result.adapter == {}
-    assert [row["epoch"] for row in result.history] == [0]
-    assert result.history[0]["train_loss"] is None
+    assert (result.adapter, result.history) == ({}, [])
     assert result.metrics["trainable_parameters"] == 0
+    assert result.metrics["parameters"] == sum(p.numel() for p in backbone.parameters())
 
 
 def test_frozen_norms_keep_their_statistics(adapt: Adapt) -> None:
@@ -411,5 +413,5 @@ def test_the_files_rebuild_the_result(adapt: Adapt, tmp_path: Path) -> None:
     document = json.loads((folder / "config.json").read_text())
     assert document == {"method": "explora", "backbone": "some_vit"}
     assert all(set(row) == set(HISTORY_COLUMNS) for row in result.history)
-    save_adaptation(adapt(enabled=False), {"backbone": "some_vit"}, folder)
+    save_adaptation(pass_through(result.backbone), {"backbone": "some_vit"}, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["backbone.safetensors", "config.json"]

@@ -15,7 +15,8 @@ from sklearn.metrics import matthews_corrcoef
 
 from streetvision.data.store import Split, open_split
 from streetvision.errors import UserError
-from streetvision.models.backbone import PASSTHROUGH, build_backbone, resolve
+from streetvision.models.adapted import PASSTHROUGH
+from streetvision.models.backbone import build_backbone, resolve
 from streetvision.models.probe import (
     linear_probe,
     probe_backbones,
