@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,14 +70,11 @@ def _paint(street: Street, items: list[Item]) -> None:
         kind.draw(brush, street.d, item.colour)
 
 
-@lru_cache(maxsize=8)
 def _tone_table(balance: Colour, contrast: float) -> list[int]:
     """Look-up table of the camera: white balance and contrast of each channel."""
-    return [
-        min(255, max(0, round((128 + (level - 128) * contrast) * gain)))
-        for gain in balance
-        for level in range(256)
-    ]
+    levels = (128 + (np.arange(256) - 128) * contrast) * np.array(balance)[:, None]
+    table: list[int] = np.clip(np.rint(levels), 0, 255).astype(np.int64).ravel().tolist()
+    return table
 
 
 def _glow(pixels: NDArray[np.int16], x: float, y: float, radius: float, colour: Colour) -> None:

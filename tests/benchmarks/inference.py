@@ -18,6 +18,7 @@ from tests.benchmarks.data import picture
 from tests.benchmarks.runner import Result, Table, compare
 
 if TYPE_CHECKING:
+    from streetvision.bundle.onnx_predictor import OnnxPredictor
     from streetvision.bundle.predictor import Predictor
     from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier
     from streetvision.models.fusion import Fusion
@@ -36,21 +37,17 @@ SHARED_MODEL, CALLERS, SHARED_SECONDS, SETTLED_SECONDS = "resnet18", 8, 60.0, 15
 def inference() -> list[Table]:
     """`Predictor` against transformers' pipeline, and onnxruntime, float32 and int8, against torch."""
     from streetvision.bundle.onnx_export import export_network, quantise
-    from streetvision.bundle.onnx_predictor import OnnxPredictor
-    from streetvision.bundle.onnx_session import Network
 
     ours = torch_predictor()
-    model, preprocessing = ours.model, ours.preprocessing
-    fusion, policy = ours.fusion, ours.policy
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     rows = [_row("Predictor", "transformers' pipeline", ours, hugging_face(), image)]
-    if not _has_onnx():
+    if not has_onnx():
         rows.append(
             ["onnxruntime", "torch", "not measured: the extra onnx is not installed", "", ""]
         )
     else:
-        data = export_network(model, preprocessing, features=False)
+        data = export_network(ours.model, ours.preprocessing, features=False)
         versions = {
             "onnxruntime": data,
             "onnxruntime, dynamic int8": quantise(data, "dynamic", []),
@@ -58,10 +55,7 @@ def inference() -> list[Table]:
         }
         with tempfile.TemporaryDirectory() as folder:
             for version, content in versions.items():
-                path = Path(folder) / "model.onnx"
-                path.write_bytes(content)
-                network = Network(path, preprocessing, features=False)
-                onnx = OnnxPredictor(network, preprocessing, fusion, policy, 1)
+                onnx = onnx_predictor(ours, Path(folder), content)
                 rows.append(_row(version, "torch", onnx, ours, image))
     columns = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)"]
     return [Table(f"One prediction, {MODEL}, batch 1, on the CPU", columns, rows)]
@@ -182,6 +176,18 @@ def torch_predictor(
     return Predictor(*network, _fusion(grid), policy, 1, torch.device("cpu"))
 
 
+def onnx_predictor(like: Predictor, folder: Path, model: bytes | None = None) -> OnnxPredictor:
+    """The same in onnxruntime, of an ONNX `model` or the float32 one; its file lies in `folder`."""
+    from streetvision.bundle.onnx_export import export_network
+    from streetvision.bundle.onnx_predictor import OnnxPredictor
+    from streetvision.bundle.onnx_session import Network
+
+    path = folder / "model.onnx"
+    path.write_bytes(model or export_network(like.model, like.preprocessing, features=False))
+    network = Network(path, like.preprocessing, features=False)
+    return OnnxPredictor(network, like.preprocessing, like.fusion, like.policy, 1)
+
+
 def _fusion(grid: int) -> Fusion:
     from streetvision.models.fusion import Fusion, FusionConfig
     from streetvision.params import Cvfm, ViewGrid
@@ -225,7 +231,7 @@ def _bundle(folder: Path, grid: int, model: str = MODEL, *, onnx: bool = True) -
     write_json_atomic(folder / "scrc_params.json", document)
     write_bytes_atomic(folder / "scrc_params.pkl", dump_policy_pickle(document))
     make_onnx = None
-    if onnx and _has_onnx():
+    if onnx and has_onnx():
         from streetvision.bundle.onnx_gate import GateImages
         from streetvision.bundle.onnx_gate import make_onnx as make
 
@@ -240,7 +246,8 @@ def _bundle(folder: Path, grid: int, model: str = MODEL, *, onnx: bool = True) -
     return folder / "bundle"
 
 
-def _has_onnx() -> bool:
+def has_onnx() -> bool:
+    """Whether the extra onnx is installed."""
     return all(find_spec(name) is not None for name in ("onnx", "onnxruntime", "onnxscript"))
 
 

@@ -6,11 +6,13 @@ Profiling costs a little with every call of a Python function, so the rest of a 
 from __future__ import annotations
 
 import cProfile
+import runpy
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -33,9 +35,16 @@ from tests.benchmarks.data import (
     training_inputs,
     write_raw,
 )
-from tests.benchmarks.inference import MODEL, hugging_face, torch_predictor
+from tests.benchmarks.inference import (
+    MODEL,
+    has_onnx,
+    hugging_face,
+    onnx_predictor,
+    torch_predictor,
+)
 from tests.benchmarks.inference import SIDE as INPUT
 from tests.benchmarks.runner import Table, seconds
+from tests.benchmarks.training import bench_splits, fit
 
 # Step → the functions that it is, by file and name, or as cProfile names what is not Python. None of a
 # table's functions may call another one of it.
@@ -65,6 +74,14 @@ CHALLENGES: Steps = {
     "blur": ("distort.py:blur",),
     "JPEG encoding": ("Image.py:save",),
 }
+TRAINING: Steps = {
+    "challenges": ("store.py:image", "augment.py:challenge_view"),
+    "other augmentation": ("loader.py:seeded",),
+    "scaling the inputs": ("transforms.py:normalise",),
+    "network forward": ("classifier.py:forward",),
+    "network backward": ("graph.py:_engine_run_backward",),
+    "AdamW": ("adam.py:adam",),
+}
 BOOTSTRAP: Steps = {
     "sums by group": ("metrics.py:build",),
     "drawing resamples": ("bootstrap.py:resample_multiplicities",),
@@ -81,13 +98,14 @@ PRODUCTS = (
     (WIDTH, WIDTH),
     (WIDTH, 4 * WIDTH),
     (4 * WIDTH, WIDTH),
-)  # of a block
+) * 12  # of its blocks
 RUNS = 5
+TRAINED, MATRIX = 512, 1024
 
 
 def limits() -> list[Table]:
     """A table for each bar that is missed."""
-    return [_prepare(), _access(), _challenges(), _prediction(), _bootstrap()]
+    return [_prepare(), _access(), _challenges(), _training(), _prediction(), _bootstrap()]
 
 
 def shares(work: Callable[[], object], steps: Steps) -> dict[str, float]:
@@ -100,6 +118,10 @@ def shares(work: Callable[[], object], steps: Steps) -> dict[str, float]:
     for profile in profiles:
         profile.runcall(work)
     whole, spent = min((_spent(profile) for profile in profiles), key=lambda found: found[0])
+    return _shares(whole, spent, steps)
+
+
+def _shares(whole: float, spent: Mapping[str, float], steps: Steps) -> dict[str, float]:
     for name in (name for names in steps.values() for name in names):
         if name not in spent:
             raise LookupError(f"nothing that is called {name} ran")
@@ -149,6 +171,32 @@ def _challenges() -> Table:
         return _table("Challenges of all levels", works, CHALLENGES)
 
 
+def _training() -> Table:
+    """More than half of the default `make repro`."""
+    import torch
+
+    from streetvision.params import Train
+
+    settings = Train(epochs=2, init_from_explora=False)
+    with bench_splits(TRAINED, settings.height_px, settings.width_px) as (splits, folder):
+        result = fit(settings, splits, folder)
+        found = shares(lambda: fit(settings, splits, folder), TRAINING)
+        time = seconds(lambda: fit(settings, splits, folder))
+    steps = settings.epochs * (TRAINED // settings.batch_size)
+    network = time * (found["network forward"] + found["network backward"])
+    rate = steps * result.metrics["cost"]["flops_per_step"] / network / 1e9
+    a, b = torch.randn(2, MATRIX, MATRIX).to(torch.bfloat16)
+    torch.mm(a, b)
+    product = statistics.median(seconds(lambda: torch.mm(a, b)) for _ in range(RUNS))
+    title = (
+        f"`train`, default network, {steps} steps of {settings.batch_size} images, augmented as by default, in "
+        f"{settings.precision}: share of the time; {rate:,.0f} GFLOP/s in the network, "
+        f"{2 * MATRIX**3 / product / 1e9:,.0f} in a product of matrices of {MATRIX} × {MATRIX} in bf16"
+    )
+    rows = [[step, f"{share:.1%}"] for step, share in found.items()]
+    return Table(title, ["step", "share"], rows)
+
+
 def _bootstrap() -> Table:
     work = partial(group_intervals, *grouped_sample(), 0.5, RESAMPLES)
     return _table(
@@ -159,7 +207,7 @@ def _bootstrap() -> Table:
 
 
 def _prediction() -> Table:
-    """What a prediction would take if all its operations ran as fast as a block's matrix products alone."""
+    """What a prediction would take if all its operations ran as fast as its blocks' matrix products alone."""
     import torch
 
     from streetvision.bundle.cost import forward_flops
@@ -169,27 +217,90 @@ def _prediction() -> Table:
     image = Image.fromarray(pixels)
     flops = forward_flops(ours.model, torch.zeros((1, 3, INPUT, INPUT), device="meta"))
     matrices = [(torch.randn(TOKENS, a), torch.randn(a, b)) for a, b in PRODUCTS]
-    works: dict[str, Callable[[], object]] = {
-        "matrix products alone": lambda: [torch.mm(a, b) for a, b in matrices],
-        "`Predictor`": lambda: ours(image),
+    # By engine its matrix products, and who predicts with it.
+    engines: dict[str, list[Callable[[], object]]] = {
+        "torch": [lambda: [torch.mm(a, b) for a, b in matrices], lambda: ours(image)]
     }
+    names = {"torch": ["`Predictor`"]}
     other = hugging_face()
     if other is not None:
-        works["transformers' pipeline"] = lambda: other(image)
-    for work in works.values():
-        work()
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(RUNS):
-        for name, work in works.items():
-            times[name].append(seconds(work))
-    products, *predictions = (statistics.median(each) for each in times.values())
-    bound = products * flops / sum(2 * TOKENS * a * b for a, b in PRODUCTS)
-    rows = [
-        [name, f"{1e3 * time:,.0f} ms", f"{flops / time / 1e9:,.0f}", f"{bound / time:.0%}"]
-        for name, time in zip(["that bound", *list(works)[1:]], [bound, *predictions], strict=True)
-    ]
+        engines["torch"].append(lambda: other(image))
+        names["torch"].append("transformers' pipeline")
+    with tempfile.TemporaryDirectory() as folder:
+        if has_onnx():
+            onnx = onnx_predictor(ours, Path(folder))
+            engines["onnxruntime"] = [_onnx_products(Path(folder)), lambda: onnx(image)]
+            names["onnxruntime"] = ["`OnnxPredictor`, float32"]
+        rows = []
+        for (
+            engine,
+            works,
+        ) in engines.items():  # one after the other: onnxruntime's threads wait busily
+            for work in works:
+                work()
+            times = zip(*[[seconds(work) for work in works] for _ in range(RUNS)], strict=True)
+            products, *predictions = (statistics.median(each) for each in times)
+            bound = products * flops / sum(2 * TOKENS * a * b for a, b in PRODUCTS)
+            shown = zip(
+                ["at the rate of its products", *names[engine]], [bound, *predictions], strict=True
+            )
+            rows += [
+                [
+                    f"{engine}: {name}",
+                    f"{1e3 * time:,.0f} ms",
+                    f"{flops / time / 1e9:,.0f}",
+                    f"{bound / time:.0%}",
+                ]
+                for name, time in shown
+            ]
     title = (
-        f"One prediction, {MODEL}, batch 1, {torch.get_num_threads()} threads: {flops / 1e9:.1f} GFLOP at the "
-        "rate of torch.mm at the shapes of a block"
+        f"One prediction, {MODEL}, batch 1, {torch.get_num_threads()} threads: {flops / 1e9:.1f} GFLOP, "
+        "against the matrix products of its blocks alone"
     )
-    return Table(title, ["what", "time", "GFLOP/s", "share that the bound is"], rows)
+    return Table(title, ["what", "time", "GFLOP/s", "share that the products are"], rows)
+
+
+def _onnx_products(folder: Path) -> Callable[[], object]:
+    """The matrix products of all blocks in onnxruntime, with weights that it may pack beforehand."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    from streetvision.bundle.onnx_session import open_session
+
+    rng = np.random.default_rng(0)
+    nodes, inputs, outputs, weights, feed = [], [], [], [], {}
+    for i, (a, b) in enumerate(PRODUCTS):
+        weight = rng.normal(size=(a, b)).astype(np.float32)
+        weights.append(numpy_helper.from_array(weight, f"weight{i}"))
+        nodes.append(helper.make_node("MatMul", [f"in{i}", f"weight{i}"], [f"out{i}"]))
+        inputs.append(helper.make_tensor_value_info(f"in{i}", TensorProto.FLOAT, [TOKENS, a]))
+        outputs.append(helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, [TOKENS, b]))
+        feed[f"in{i}"] = rng.normal(size=(TOKENS, a)).astype(np.float32)
+    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
+    versions = [helper.make_opsetid("", 17)]
+    save(helper.make_model(graph, opset_imports=versions, ir_version=8), folder / "products.onnx")
+    session = open_session(folder / "products.onnx")
+    return lambda: session.run(None, feed)
+
+
+def stage_times(stage: str, steps: Steps) -> tuple[float, float, dict[str, float]]:
+    """Run a stage twice in this process, in its project as the working directory.
+
+    Returns
+    -------
+    first, second, steps
+        Seconds of the first run, which imports what it needs, and of the second; by step its share of a
+        third, profiled.
+    """
+    arguments, sys.argv = sys.argv, [f"stages.{stage}"]
+
+    def run() -> None:
+        with suppress(SystemExit):
+            runpy.run_module(f"stages.{stage}", run_name="__main__")
+
+    try:
+        first, second = (seconds(run) for _ in range(2))
+        profile = cProfile.Profile()
+        profile.runcall(run)
+    finally:
+        sys.argv = arguments
+    return first, second, _shares(*_spent(profile), steps)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from streetvision.artifacts import ArtifactSchema
+from tests.benchmarks.limits import Steps
 from tests.benchmarks.runner import PAIRS, Table
 from tests.pipeline.project import STAGES, Project
 
@@ -32,6 +33,24 @@ DECISIONS = {
     "served_prior": (0.45, 0.4, 0.55),
     "n_resamples": (1900,),
 }  # the latter from `sweep` on
+# The stages that a decision parameter reruns up to the evaluation, and what their time goes into.
+DECIDED: dict[str, Steps] = {
+    "calibrate": {
+        "resampled thresholds": ("threshold.py:bagged_median_threshold",),
+        "calibrators out of fold": ("choice.py:estimate_all",),
+        "pictures": ("plots.py:render",),
+    },
+    "export": {
+        "building the network": ("backbone.py:build_backbone",),
+        "manifest": ("common.py:write_manifest",),
+    },
+    "evaluate": {
+        "loading the bundle": ("validate.py:load_bundle",),
+        "scoring": ("base.py:probabilities",),
+        "metrics and intervals": ("report.py:evaluation_report",),
+        "pictures": ("plots.py:render",),
+    },
+}
 
 
 def startup() -> list[Table]:
@@ -65,7 +84,27 @@ def dvc() -> list[Table]:
                 times.append(_run([*plain, "evaluate"], project))
             rows.append(_row(f"decision.{name} changed → metrics/evaluation.json", times, "< 20 s"))
         rows.append(_row("and then metrics/challenge.json", [_run(plain, project)], ""))
-    return [Table(title, COLUMNS, rows)]
+        profiled = [_profiled(stage, project) for stage in DECIDED]
+    parts = ["stage", "in a new process", "of it starting libraries", "the rest"]
+    return [
+        Table(title, COLUMNS, rows),
+        Table("What runs after a changed decision, without DVC", parts, profiled),
+    ]
+
+
+def _profiled(stage: str, project: Path) -> list[str]:
+    """A stage's time, how much of it a second run in one process saves, and the steps of that one."""
+    code = (
+        "import json; from tests.benchmarks import limits, pipeline; "
+        f"print(json.dumps(limits.stage_times({stage!r}, pipeline.DECIDED[{stage!r}])))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=project, env=_environment(project), check=True, capture_output=True, text=True
+    )
+    first, second, shares = json.loads(done.stdout.splitlines()[-1])
+    steps = ", ".join(f"{step} {share:.0%}" for step, share in shares.items())
+    return [stage, f"{first:.1f} s", f"{first - second:.1f} s", f"{second:.1f} s: {steps}"]
 
 
 def repro() -> list[Table]:
@@ -106,13 +145,14 @@ def _row(what: str, times: list[float], reach: str) -> list[str]:
 
 
 def _run(command: list[str], folder: Path) -> float:
-    environment = os.environ | {
-        "PYTHONPATH": str(folder),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    }
     start = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=folder, env=_environment(folder), check=True, capture_output=True)
     return time.perf_counter() - start
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    return os.environ | {"PYTHONPATH": str(folder), "PATH": os.pathsep.join(programs)}
 
 
 @contextmanager
