@@ -28,9 +28,9 @@ def calibrate(stage: Stage) -> None:
     params, paths = stage.params, stage.paths
 
     def head() -> Any:
-        from streetvision.models.classifier import load_classifier  # torch, for one mode only
+        from streetvision.models.classifier import load_head  # torch, for one mode only
 
-        return load_classifier(paths.classifier)[0].head
+        return load_head(paths.classifier)
 
     sources = {name: paths.embeddings("val_calib", name) for name in CONDITIONS}
     fusion = load_fusion(paths.cvfm, head)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -28,7 +28,7 @@ from streetvision.artifacts import (
 from streetvision.errors import UserError, guarded
 from streetvision.imports import code_sha256
 from streetvision.params import Params, load_params
-from streetvision.processes import keep_freed_memory
+from streetvision.processes import collect_rarely, keep_freed_memory, leave
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Stage:
         write_json_atomic(self.paths.manifest(self.name), document)
 
 
-def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> None:
+def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> NoReturn:
     """Run `body` as the program `python -m stages.<name>`; a user's mistake ends in one line, exit code 2."""
     parser = argparse.ArgumentParser(prog=f"python -m stages.{name}", description=description)
     parser.parse_args()
@@ -92,6 +92,7 @@ def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> Non
     logging.basicConfig(level=level, stream=sys.stderr, format=f"{name}: %(message)s", force=True)
     root = Path.cwd()
     keep_freed_memory()
+    collect_rarely()
 
     def main() -> None:
         paths = ArtifactSchema(root)
@@ -100,4 +101,4 @@ def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> Non
         with run_log(paths.run_log, name) if main_process() else nullcontext():
             body(Stage(name, params, paths))
 
-    sys.exit(guarded(name, main))
+    leave(guarded(name, main))

@@ -14,7 +14,7 @@ def cvfm(stage: Stage) -> None:
     from streetvision.data.embeddings import read_embeddings
     from streetvision.data.schema import CONDITIONS
     from streetvision.evaluation.plots import plot_fusion
-    from streetvision.models.classifier import load_classifier
+    from streetvision.models.classifier import load_head
     from streetvision.models.fusion import save_fusion
     from streetvision.models.fusion_training import LabelledViews, choose_fusion
 
@@ -27,10 +27,9 @@ def cvfm(stage: Stage) -> None:
 
     select = {condition: views("val_select", condition) for condition in CONDITIONS}
     threshold = read_json(paths.thresholds, "sweep")["threshold"]
-    model, _ = load_classifier(paths.classifier)
     fusion, report = choose_fusion(
-        params.cvfm, params.views, views("train", fit_on), select, fit_on, model.head, threshold,
-        params.seed,
+        params.cvfm, params.views, views("train", fit_on), select, fit_on,
+        load_head(paths.classifier), threshold, params.seed,
     )  # fmt: skip
     outputs = save_fusion(fusion, paths.cvfm)
     outputs.append(write_json_atomic(paths.metric("cvfm"), report))

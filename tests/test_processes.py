@@ -129,3 +129,38 @@ def test_freed_memory_is_used_again() -> None:
 
     assert faults(kept=False) > 10_000
     assert faults(kept=True) < 500
+
+
+LEAVING = """
+import atexit, multiprocessing, sys, time
+from streetvision.processes import leave
+context = multiprocessing.get_context("fork")
+child = context.Process(target=time.sleep, args=(600,), daemon=True)
+child.start()
+atexit.register(print, "taken down")
+print(child.pid, end="")
+sys.stderr.write("said")
+leave(3)
+"""
+
+
+def test_leaving_says_all_and_takes_daemons_along() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, "said")
+    child = int(done.stdout)  # nothing else: Python's own exit did not run
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_leaving_without_a_reader_is_no_error() -> None:
+    code = "from streetvision.processes import leave; print('x' * 9, end=''); leave(0)"
+    # Buffered, so that what is written fails in `leave`.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0

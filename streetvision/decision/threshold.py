@@ -26,6 +26,7 @@ from streetvision.decision.inputs import (
 )
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import count_metrics, mcc_from_counts
+from streetvision.processes import in_threads
 
 FloatArray = NDArray[np.float64]
 
@@ -34,8 +35,8 @@ INTERVAL_LEVEL = 0.95
 MIN_GROUPS_FOR_INTERVAL = 5
 # MCCs this close are equal: they differ by rounding alone.
 MCC_TOLERANCE = 1e-12
-# Resamples are worked off in blocks of about this many numbers (1 MiB an array: larger ones leave the cache).
-BLOCK_ELEMENTS = 1 << 17
+# Resamples are worked off in blocks of about this many numbers (2 MiB an array: larger ones leave the cache).
+BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -317,12 +318,11 @@ def bagged_median_threshold(
         )
     times = draws.astype(np.float64)
     block = max(1, BLOCK_ELEMENTS // values.size)
-    thresholds = np.concatenate(
-        [
-            _resampled_optima(times[start : start + block][:, codes], truth, prior, cuts)
-            for start in range(0, len(draws), block)
-        ]
-    )
+
+    def optima(start: int) -> FloatArray:
+        return _resampled_optima(times[start : start + block][:, codes], truth, prior, cuts)
+
+    thresholds = np.concatenate(list(in_threads(optima, range(0, len(times), block))))
     low: float | None = None
     high: float | None = None
     if n_groups >= MIN_GROUPS_FOR_INTERVAL:

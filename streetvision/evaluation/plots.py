@@ -60,7 +60,7 @@ def figure_to_png(figure: Figure) -> bytes:
     canvas.draw()  # type: ignore[no-untyped-call]
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
     # A palette takes a third of the bytes: Git keeps every version of these pictures.
-    image.quantize(256, Image.Quantize.MEDIANCUT).save(buffer, "PNG", optimize=True)
+    image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -116,6 +116,29 @@ def load_classifier(folder: Path) -> tuple[RoadworkClassifier, ClassifierConfig]
     return load_weights_into(config, folder / WEIGHTS), config
 
 
+def load_head(folder: Path) -> nn.Linear:
+    """Return the last layer of a saved classifier, in evaluation mode, without building the rest.
+
+    Raises
+    ------
+    UserError
+        The weights are missing, or hold no such layer.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(f"head.{name}") for name in ("weight", "bias")}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; the stage `train` makes it") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} holds no classifier's head ({error}); rerun `train`") from error
+    head = nn.Linear(state["weight"].shape[1], 1)
+    head.load_state_dict(state)
+    return head.eval()
+
+
 def load_weights_into(config: ClassifierConfig, weights: Path) -> RoadworkClassifier:
     """Build the configured model and fill it with `weights`, strictly."""
     model = config.build()

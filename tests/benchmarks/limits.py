@@ -6,6 +6,7 @@ Profiling costs a little with every call of a Python function, so the rest of a 
 from __future__ import annotations
 
 import cProfile
+import os
 import runpy
 import statistics
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -294,7 +296,7 @@ def stage_times(stage: str, steps: Steps) -> tuple[float, float, dict[str, float
     arguments, sys.argv = sys.argv, [f"stages.{stage}"]
 
     def run() -> None:
-        with suppress(SystemExit):
+        with patch.object(os, "_exit", side_effect=SystemExit), suppress(SystemExit):
             runpy.run_module(f"stages.{stage}", run_name="__main__")
 
     try:

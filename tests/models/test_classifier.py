@@ -23,6 +23,7 @@ from streetvision.models.classifier import (
     ClassifierConfig,
     RoadworkClassifier,
     load_classifier,
+    load_head,
     pick_device,
     save_classifier,
     score,
@@ -103,6 +104,9 @@ def test_a_head_with_a_hidden_layer(tmp_path: Path) -> None:
             features @ model.hidden[0].weight.T + model.hidden[0].bias
         )
         torch.testing.assert_close(logits, hidden @ model.head.weight[0] + model.head.bias)
+        alone = load_head(tmp_path)
+        torch.testing.assert_close(alone(hidden).squeeze(1), logits)
+    assert not alone.training
     assert features.shape == (2, 64)
     assert score(again, found.preprocessing, [], 4, CPU)[1].shape == (0, 64)
 
@@ -133,6 +137,20 @@ def test_a_missing_file_is_one_line(saved: Path) -> None:
     (saved / "x").rename(saved / CONFIG)
     (saved / WEIGHTS).unlink()
     assert "model.safetensors does not exist" in refusal(saved)
+
+
+def test_a_head_that_is_not_there_is_one_line(saved: Path) -> None:
+    state = load_file(saved / WEIGHTS)
+    del state["head.bias"]
+    save_file(state, saved / WEIGHTS)
+    with pytest.raises(UserError, match=r"model\.safetensors holds no classifier's head"):
+        load_head(saved)
+    (saved / WEIGHTS).write_bytes(b"not tensors")
+    with pytest.raises(UserError, match=r"holds no classifier's head.*rerun `train`"):
+        load_head(saved)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing; the stage `train`"):
+        load_head(saved)
 
 
 @pytest.mark.parametrize("key", ["backbone", "arguments", "preprocessing"])
