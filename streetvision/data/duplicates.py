@@ -18,7 +18,7 @@ from PIL import Image
 THUMBNAIL_SIDE = 16
 # Below this standard deviation (grey levels of 255) a thumbnail is mostly rounding.
 _MIN_CONTRAST = 2.0
-_BLOCK = 1 << 13  # thumbnails compared at once
+_BLOCK = 1 << 11  # thumbnails worked on at once, 4 MiB as float64
 _MAX_CANDIDATES = 1 << 20  # pairs examined, and edges kept, at once
 
 

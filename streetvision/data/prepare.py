@@ -3,13 +3,14 @@
 Pass 1 (`prepare_parts`) decodes each row group of each raw shard into a part file. Pass 2 reads only the
 light columns of the parts, finds near-duplicates, groups and splits, then streams the images into the
 split files.
-Neither pass holds more than a few hundred images; about 1.3 kB an image stay in memory: its id and group,
+Neither pass holds more than a few hundred images; about 1 kB an image stays in memory: its id and group,
 and what near-duplicates are found by.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,12 +78,13 @@ def prepare_splits(
         On unreadable shards, repeated ids, too many unusable rows, or too few groups or classes.
     """
     parts = make_parts(raw_folder, scratch, data, workers, progress)
-    rows = _read_rows(parts)
+    rows, thumbnails = _read_rows(parts)
     _check_ids(rows.ids)
     _quarantine_conflicts(rows)
     _write_quarantine(quarantine_path, rows, parts)
     _check_quarantine(rows, data.max_bad_fraction, quarantine_path)
-    kept, groups, duplicate_report, group_report = _group(rows, data)
+    kept, groups, duplicate_report, group_report = _group(rows, thumbnails, data)
+    del thumbnails  # a quarter of what is held of an image, and not needed any more
     result = split_groups(groups, rows.labels[kept], data.fractions, data.fusion_fraction, seed)
     _write_splits(parts, split_paths, kept, groups, result, progress)
     report = _report_files(split_paths, group_report)
@@ -115,12 +117,12 @@ def prepare_whole(
         On unreadable shards, repeated ids, or no usable row.
     """
     parts = make_parts(raw_folder, scratch, data, workers, progress)
-    rows = _read_rows(parts)
+    rows, thumbnails = _read_rows(parts)
     _check_ids(rows.ids)
     _quarantine_conflicts(rows)
     for reason, times in Counter(reason for reason in rows.reasons if reason).items():
         log.warning("%d of %d images left out: %s", times, len(rows.ids), reason)
-    kept, groups, _, _ = _group(rows, data)
+    kept, groups, _, _ = _group(rows, thumbnails, data)
     if not len(kept):
         raise UserError(f"none of the {len(rows.ids)} images can be used")
     whole = np.full(len(kept), "whole", dtype=object)
@@ -129,11 +131,12 @@ def prepare_whole(
 
 
 def _group(
-    rows: _Rows, data: Data
+    rows: _Rows, thumbnails: NDArray[np.uint8], data: Data
 ) -> tuple[NDArray[np.int64], NDArray[np.object_], duplicates.DuplicateReport, GroupReport]:
     """Return the usable rows and their final groups, with what was found on the way."""
     kept = np.flatnonzero([reason is None for reason in rows.reasons])
-    thumbnails = rows.thumbnails[kept]
+    if len(kept) < len(rows.ids):  # else a copy would be in vain
+        thumbnails = thumbnails[kept]
     cluster, duplicate_report = duplicates.near_duplicate_clusters(
         duplicates.perceptual_hashes(thumbnails),
         thumbnails,
@@ -171,7 +174,6 @@ class _Rows:
     latitude: NDArray[np.float64]  # NaN where unknown
     longitude: NDArray[np.float64]
     described: NDArray[np.bool_]  # there is a scene description
-    thumbnails: NDArray[np.uint8]  # [N, 16, 16]; zeros for quarantined rows
     reasons: list[str | None]
     part_sizes: list[int]
 
@@ -184,32 +186,34 @@ def _read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
             yield reader.get_batch(number).select(columns)
 
 
-def _read_rows(parts: list[Part]) -> _Rows:
-    """Collect the light columns of all parts."""
-    names = ["id", "source", "group", "label", "latitude", "longitude", "scene_description"]
-    columns: dict[str, list[Any]] = {name: [] for name in [*names, "reason"]}
+def _read_rows(parts: list[Part]) -> tuple[_Rows, NDArray[np.uint8]]:
+    """Collect the light columns of all parts, and thumbnails [N, 16, 16]: zeros for quarantined rows."""
+    names = ["id", "source", "group", "label", "latitude", "longitude", "reason"]
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     blank = bytes(duplicates.THUMBNAIL_SIDE**2)
-    thumbnails, sizes = bytearray(), []
+    described, thumbnails, sizes = bytearray(), bytearray(), []
     for part in parts:
         before = len(columns["id"])
-        for batch in _read_batches(part.path, [*columns, "thumbnail"]):
+        for batch in _read_batches(part.path, [*names, "scene_description", "thumbnail"]):
             for name, values in columns.items():
                 values.extend(batch.column(name).to_pylist())
+            texts = batch.column("scene_description").to_pylist()
+            described += bytes(bool((text or "").strip()) for text in texts)
             thumbnails += b"".join(v or blank for v in batch.column("thumbnail").to_pylist())
         sizes.append(len(columns["id"]) - before)
     side = duplicates.THUMBNAIL_SIDE
-    return _Rows(
+    rows = _Rows(
         ids=columns["id"],
-        sources=columns["source"],
+        sources=[sys.intern(source) for source in columns["source"]],  # a few, many times each
         given=columns["group"],
         labels=np.array([-1 if v is None else v for v in columns["label"]], np.int64),
         latitude=np.array(columns["latitude"], np.float64),
         longitude=np.array(columns["longitude"], np.float64),
-        described=np.array([bool((v or "").strip()) for v in columns["scene_description"]]),
-        thumbnails=np.frombuffer(thumbnails, np.uint8).reshape(-1, side, side),
+        described=np.frombuffer(described, np.bool_),
         reasons=columns["reason"],
         part_sizes=sizes,
     )
+    return rows, np.frombuffer(thumbnails, np.uint8).reshape(-1, side, side)
 
 
 def _check_ids(ids: list[str]) -> None:
@@ -234,18 +238,19 @@ def _quarantine_conflicts(rows: _Rows) -> None:
 
 def _write_quarantine(path: Path, rows: _Rows, parts: list[Part]) -> None:
     """Write one line a quarantined row; only the header if there is none."""
-    places = [
-        (part.shard.name, part.first_row + row)
-        for part, size in zip(parts, rows.part_sizes, strict=True)
-        for row in range(size)
-    ]
     bad = [row for row, reason in enumerate(rows.reasons) if reason]
+    firsts = np.cumsum([0, *rows.part_sizes])  # row of each part's first
+    of_part = (np.searchsorted(firsts, bad, side="right") - 1).tolist()
+    places = [
+        (parts[part].shard.name, parts[part].first_row + row - int(firsts[part]))
+        for part, row in zip(of_part, bad, strict=True)
+    ]
     columns: dict[str, list[Any]] = {
         "id": [rows.ids[row] for row in bad],
         "source": [rows.sources[row] for row in bad],
         "reason": [rows.reasons[row] for row in bad],
-        "file": [places[row][0] for row in bad],
-        "row": [places[row][1] for row in bad],
+        "file": [file for file, _ in places],
+        "row": [row for _, row in places],
     }
     write_csv_atomic(path, columns)
 
