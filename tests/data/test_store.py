@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from streetvision.data.store import (
     CONTRACT,
     Access,
     SplitAccessError,
+    numbers,
     open_split,
     read_arrow,
     write_arrow,
@@ -177,3 +180,23 @@ def test_write_arrow_in_batches_and_back(tmp_path: Path) -> None:
     assert store.read_arrow(path, "x").column("id").to_pylist() == list(range(2500))
     with pa.memory_map(str(path)) as source:
         assert pa.ipc.open_file(source).num_record_batches == 3
+
+
+def test_numbers_are_those_of_arrow_in_any_number_of_pieces() -> None:
+    values = [[1.5, -2.0, 3.0], [], [4.0]]
+    column = pa.chunked_array([pa.array(part, pa.float16()) for part in values])
+    assert numbers(column).tolist() == [1.5, -2.0, 3.0, 4.0]
+    assert numbers(pa.chunked_array([], pa.int8())).tolist() == []
+    pairs = pa.FixedSizeListArray.from_arrays(pa.array(range(6), pa.int64()), 2)
+    assert numbers(pa.chunked_array([pairs[:1], pairs[1:]])).tolist() == list(range(6))
+
+
+def test_labels_are_read_without_pandas(tiny_splits: dict[str, Path]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from streetvision.data.store import open_split; "
+        f"split = open_split('train', 'train', Path({str(tiny_splits['train'])!r})); "
+        "print(split.labels.sum(), 'pyarrow' in sys.modules, 'pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    labels = open_split("train", "train", tiny_splits["train"]).labels
+    assert done.stdout.split() == [str(labels.sum()), "True", "False"]
