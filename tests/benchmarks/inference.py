@@ -29,7 +29,7 @@ THREADS = 2
 # Model, height and width of its input, and images a run, of what ten views are timed with.
 VIEWED = (("street_resnet", 96, 128, 10), ("vit_small_patch16_224", SIDE, SIDE, 1))
 # Views of an image → their grid, and how many images are timed with each engine.
-LATENCY_VIEWS = {1: (1, 100), 10: (3, 20)}
+LATENCY_VIEWS = {1: (1, 50), 10: (3, 8)}
 # What many threads share one predictor of, for how long, and when their memory is first looked at.
 SHARED_MODEL, CALLERS, SHARED_SECONDS, SETTLED_SECONDS = "resnet18", 8, 60.0, 15.0
 
