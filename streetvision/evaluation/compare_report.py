@@ -162,7 +162,7 @@ def _report(
         ),
         (
             f"Intervals: {_METHODS.get(mcc.method, mcc.method)}; those of ECE are about what a test set of "
-            "this size expects, noise of its bins included; with 8 groups that of the reward covers 92 %."
+            "this size expects, noise of its bins included."
         ),
         "\n".join(bullet + sentence for sentence in tests_text(found)),
     ]

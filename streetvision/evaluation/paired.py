@@ -107,7 +107,8 @@ def _jackknife_p(
         fpr, tpr = (side / images).T
         odds = (1 - served_prior) / served_prior
         values.append(mcc_from_counts(tp=tpr, fp=odds * fpr, tn=odds * (1 - fpr), fn=1 - tpr))
-    delta, left_out = (each := values[1] - values[0])[0], each[1:]
+    differences = values[1] - values[0]
+    delta, left_out = differences[0], differences[1:]
     error = math.sqrt((n_groups - 1) * np.var(left_out))
     if error <= _NO_VARIATION:
         return 1.0
