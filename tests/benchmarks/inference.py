@@ -31,7 +31,7 @@ VIEWED = (("street_resnet", 96, 128, 10), ("vit_small_patch16_224", SIDE, SIDE, 
 # Views of an image → their grid, and how many images are timed with each engine.
 LATENCY_VIEWS = {1: (1, 50), 10: (3, 8)}
 # What many threads share one predictor of, for how long, and when their memory is first looked at.
-SHARED_MODEL, CALLERS, SHARED_SECONDS, SETTLED_SECONDS = "resnet18", 8, 60.0, 15.0
+SHARED_MODEL, CALLERS, SHARED_SECONDS, SETTLED_SECONDS = "resnet18", 8, 30.0, 15.0
 
 
 def inference() -> list[Table]:
@@ -117,7 +117,7 @@ def latency() -> list[Table]:
 
 
 def shared() -> list[Table]:
-    """Threads that share one predictor for a minute: wrong answers, and memory that is not given back."""
+    """Threads that share one predictor for half a minute: wrong answers, and memory that is not given back."""
     import threading
     import time
 

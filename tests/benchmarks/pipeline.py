@@ -83,7 +83,6 @@ def dvc() -> list[Table]:
                 Project(project).change({"decision": {name: value}})
                 times.append(_run([*plain, "evaluate"], project))
             rows.append(_row(f"decision.{name} changed → metrics/evaluation.json", times, "< 20 s"))
-        rows.append(_row("and then metrics/challenge.json", [_run(plain, project)], ""))
         profiled = [_profiled(stage, project) for stage in DECIDED]
     parts = ["stage", "in a new process", "of it starting libraries", "the rest"]
     return [
