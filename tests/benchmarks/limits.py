@@ -233,33 +233,33 @@ def _prediction() -> Table:
             onnx = onnx_predictor(ours, Path(folder))
             engines["onnxruntime"] = [_onnx_products(Path(folder)), lambda: onnx(image)]
             names["onnxruntime"] = ["`OnnxPredictor`, float32"]
-        rows = []
-        for (
-            engine,
-            works,
-        ) in engines.items():  # one after the other: onnxruntime's threads wait busily
-            for work in works:
-                work()
-            times = zip(*[[seconds(work) for work in works] for _ in range(RUNS)], strict=True)
-            products, *predictions = (statistics.median(each) for each in times)
-            bound = products * flops / sum(2 * TOKENS * a * b for a, b in PRODUCTS)
-            shown = zip(
-                ["at the rate of its products", *names[engine]], [bound, *predictions], strict=True
-            )
-            rows += [
-                [
-                    f"{engine}: {name}",
-                    f"{1e3 * time:,.0f} ms",
-                    f"{flops / time / 1e9:,.0f}",
-                    f"{bound / time:.0%}",
-                ]
-                for name, time in shown
-            ]
+        # One after the other: onnxruntime's threads wait busily for a while.
+        rows = [
+            row
+            for engine, works in engines.items()
+            for row in _rates(engine, works, names[engine], flops)
+        ]
     title = (
         f"One prediction, {MODEL}, batch 1, {torch.get_num_threads()} threads: {flops / 1e9:.1f} GFLOP, "
         "against the matrix products of its blocks alone"
     )
     return Table(title, ["what", "time", "GFLOP/s", "share that the products are"], rows)
+
+
+def _rates(
+    engine: str, works: list[Callable[[], object]], names: list[str], flops: float
+) -> list[list[str]]:
+    """Rows of an engine's products, scaled to `flops`, and of who predicts with it."""
+    for work in works:
+        work()
+    times = zip(*[[seconds(work) for work in works] for _ in range(RUNS)], strict=True)
+    products, *predictions = (statistics.median(each) for each in times)
+    bound = products * flops / sum(2 * TOKENS * a * b for a, b in PRODUCTS)
+    shown = {"at the rate of its products": bound, **dict(zip(names, predictions, strict=True))}
+    return [
+        [f"{engine}: {name}", f"{1e3 * t:,.0f} ms", f"{flops / t / 1e9:,.0f}", f"{bound / t:.0%}"]
+        for name, t in shown.items()
+    ]
 
 
 def _onnx_products(folder: Path) -> Callable[[], object]:
