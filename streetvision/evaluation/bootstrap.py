@@ -8,8 +8,9 @@ make most of the spread, the spread itself is known badly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -136,20 +137,22 @@ def statistic_intervals(
             f"level must lie in (0, 1) and n_resamples be at least 1, got {level} and {n_resamples}"
         )
     names = list(resting)
-    point = evaluate(np.ones((1, n_groups)), names)
     boot = [m for m in names if resting[m] >= MIN_GROUPS_BOOTSTRAP]
     jack = [m for m in names if MIN_GROUPS <= resting[m] < MIN_GROUPS_BOOTSTRAP]
-    samples: dict[str, Floats] = {}
+    blocks: list[Iterator[Floats]] = [iter([np.ones((1, n_groups))])]
+    if boot or jack:
+        blocks.append(_left_out(n_groups))
     if boot:
-        rng = np.random.default_rng(seed)
-        parts = [
-            evaluate(block, boot) for block in resample_multiplicities(n_groups, n_resamples, rng)
-        ]
-        samples = {m: np.concatenate([part[m] for part in parts]) for m in boot}
-    left_out = delete_one(evaluate, n_groups, [*boot, *jack])
+        blocks.append(resample_multiplicities(n_groups, n_resamples, np.random.default_rng(seed)))
+    parts = [evaluate(block, names) for block in _together(chain(*blocks), n_groups)]
+    values = {m: np.concatenate([part[m] for part in parts]) for m in names}
+    point, left_out, samples = (
+        {m: found[rows] for m, found in values.items()}
+        for rows in (0, slice(1, n_groups + 1), slice(n_groups + 1, None))
+    )
     intervals = {}
     for name in names:
-        value = float(point[name][0])
+        value = float(point[name])
         if not np.isfinite(value):
             continue
         if name in boot:
@@ -172,14 +175,29 @@ def delete_one(
     names: Sequence[str],
 ) -> dict[str, Floats]:
     """Statistics [G] by name, without each of the groups in turn; `evaluate` as in `statistic_intervals`."""
-    parts: list[dict[str, Floats]] = []
+    parts = [evaluate(block, names) for block in _left_out(n_groups)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _left_out(n_groups: int) -> Iterator[Floats]:
+    """Multiplicities without each of the groups in turn, in blocks [r, G]."""
     block = max(1, _CHUNK_ELEMENTS // n_groups)
-    for start in range(0, n_groups if names else 0, block):
+    for start in range(0, n_groups, block):
         rows = np.arange(start, min(start + block, n_groups))
         multiplicities = np.ones((len(rows), n_groups))
         multiplicities[np.arange(len(rows)), rows] = 0
-        parts.append(evaluate(multiplicities, names))
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+        yield multiplicities
+
+
+def _together(blocks: Iterable[Floats], n_groups: int) -> Iterator[Floats]:
+    """The same rows in fewer blocks: however few its rows, to evaluate one is a walk over all images."""
+    held: list[Floats] = []
+    for block in blocks:
+        if held and sum(map(len, [*held, block])) * n_groups > _CHUNK_ELEMENTS:
+            yield np.concatenate(held)
+            held = []
+        held.append(block)
+    yield np.concatenate(held)
 
 
 def degrees_of_freedom(left_out: Floats, n_groups: int) -> float:
