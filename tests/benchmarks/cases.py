@@ -42,14 +42,6 @@ def sweep() -> list[Result]:
     return [result]
 
 
-def grouped_sample() -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Labels, probabilities and groups of 10,000 images, 100 a group."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 10_000)
-    probabilities = 1 / (1 + np.exp(-rng.normal(2 * labels - 1, 1.5)))
-    return labels, probabilities, np.repeat(np.arange(100), 100)
-
-
 def bootstrap() -> list[Result]:
     """All interval metrics over groups against scikit-learn in a loop and scipy's bootstrap."""
     from scipy import stats
@@ -58,7 +50,10 @@ def bootstrap() -> list[Result]:
     from streetvision.evaluation.bootstrap import group_intervals
     from streetvision.evaluation.metrics import all_metrics
 
-    labels, probabilities, groups = grouped_sample()
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 10_000)
+    probabilities = 1 / (1 + np.exp(-rng.normal(2 * labels - 1, 1.5)))
+    groups = np.repeat(np.arange(100), 100)
     rng = np.random.default_rng(1)
     rows = [np.flatnonzero(groups == group) for group in range(100)]
     few, some = 3, 20

@@ -21,16 +21,11 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from streetvision.evaluation.bootstrap import group_intervals
 from streetvision.params import Data
-from tests.benchmarks.cases import RESAMPLES, grouped_sample
 from tests.benchmarks.data import (
-    CHALLENGED,
     DECODED,
     PHOTO_SIZE,
     SIDE,
-    all_levels,
-    challenge_tasks,
     one_thread,
     photograph,
     prepare_stage,
@@ -66,16 +61,6 @@ ACCESS: Steps = {
     "flip": ("_geometry.py:horizontal_flip_image",),
     "colour jitter": ("colour.py:transform",),
 }
-CHALLENGES: Steps = {
-    "JPEG decoding": ("distort.py:open_jpeg",),
-    "drawing": ("distort.py:challenge_rng", "distort.py:draw"),
-    "rotation, crop, resizing": ("Image.py:rotate", "distort.py:_resized"),
-    "saturation": ("distort.py:saturate",),
-    "down and up": ("distort.py:down_and_up",),
-    "noise": ("distort.py:add_noise",),
-    "blur": ("distort.py:blur",),
-    "JPEG encoding": ("Image.py:save",),
-}
 TRAINING: Steps = {
     "challenges": ("store.py:image", "augment.py:challenge_view"),
     "other augmentation": ("loader.py:seeded",),
@@ -83,14 +68,6 @@ TRAINING: Steps = {
     "network forward": ("classifier.py:forward",),
     "network backward": ("graph.py:_engine_run_backward",),
     "AdamW": ("adam.py:adam",),
-}
-BOOTSTRAP: Steps = {
-    "sums by group": ("metrics.py:build",),
-    "drawing resamples": ("bootstrap.py:resample_multiplicities",),
-    "ROC-AUC and average precision": ("metrics.py:_rank_metrics",),
-    "calibration errors, Brier score, log loss": ("metrics.py:_probability_metrics",),
-    "metrics of counts": ("metrics.py:count_metrics",),
-    "quantiles": ("bootstrap.py:_percentile_interval",),
 }
 REST = "the rest"
 PHOTOS = 12
@@ -107,7 +84,7 @@ TRAINED, MATRIX = 512, 1024
 
 def limits() -> list[Table]:
     """A table for each bar that is missed."""
-    return [_prepare(), _access(), _challenges(), _training(), _prediction(), _bootstrap()]
+    return [_prepare(), _access(), _training(), _prediction()]
 
 
 def shares(work: Callable[[], object], steps: Steps) -> dict[str, float]:
@@ -167,12 +144,6 @@ def _access() -> Table:
         return _table("Random access and training transforms, decoded each time", works, ACCESS)
 
 
-def _challenges() -> Table:
-    with one_thread():
-        works = {f"{side} px": partial(all_levels, challenge_tasks(side)) for side in CHALLENGED}
-        return _table("Challenges of all levels", works, CHALLENGES)
-
-
 def _training() -> Table:
     """More than half of the default `make repro`."""
     import torch
@@ -197,15 +168,6 @@ def _training() -> Table:
     )
     rows = [[step, f"{share:.1%}"] for step, share in found.items()]
     return Table(title, ["step", "share"], rows)
-
-
-def _bootstrap() -> Table:
-    work = partial(group_intervals, *grouped_sample(), 0.5, RESAMPLES)
-    return _table(
-        "Group bootstrap of 14 metrics",
-        {f"10,000 images, {RESAMPLES:,} resamples": work},
-        BOOTSTRAP,
-    )
 
 
 def _prediction() -> Table:

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from streetvision.errors import UserError
+from streetvision.evaluation import bootstrap
 from streetvision.evaluation.bootstrap import (
     BOOTSTRAP,
     JACKKNIFE,
@@ -87,6 +88,27 @@ def test_multiplicities_are_draws_with_replacement_whatever_the_block():
     assert (rows.sum(axis=1) == 3000).all()
     # Multinomial: mean 1, variance (1 - 1/G).
     assert rows.var() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("n_groups", [20, 90])
+def test_intervals_are_the_same_in_blocks_of_a_few_rows(n_groups, monkeypatch):
+    sample = clustered(n_groups, np.random.default_rng(3), size=4)
+    whole = group_intervals(*sample, 0.5, n_resamples=150, seed=2)
+    monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 7 * n_groups)
+    rows = []
+    evaluate = bootstrap.all_metrics_batch
+    monkeypatch.setattr(
+        bootstrap,
+        "all_metrics_batch",
+        lambda table, block, *rest: rows.append(len(block)) or evaluate(table, block, *rest),
+    )
+    pieces = group_intervals(*sample, 0.5, n_resamples=150, seed=2)
+    assert sum(rows) == 1 + n_groups + 150 * (n_groups == 90)
+    assert max(rows) == 7
+    assert pieces.keys() == whole.keys()
+    for name, interval in whole.items():
+        found = (pieces[name].value, pieces[name].low, pieces[name].high)
+        assert found == pytest.approx((interval.value, interval.low, interval.high), abs=1e-12)
 
 
 def student_t(left_out, level=0.95):
