@@ -146,22 +146,19 @@ def statistic_intervals(
         blocks.append(resample_multiplicities(n_groups, n_resamples, np.random.default_rng(seed)))
     parts = [evaluate(block, names) for block in _together(chain(*blocks), n_groups)]
     values = {m: np.concatenate([part[m] for part in parts]) for m in names}
-    point, left_out, samples = (
-        {m: found[rows] for m, found in values.items()}
-        for rows in (0, slice(1, n_groups + 1), slice(n_groups + 1, None))
-    )
     intervals = {}
     for name in names:
-        value = float(point[name])
+        value = float(values[name][0])
+        left_out, samples = values[name][1 : n_groups + 1], values[name][n_groups + 1 :]
         if not np.isfinite(value):
             continue
         if name in boot:
-            expanded = _expanded_level(level, left_out[name], resting[name])
-            intervals[name] = _percentile_interval(value, samples[name], expanded, ranges[name])
+            expanded = _expanded_level(level, left_out, resting[name])
+            intervals[name] = _percentile_interval(value, samples, expanded, ranges[name])
         elif name in jack:
             scale = _scale_of(name) if scales is None else scales[name]
             intervals[name] = _jackknife_interval(
-                value, left_out[name], resting[name], level, ranges[name], scale
+                value, left_out, resting[name], level, ranges[name], scale
             )
         else:
             reason = f"none: rests on {resting[name]} groups, at least {MIN_GROUPS} are needed"
