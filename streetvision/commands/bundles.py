@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from streetvision.commands.common import ALARM, Add, say
+from streetvision.errors import escaped
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from streetvision.bundle.engines import load_predictor
-    from streetvision.bundle.inputs import one_line
     from streetvision.bundle.predict import find_images, predict_files, write_predictions
     from streetvision.data.schema import CLASS_NAMES
     from streetvision.progress import progress
@@ -137,7 +137,7 @@ def _predict(options: argparse.Namespace) -> int:
         if each.error:
             log.warning("%s", each.error)
         elif options.csv is None:
-            say(f"{each.probability:.6f}\t{CLASS_NAMES[each.decision or 0]}\t{one_line(each.path)}")
+            say(f"{each.probability:.6f}\t{CLASS_NAMES[each.decision or 0]}\t{escaped(each.path)}")
     if options.csv is not None:
         write_predictions(done, options.csv)
     failed = sum(bool(each.error) for each in done)

@@ -13,5 +13,6 @@ ALARM = 3  # exit code of `replay`, `drift` and `leakage`
 
 
 def say(text: str) -> None:
-    """Print a command's answer."""
-    sys.stdout.write(f"{text}\n")
+    """Print a command's answer; names in it whatever the terminal's encoding is."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))

@@ -31,7 +31,8 @@ from streetvision.data.parts import (
     text,
 )
 from streetvision.data.schema import CLASS_NAMES
-from streetvision.errors import UserError
+from streetvision.data.walk import walk_files
+from streetvision.errors import UserError, escaped
 
 # Our column → its names in the wild, in lower case with `_` for spaces and hyphens.
 ALIASES = {
@@ -83,14 +84,14 @@ class ParquetPart:
 
 
 def find_parquet(path: Path, place: str) -> list[Path]:
-    """Return the file itself, or all `*.parquet` below a folder in order of their paths."""
+    """Return the file itself, or all `*.parquet` below a folder in order of their paths, links followed."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{place}: {path} is missing")
-    found = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
+        raise UserError(f"{place}: {escaped(path)} is missing")
+    found = [path / file for file in walk_files(path).files if file.lower().endswith(".parquet")]
     if not found:
-        raise UserError(f"{place}: folder {path} holds no .parquet files")
+        raise UserError(f"{place}: folder {escaped(path)} holds no .parquet files")
     return found
 
 

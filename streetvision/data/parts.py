@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from streetvision.errors import UserError
+from streetvision.errors import UserError, escaped
 
 Row = dict[str, Any]  # columns of RAW_SCHEMA; a missing one is null
 
@@ -61,11 +61,16 @@ def slices(n_rows: int, shard_rows: int) -> Iterator[tuple[int, int]]:
 
 def input_stat(path: Path) -> tuple[str, int, int]:
     """Path, bytes and modification time (ns): what tells an input from a changed one."""
+    return file_stat(path)[0]
+
+
+def file_stat(path: Path) -> tuple[tuple[str, int, int], tuple[int, int]]:
+    """The same, and device and number: which real file it is, whatever links lead to it."""
     try:
         stat = path.stat()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return str(path), stat.st_size, stat.st_mtime_ns
+        raise UserError(f"cannot read {escaped(path)}: {error.strerror}") from error
+    return (str(path), stat.st_size, stat.st_mtime_ns), (stat.st_dev, stat.st_ino)
 
 
 # --------------------------------------------------------------------------- single values
