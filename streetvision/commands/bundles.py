@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from streetvision.commands.common import ALARM, Add, say
+from streetvision.commands.common import ALARM, Add, add_class_names, class_names, say
 from streetvision.errors import escaped
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,10 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("bundle", type=Path)
     evaluate.add_argument(
         "data", type=Path,
-        help="a split (.arrow), Parquet in the NATIX schema, a CSV (file,label,group), or a folder of classes",
+        help="a split (.arrow), Parquet in the NATIX schema or a folder of it, a CSV (file,label,group), or a "
+        "folder of classes",
     )  # fmt: skip
+    add_class_names(evaluate)
     evaluate.add_argument("--served-prior", type=float, default=0.5)
     evaluate.add_argument("--resamples", type=int, default=2000, help="group-bootstrap resamples")
     evaluate.add_argument("--mistakes", type=int, default=24, help="images in the contact sheet")
@@ -113,7 +115,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from streetvision.evaluation.labelled import labelled_images
 
     predictor = Predictor.load(options.bundle)
-    with labelled_images(options.data, predictor.config.preprocessing) as split:
+    preprocessing = predictor.config.preprocessing
+    with labelled_images(options.data, preprocessing, classes=class_names(options)) as split:
         evaluation = evaluate_split(
             predictor, split, options.served_prior,
             n_resamples=options.resamples, mistakes=options.mistakes, seed=options.seed,

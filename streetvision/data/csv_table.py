@@ -197,7 +197,7 @@ def _renamed(header: list[str], names: Mapping[str, Sequence[str]], place: str) 
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def _rows(

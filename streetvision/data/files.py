@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from streetvision.data.csv_table import read_csv
-from streetvision.data.natix import ALIASES
 from streetvision.data.parts import (
     TEXT_COLUMNS,
     Plan,
@@ -178,7 +177,7 @@ def plan_csv(source: CsvSource, local_root: Path, shard_images: int) -> Plan:
     place = f'source "{source.name}"'
     path = local_path(local_root, source.path, place)
     images = local_path(local_root, source.images, place)
-    table = read_csv(path, {"file": FILE_ALIASES, "label": ALIASES["label"]}, ALIASES)
+    table = read_csv(path, {"file": FILE_ALIASES, "label": ("labels",)})
     beside = (path.parent, path.parent / "images", path.resolve().parent)
     finder = Finder((images, *beside))
     entries: list[FileEntry] = []

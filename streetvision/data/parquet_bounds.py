@@ -23,7 +23,9 @@ MAX_COLUMNS = 1000
 MAX_UNPACKED_BYTES = 256 * 2**20
 MAX_EXPANSION = 4
 MAX_VALUES_PER_ROW = 64  # of a list, on average
-BATCH_BYTES = 64 * 2**20  # of values that a file stores once and repeats, in the rows decoded together
+BATCH_BYTES = (
+    64 * 2**20
+)  # of values that a file stores once and repeats, in the rows decoded together
 MAX_TEXT_CHARACTERS = 2**20  # of all texts of one row
 
 _MAX_HEADER_BYTES = 16 * 2**20  # of a page's header: Arrow's own limit
@@ -66,7 +68,9 @@ def check_claims(file: Path, metadata: Any) -> None:
         )
     size = file.stat().st_size
     if metadata.num_rows > size:
-        raise UserError(f"{file} claims {metadata.num_rows:,} rows in {size:,} bytes; it is damaged")
+        raise UserError(
+            f"{file} claims {metadata.num_rows:,} rows in {size:,} bytes; it is damaged"
+        )
     if metadata.num_columns > MAX_COLUMNS:
         raise UserError(
             f"{file} has {metadata.num_columns:,} columns; at most {MAX_COLUMNS:,} are read"

@@ -49,12 +49,15 @@ class ClassNames:
         )
 
 
+USUAL_NAMES = ClassNames()
+
+
 @contextmanager
 def labelled_images(
     data: Path,
     preprocessing: Preprocessing,
     side_px: int | None = None,
-    classes: ClassNames = ClassNames(),
+    classes: ClassNames = USUAL_NAMES,
     *,
     unlabelled: bool = False,
 ) -> Iterator[Split]:
