@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,19 @@ def printable(text: str) -> str:
     signs, line separators and signs that turn the direction of writing `\n`, `\x1b`, `\u202e`.
     """
     return _UNPRINTABLE.sub(_escape, text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of text of several lines, with tabs: what a command prints or logs."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Names in log lines reach the terminal as `printable_lines`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """The line that is logged."""
+        return printable_lines(super().formatMessage(record))
 
 
 def escaped(name: str | os.PathLike[str]) -> str:

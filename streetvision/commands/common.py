@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from streetvision.errors import printable_lines
+
 if TYPE_CHECKING:
     from streetvision.evaluation.labelled import ClassNames
 
@@ -33,6 +35,7 @@ def class_names(options: argparse.Namespace) -> ClassNames:
 
 
 def say(text: str) -> None:
-    """Print a command's answer; names in it whatever the terminal's encoding is."""
+    """Print a command's answer, so that any terminal takes the names in it."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))
+    line = f"{printable_lines(text)}\n"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding))

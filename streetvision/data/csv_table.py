@@ -66,13 +66,16 @@ def read_csv(
     UserError
         It is no regular file or larger than 256 MiB; or as `parse_csv`.
     """
-    place = escaped(path)
-    data = read_file(path, MAX_TABLE_BYTES, f"the {MAX_TABLE_BYTES >> 20} MiB that a table may be")
-    return parse_csv(data, place, required, optional)
+    return parse_csv(read_table_file(path), escaped(path), required, optional)
+
+
+def read_table_file(path: Path) -> bytes:
+    """Read a file of a table in whichever form; UserError as `read_csv`."""
+    return read_file(path, MAX_TABLE_BYTES, f"the {MAX_TABLE_BYTES >> 20} MiB that a table may be")
 
 
 def parse_csv(
-    data: bytes,
+    data: bytes | str,
     place: str,
     required: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]] = {},
@@ -99,7 +102,7 @@ def parse_csv(
     UserError
         Names the line that is wrong, or what is missing.
     """
-    text = decode_text(data, place)
+    text = data if isinstance(data, str) else decode_text(data, place)
     body, skipped, delimiter = _start(text)
     names = {**required, **optional}
     found: list[str] = []
@@ -108,7 +111,7 @@ def parse_csv(
         if set(required) <= set(header):
             return CsvTable(place, *_rows(body, candidate, header, skipped, place))
         found = found or header
-    missing = next(name for name in required if name not in found)
+    missing = ", ".join(name for name in required if name not in found)
     listed = ", ".join(printable(name)[:_SHOWN] for name in found[:20]) or "none"
     raise UserError(f"{place} has no column {missing}; its columns are {listed}")
 

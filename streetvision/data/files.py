@@ -38,9 +38,9 @@ from streetvision.params import CsvSource, FolderSource
 
 logger = logging.getLogger(__name__)
 
-# What the column `file` of a CSV is called in the wild.
+# What a column of file names is called in the wild.
 FILE_ALIASES = (
-    "filename", "file_path", "filepath", "path", "image", "image_path", "image_name", "image_file", "img",
+    "file", "filename", "file_path", "path", "image", "image_path", "image_name", "image_file", "img",
     "img_path",
 )  # fmt: skip
 

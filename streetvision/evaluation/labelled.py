@@ -73,7 +73,7 @@ def labelled_images(
     UserError
         Nothing there, or not in one of these forms.
     """
-    if _suffix(data) == SPLIT_SUFFIX:
+    if _suffix(data) == SPLIT_SUFFIX and (data.is_file() or not data.exists()):
         yield open_split("evaluate", "val_test", data)
         return
 

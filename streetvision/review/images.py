@@ -16,7 +16,7 @@ from streetvision.data.embeddings import Embeddings
 from streetvision.data.store import CONTRACT, Split, open_split, read_arrow
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import ViewScores, content_box
-from streetvision.errors import UserError
+from streetvision.errors import UserError, escaped
 from streetvision.evaluation.labelled import labelled_images
 from streetvision.progress import progress
 
@@ -85,7 +85,8 @@ def open_all(
     for path in places:
         split = stack.enter_context(open_images(path, preprocessing, side))
         side = side or stored_side(split)
-        found[str(path) if path.stem in found else path.stem] = split
+        name = escaped(path.stem)
+        found[escaped(path) if name in found else name] = split
     return found
 
 
@@ -159,7 +160,11 @@ def look(image: Image, preprocessing: Preprocessing) -> tuple[float, ...]:
 
 def is_embeddings(path: Path) -> bool:
     """Whether a file holds what `embed` writes."""
-    return path.suffix == ".arrow" and "features" in read_arrow(path, "embed").column_names
+    return (
+        path.suffix.lower() == ".arrow"
+        and path.is_file()
+        and "features" in read_arrow(path, "embed").column_names
+    )
 
 
 def stored_side(split: Split) -> int:
