@@ -5,21 +5,24 @@ from __future__ import annotations
 import csv
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from streetvision.data.labels import ClassNames, LabelReader
 from streetvision.data.parts import (
-    TEXT_COLUMNS,
     Plan,
     Row,
+    context,
     extra_json,
     input_stat,
+    known_columns,
     local_path,
-    position,
     slices,
-    text,
 )
+from streetvision.data.positions import read_position
+from streetvision.data.values import key
 from streetvision.errors import UserError
 from streetvision.params import CsvSource, FolderSource
 
@@ -89,7 +92,7 @@ def plan_folder(source: FolderSource, local_root: Path, shard_images: int) -> Pl
     for name, label in classes.items():
         for parent, _, files in os.walk(folder / name, followlinks=True):
             inside = Path(parent).relative_to(folder)
-            group = inside.parts[1] if len(inside.parts) > 1 else None
+            group = key(inside.parts[1]) if len(inside.parts) > 1 else None
             for file in files:
                 # `._x.jpg` is what macOS leaves beside x.jpg on foreign file systems.
                 if file.startswith(".") or not file.lower().endswith(IMAGE_SUFFIXES):
@@ -108,7 +111,10 @@ def plan_csv(source: CsvSource, local_root: Path, shard_images: int) -> Plan:
     images = local_path(local_root, source.images, place)
     entries: dict[str, Row] = {}
     lines: dict[str, int] = {}
-    for line, cells in _read_csv(path, place):
+    table = list(_read_csv(path, place))
+    classes = ClassNames(source.positive_classes, source.negative_classes)
+    labels = LabelReader.learn([(Counter(cells["label"] for _, cells in table), ())], classes)
+    for line, cells in table:
         place = f"{path} line {line}"
         if not cells["file"]:
             raise UserError(f"{place}: the column file is empty")
@@ -116,7 +122,7 @@ def plan_csv(source: CsvSource, local_root: Path, shard_images: int) -> Plan:
         if file in lines:
             raise UserError(f"{place}: {file} is already in line {lines[file]}")
         lines[file] = line
-        entries[file] = _csv_columns(cells, place)
+        entries[file] = _csv_columns(cells, place, labels)
     missing = [file for file in entries if not (images / file).is_file()]
     if missing:
         raise UserError(
@@ -156,21 +162,22 @@ def _read_csv(path: Path, place: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{place}: {path} is not a UTF-8 CSV file: {error}") from error
 
 
-def _csv_columns(cells: dict[str, str], place: str) -> Row:
+def _csv_columns(cells: dict[str, str], place: str, labels: LabelReader) -> Row:
     """Columns of one CSV row; what is wrong is an error here, not a null."""
-    labels = {"0": 0, "1": 1, "": None}
-    if cells["label"] not in labels:
-        raise UserError(f'{place}: label "{cells["label"]}" is not one of 0, 1 or empty')
-    columns: Row = {"label": labels[cells["label"]]}
-    columns |= {name: text(cells.get(name)) for name in TEXT_COLUMNS}
-    pair = [cells.get("latitude", ""), cells.get("longitude", "")]
-    if not any(pair) and cells.get("gps"):
-        pair = cells["gps"].split(",")
-    if any(pair):
-        point = position(*pair) if len(pair) == 2 else {}
-        if not point:
-            raise UserError(f'{place}: "{", ".join(pair)}" is not a latitude and a longitude')
-        columns |= point
-    known = {"file", "label", "latitude", "longitude", "gps", *TEXT_COLUMNS}
+    names = known_columns(cells, place)
+    values = {ours: cells[theirs] for ours, theirs in names.items()}
+    if labels.unknown(values["label"]):
+        raise UserError(f'{place}: label "{values["label"]:.60}": {labels.explain()}')
+    try:
+        columns = {"label": labels.read(values["label"])} | context(values)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+    try:
+        point = read_position(values)
+    except ValueError as error:
+        raise UserError(f'{place}: "{error}" is not a latitude and a longitude') from error
+    if point:
+        columns |= {"latitude": point[0], "longitude": point[1]}
+    known = {"file", *names.values()}
     other = {name: value for name, value in cells.items() if value and name not in known}
     return columns | {"extra": extra_json(other)}

@@ -45,8 +45,12 @@ _WKT = re.compile(
     r"(?:SRID\s*=\s*4326\s*;\s*)?POINT\s*(?:Z|M|ZM)?\s*\(\s*(\S+)\s+(\S+?)(?:\s+\S+?){0,2}\s*\)",
     re.IGNORECASE,
 )
-_GEO_URI = re.compile(r"geo:([^,;]+),([^,;?]+)(?:,[^,;?]+)?(?:;(?!crs=(?!wgs84)).*)?(?:\?.*)?", re.IGNORECASE)
-_ISO_6709 = re.compile(r"([+-]\d{1,2}(?:\.\d+)?)([+-]\d{1,3}(?:\.\d+)?)(?:[+-]\d+(?:\.\d+)?)?(?:CRS.*)?/?")
+_GEO_URI = re.compile(
+    r"geo:([^,;]+),([^,;?]+)(?:,[^,;?]+)?(?:;(?!crs=(?!wgs84)).*)?(?:\?.*)?", re.IGNORECASE
+)
+_ISO_6709 = re.compile(
+    r"([+-]\d{1,2}(?:\.\d+)?)([+-]\d{1,3}(?:\.\d+)?)(?:[+-]\d+(?:\.\d+)?)?(?:CRS.*)?/?"
+)
 _NAMED = re.compile(r"['\"]?\b(lat(?:itude)?|lo?ng?(?:itude)?)\b['\"]?\s*[:=]?", re.IGNORECASE)
 
 
@@ -67,7 +71,9 @@ def read_position(values: Mapping[str, object]) -> Point | None:
         Something is given but not understood, or out of range; the message is what is given.
     """
     angles = [
-        None if is_missing(values.get(name)) else _with_letter(values[name], values.get(f"{name}_ref"))
+        None
+        if is_missing(values.get(name))
+        else _with_letter(values[name], values.get(f"{name}_ref"))
         for name in ("latitude", "longitude")
     ]
     understood = True
@@ -143,7 +149,9 @@ def _from_struct(struct: Mapping[str, Any]) -> Point | None:
     both = []
     for begin in (("lat",), ("lon", "lng")):
         names = [name for name in fields if name.startswith(begin) and not name.endswith("ref")]
-        references = [fields[name] for name in fields if name.startswith(begin) and name.endswith("ref")]
+        references = [
+            fields[name] for name in fields if name.startswith(begin) and name.endswith("ref")
+        ]
         if len(names) != 1:
             raise ValueError
         both.append(_with_letter(fields[names[0]], next(iter(references), None)))
@@ -230,6 +238,10 @@ def _sum(sign: str, degrees: str, minutes: str = "0", seconds: str = "0") -> flo
     if whole is None or len(whole[0]) > 3:  # `5231.2` is NMEA's degrees and minutes
         raise ValueError
     d, m, s = (float(part.replace(",", ".")) for part in (degrees, minutes, seconds))
-    if not (0 <= m < 60 and 0 <= s < 60) or (m and not d.is_integer()) or (s and not m.is_integer()):
+    if (
+        not (0 <= m < 60 and 0 <= s < 60)
+        or (m and not d.is_integer())
+        or (s and not m.is_integer())
+    ):
         raise ValueError
     return math.copysign(d + m / 60 + s / 3600, -1 if sign == "-" else 1)

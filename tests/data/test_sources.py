@@ -17,7 +17,8 @@ from PIL import Image
 
 from streetvision.data.files import plan_csv
 from streetvision.data.natix import find_columns, plan_parquet, translate
-from streetvision.data.parts import position, slices, text
+from streetvision.data.labels import LabelReader
+from streetvision.data.parts import slices
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.data.sources import plan_source
 from streetvision.errors import UserError
