@@ -353,8 +353,9 @@ def _rows(
     file: Path, parquet: Any, row_groups: Iterable[int], columns: Iterable[str], limit: int
 ) -> Iterator[Row]:
     """Yield the rows of some row groups, at most `limit` of them decoded at a time."""
-    row_groups, columns = list(row_groups), list(columns)
-    left = sum(parquet.metadata.row_group(number).num_rows for number in row_groups)
+    counts = {number: parquet.metadata.row_group(number).num_rows for number in row_groups}
+    row_groups, columns = [number for number in counts if counts[number]], list(columns)
+    left = sum(counts.values())
     size = rows_at_once(file, parquet.metadata, row_groups, columns, limit)
     batches = parquet.iter_batches(size, row_groups=row_groups, columns=columns, use_threads=False)
     while True:

@@ -249,10 +249,11 @@ class _Compact:
         if kind in {4, 5, 6}:
             return self._integer()
         if kind in {7, 8}:  # a double, a text
-            self.at += 8 if kind == 7 else self._varint()
+            length = 8 if kind == 7 else self._varint()
+            self.at += length
             if self.at > len(self.data):
                 raise IndexError
             return None
         if kind == 12:
             return self.struct(depth + 1)
-        raise ValueError("a page's header holds no lists")
+        raise ValueError("page headers hold no lists")
