@@ -72,7 +72,14 @@ class FolderSource(Section):
     negative_folders: list[str] = ["none", "None", "0"]
 
 
-class CsvSource(Section):
+class NamedClasses(Section):
+    """What a table calls its classes, beyond 0 and 1 and sure names such as None and Roadwork."""
+
+    positive_classes: list[str] = []
+    negative_classes: list[str] = []
+
+
+class CsvSource(NamedClasses):
     """A CSV with columns file, label, group and any more; files are relative to `images`."""
 
     kind: Literal["csv"]
@@ -81,7 +88,7 @@ class CsvSource(Section):
     images: str = "."
 
 
-class ParquetSource(Section):
+class ParquetSource(NamedClasses):
     """Parquet files in the NATIX schema as found in the wild: one file or a folder of them."""
 
     kind: Literal["parquet"]
@@ -89,7 +96,7 @@ class ParquetSource(Section):
     path: str
 
 
-class HubSource(Section):
+class HubSource(NamedClasses):
     """A data set of the Hugging Face hub at a pinned revision (a commit hash)."""
 
     kind: Literal["hub"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from streetvision.errors import printable_lines
 
 if TYPE_CHECKING:
-    from streetvision.evaluation.labelled import ClassNames
+    from streetvision.data.labels import ClassNames
 
 # Name, what it runs, one line of help → its parser.
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
@@ -29,7 +29,7 @@ def add_class_names(command: argparse.ArgumentParser) -> None:
 
 def class_names(options: argparse.Namespace) -> ClassNames:
     """What the user calls the classes."""
-    from streetvision.evaluation.labelled import ClassNames
+    from streetvision.data.labels import ClassNames
 
     return ClassNames(tuple(options.positive), tuple(options.negative))
 

@@ -11,18 +11,20 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from streetvision.data.csv_table import read_csv
+from streetvision.data.labels import ClassNames, LabelReader
 from streetvision.data.parts import (
-    TEXT_COLUMNS,
     Plan,
     Row,
+    context,
     extra_json,
     file_stat,
     input_stat,
+    known_columns,
     local_path,
-    position,
     slices,
-    text,
 )
+from streetvision.data.positions import read_position
+from streetvision.data.values import key
 from streetvision.data.walk import (
     MAX_FILE_BYTES,
     TOO_LARGE,
@@ -165,7 +167,8 @@ def plan_images(name: str, folder: Path, shard_images: int) -> Plan:
 
 def _entry(folder: Path, file: str, label: int, folders: Sequence[str]) -> FileEntry:
     """An image, `folders` those that it lies in, the first of which is the group."""
-    group = unicodedata.normalize("NFC", escaped(folders[0])) if folders else None
+    name = escaped(folders[0]) if folders else None
+    group = key(name) or name  # a folder called "none" is a folder all the same
     return FileEntry(f"{folder}/{file}", file, {"label": label, "group": group})
 
 
@@ -180,6 +183,8 @@ def plan_csv(source: CsvSource, local_root: Path, shard_images: int) -> Plan:
     table = read_csv(path, {"file": FILE_ALIASES, "label": ("labels",)})
     beside = (path.parent, path.parent / "images", path.resolve().parent)
     finder = Finder((images, *beside))
+    classes = ClassNames(source.positive_classes, source.negative_classes)
+    labels = LabelReader.learn([(Counter(map(str.strip, table.column("label"))), ())], classes)
     entries: list[FileEntry] = []
     lines: dict[str, int] = {}
     missing: list[tuple[int, str]] = []
@@ -190,13 +195,13 @@ def plan_csv(source: CsvSource, local_root: Path, shard_images: int) -> Plan:
         name = PurePosixPath(cells["file"].replace("\\", "/")).as_posix()
         wanted = local_path(images, name, place)
         file = finder.find(spelled)
-        key = str(file or wanted)
-        if key in lines:
-            raise UserError(f"{place}: {escaped(name)} is already in line {lines[key]}")
-        lines[key] = line
+        real = str(file or wanted)
+        if real in lines:
+            raise UserError(f"{place}: {escaped(name)} is already in line {lines[real]}")
+        lines[real] = line
         if file is None:
             missing.append((line, escaped(wanted)))
-        entries.append(FileEntry(key, name, _csv_columns(cells, place)))
+        entries.append(FileEntry(real, name, _csv_columns(cells, place, labels)))
     if missing:
         line, wanted_name = missing[0]
         raise UserError(
@@ -207,21 +212,22 @@ def plan_csv(source: CsvSource, local_root: Path, shard_images: int) -> Plan:
     return Plan(plan.parts, [input_stat(path), *plan.inputs], plan.ignored_files)
 
 
-def _csv_columns(cells: dict[str, str], place: str) -> Row:
+def _csv_columns(cells: dict[str, str], place: str, labels: LabelReader) -> Row:
     """Columns of one CSV row; what is wrong is an error here, not a null."""
-    labels = {"0": 0, "1": 1, "": None}
-    if cells["label"] not in labels:
-        raise UserError(f'{place}: label "{cells["label"]}" is not one of 0, 1 or empty')
-    columns: Row = {"label": labels[cells["label"]]}
-    columns |= {name: text(cells.get(name)) for name in TEXT_COLUMNS}
-    pair = [cells.get("latitude", ""), cells.get("longitude", "")]
-    if not any(pair) and cells.get("gps"):
-        pair = cells["gps"].split(",")
-    if any(pair):
-        point = position(*pair) if len(pair) == 2 else {}
-        if not point:
-            raise UserError(f'{place}: "{", ".join(pair)}" is not a latitude and a longitude')
-        columns |= point
-    known = {"file", "label", "latitude", "longitude", "gps", *TEXT_COLUMNS}
+    names = known_columns(cells, place)
+    values = {ours: cells[theirs] for ours, theirs in names.items()}
+    if labels.unknown(values["label"]):
+        raise UserError(f'{place}: label "{values["label"]:.60}": {labels.explain()}')
+    try:
+        columns = {"label": labels.read(values["label"])} | context(values)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+    try:
+        point = read_position(values)
+    except ValueError as error:
+        raise UserError(f'{place}: "{error}" is not a latitude and a longitude') from error
+    if point:
+        columns |= {"latitude": point[0], "longitude": point[1]}
+    known = {"file", *names.values()}
     other = {name: value for name, value in cells.items() if value and name not in known}
     return columns | {"extra": extra_json(other)}

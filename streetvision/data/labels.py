@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from streetvision.data.values import MISSING, is_missing, stripped
 from streetvision.errors import UserError
@@ -38,7 +39,9 @@ _NO_NAME = re.compile(r"[+-]?\d[\d.e+-]*|true|false")
 _NONE = "none"
 # More of a column's labels than this not understood: it has other classes, not a few slips.
 MAX_UNKNOWN_SHARE = 0.1
-_MAX_SHOWN = 8  # values that an error lists
+MAX_LABEL_CHARACTERS = 200  # that are looked at
+MAX_LABEL_VALUES = 1000  # of a source; more are no classes
+_MAX_SHOWN, _MAX_NAME_SHOWN = 8, 60  # values that an error lists, their characters
 _WAY_OUT = (
     "labels are 0 and 1, True and False, or sure names such as None and Roadwork; say which others mean "
     "roadwork with positive_classes and negative_classes (of the source in data.sources)"
@@ -75,7 +78,7 @@ def _spelled(value: object, names: Sequence[str] = ()) -> str | None:
     if isinstance(value, bytes):
         value = value.decode(errors="backslashreplace")
     if isinstance(value, str):
-        value = stripped(value)
+        value = stripped(value[:MAX_LABEL_CHARACTERS])
         if value.casefold() in MISSING - {_NONE}:
             return None
         if not _WHOLE.fullmatch(value):
@@ -87,6 +90,22 @@ def _spelled(value: object, names: Sequence[str] = ()) -> str | None:
         number = int(value)
         return _squashed(names[number]) if 0 <= number < len(names) else str(number)
     return str(value)
+
+
+def _show(value: object) -> str:
+    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+    return stripped(text[:MAX_LABEL_CHARACTERS])[:_MAX_NAME_SHOWN]
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """What a user calls the classes, where it is not sure by itself: `positive_classes`, `negative_classes`."""
+
+    positive: Sequence[str] = ()
+    negative: Sequence[str] = ()
+
+
+SURE_NAMES = ClassNames()  # no further ones
 
 
 @dataclass(frozen=True)
@@ -109,9 +128,8 @@ class LabelReader:
     @classmethod
     def learn(
         cls,
-        columns: Iterable[tuple[Mapping[object, int], Sequence[str]]],
-        positive: Sequence[str] = (),
-        negative: Sequence[str] = (),
+        columns: Iterable[tuple[Mapping[Any, int], Sequence[str]]],
+        classes: ClassNames = SURE_NAMES,
     ) -> LabelReader:
         """Find out what the labels of a source mean.
 
@@ -123,12 +141,12 @@ class LabelReader:
         ----------
         columns
             Of each file: rows by value, and what its 0, 1, … are called; empty if nothing says so.
-        positive, negative
-            Names of further classes with and without roadwork, which come before what is understood
-            otherwise: `positive_classes` and `negative_classes` of a source.
+        classes
+            Names of classes with and without roadwork, which come before what is understood otherwise. For
+            names and numbers in any column: `ClassNames(["barrier"], ["street"])`, `ClassNames(["2"], ["1"])`.
         """
-        given = {_squashed(name): 1 for name in positive}
-        given |= {_squashed(name): 0 for name in negative}
+        given = {_spelled(name) or _squashed(name): 1 for name in classes.positive}
+        given |= {_spelled(name) or _squashed(name): 0 for name in classes.negative}
         counts: Counter[str] = Counter()
         shown: dict[str, str] = {}
         declared: set[str] = set()
@@ -137,9 +155,9 @@ class LabelReader:
                 spelling = _spelled(value, names)
                 if spelling is not None:
                     counts[spelling] += rows
-                    shown.setdefault(spelling, stripped(str(value)))
+                    shown.setdefault(spelling, _show(value))
             for name in names:  # also those that no row has
-                shown[_squashed(name)] = stripped(name)
+                shown[_squashed(name)] = _show(name)
                 counts[_squashed(name)] += 0
                 declared.add(_squashed(name))
         meaning = {}
@@ -195,7 +213,7 @@ class LabelReader:
         taken = {1: "roadwork", 0: "no roadwork", None: "not understood"}
         known = sorted(self.counts, key=lambda each: (each in self.meaning, each))
         rows = [
-            f'"{self.shown[each]:.60}" ({self.counts[each]} rows: {taken[self.meaning.get(each)]})'
+            f'"{self.shown[each]}" ({self.counts[each]} rows: {taken[self.meaning.get(each)]})'
             for each in known[:_MAX_SHOWN]
         ]
         rows += [f"{len(known) - _MAX_SHOWN} more"] * (len(known) > _MAX_SHOWN)

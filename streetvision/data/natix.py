@@ -10,8 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,34 +24,47 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from streetvision.data.labels import (
+    MAX_LABEL_CHARACTERS,
+    MAX_LABEL_VALUES,
+    SURE_NAMES,
+    ClassNames,
+    LabelReader,
+    class_label,
+    denies_roadwork,
+)
+from streetvision.data.parquet_bounds import (
+    MAX_IMAGE_BYTES,
+    MAX_REPEATED_BYTES,
+    MAX_REPETITION,
+    MAX_TEXT_CHARACTERS,
+    check_claims,
+    check_footer,
+    rows_at_once,
+)
 from streetvision.data.parts import (
-    TEXT_COLUMNS,
+    KEY_COLUMNS,
     Plan,
     Row,
+    context,
     extra_json,
     input_stat,
-    position,
+    known_columns,
     slices,
-    text,
 )
-from streetvision.data.schema import CLASS_NAMES
+from streetvision.data.positions import POSITION_COLUMNS, read_position
+from streetvision.data.schema import UNREAD_LABEL, UNREAD_POSITION
+from streetvision.data.values import EXACT_IN_FLOAT64, is_missing, key, text
 from streetvision.data.walk import walk_files
 from streetvision.errors import UserError, escaped
 
-# Our column → its names in the wild, in lower case with `_` for spaces and hyphens.
-ALIASES = {
-    "label": ("label", "labels"),
-    "scene_description": ("scene_description",),
-    "latitude": ("latitude", "lat", "gps_latitude"),
-    "longitude": ("longitude", "lon", "lng", "gps_longitude"),
-    "gps": ("gps", "gps_coordinates", "gps_position"),
-    "weather": ("weather", "weather_condition", "weather_conditions"),
-    "daytime": ("daytime", "time_of_day", "timeofday", "day_time"),
-    "scene": ("scene", "scene_type"),
-    "group": ("group",),
-    "drive": ("drive",),
-    "evidence_box": ("evidence_box",),
-}
+logger = logging.getLogger(__name__)
+
+# Whole numbers that a column of this type holds exactly, and with them ids.
+_EXACT_BELOW = {"halffloat": 2**11, "float": 2**24}
+_NEGATION = re.compile(r"(there (is|are) )?(no|not|none|nothing|without|never)\b", re.IGNORECASE)
+_LOOK_ROWS = 4096  # rows of the light columns decoded at a time
+_MAX_SHOWN, _MAX_LISTED = 100, 30  # characters of a position, columns that an error lists
 # Rows decoded at a time: at 1.2 MB an image, tens of megabytes.
 BATCH_ROWS = 32
 
@@ -68,6 +85,7 @@ class ParquetPart:
     name: str
     first: int
     segments: tuple[Segment, ...]
+    labels: LabelReader
 
     @property
     def n_rows(self) -> int:
@@ -78,7 +96,7 @@ class ParquetPart:
         """Translate row after row."""
         index = self.first
         for segment in self.segments:
-            for row in _read_segment(segment):
+            for row in _read_segment(segment, self.labels):
                 yield {**row, "id": f"{self.name}-{index:06d}", "source": self.name}
                 index += 1
 
@@ -95,19 +113,27 @@ def find_parquet(path: Path, place: str) -> list[Path]:
     return found
 
 
-def plan_parquet(name: str, files: Sequence[Path], shard_images: int) -> Plan:
-    """Cut the concatenated rows of the files into shards.
+def plan_parquet(
+    name: str, files: Sequence[Path], shard_images: int, classes: ClassNames = SURE_NAMES
+) -> Plan:
+    """Cut the concatenated rows of the files into shards; looks at all labels and positions, at no image.
+
+    Positions that are given but not understood stay in `extra` and are counted; those rows have no place.
 
     Raises
     ------
     UserError
-        A file that is no Parquet file, has no image column, or nothing that tells a label.
+        A file that is no Parquet file, claims or unpacks to more than it can hold (`parquet_bounds`), has no
+        image column, or nothing that tells a label; labels whose meaning is not sure; positions of which
+        hardly any is understood where no group is given.
     """
-    counts = []
-    for file in files:
-        with _open(file) as parquet:
-            find_columns(parquet.schema_arrow, str(file))
-            counts.append(parquet.metadata.num_rows)
+    looks = [_look(file) for file in files]
+    place = str(files[0]) if len(files) == 1 else f'source "{name}" ({len(files)} files)'
+    _check_names(files, looks)
+    labels = LabelReader.learn([(look.labels, look.names) for look in looks], classes)
+    labels.check(place)
+    _report_positions(looks, place)
+    counts = [look.rows for look in looks]
     ends = list(accumulate(counts))
     parts = []
     for start, stop in slices(sum(counts), shard_images):
@@ -116,8 +142,101 @@ def plan_parquet(name: str, files: Sequence[Path], shard_images: int) -> Plan:
             for file, count, end in zip(files, counts, ends, strict=True)
             if count and start < end and stop > end - count
         ]
-        parts.append(ParquetPart(name, start, tuple(segments)))
+        parts.append(ParquetPart(name, start, tuple(segments), labels))
     return Plan(parts, [input_stat(file) for file in files])
+
+
+# --------------------------------------------------------------------------- before any image is read
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the labels and positions of one file are.
+
+    Attributes
+    ----------
+    rows : number of rows
+    labels : rows by value, of a description's where there is no label
+    names : what the file calls 0, 1, …; empty if it does not say
+    unread : number of positions that are given but not understood, and the first of them
+    alone : of these, how many are of rows without a group
+    """
+
+    rows: int
+    labels: Counter[Any]
+    names: tuple[str, ...]
+    unread: tuple[int, str]
+    alone: int
+
+
+def _look(file: Path) -> _Look:
+    """Read what says what the labels mean and where the images are."""
+    with _open(file) as parquet:
+        schema = parquet.schema_arrow
+        columns = find_columns(schema, str(file))
+        wanted = {"label", "scene_description", *KEY_COLUMNS, *POSITION_COLUMNS}
+        if "label" in columns:
+            wanted.remove("scene_description")
+        light = {ours: theirs for ours, theirs in columns.items() if ours in wanted}
+        exact = {
+            ours: _EXACT_BELOW.get(str(schema.field(theirs).type), EXACT_IN_FLOAT64)
+            for ours, theirs in light.items()
+        }
+        labels: Counter[Any] = Counter()
+        unread, example, alone = 0, "", 0
+        for row in _rows(file, parquet, range(parquet.num_row_groups), light.values(), _LOOK_ROWS):
+            values = {ours: row[theirs] for ours, theirs in light.items()}
+            labels[_short(_given_label(values))] += 1
+            if len(labels) > MAX_LABEL_VALUES:
+                raise UserError(
+                    f"{file}: more than {MAX_LABEL_VALUES} different labels are no classes; "
+                    f"columns: {_listing(schema)}"
+                )
+            try:
+                for name in KEY_COLUMNS:
+                    key(values.get(name), exact.get(name, EXACT_IN_FLOAT64))
+            except ValueError as error:
+                raise UserError(f"{file}: column {columns[name]}: {error}") from error
+            try:
+                read_position(values)
+            except ValueError as error:
+                unread, example = unread + 1, example or str(error)[:_MAX_SHOWN]
+                alone += is_missing(values.get("group"))
+        names = _class_names(schema, columns["label"]) if "label" in columns else ()
+        return _Look(parquet.metadata.num_rows, labels, names, (unread, example), alone)
+
+
+def _short(value: Any) -> Any:
+    """A label as a key of a table of counts: hostile ones may be long."""
+    return value[:MAX_LABEL_CHARACTERS] if isinstance(value, str | bytes) else value
+
+
+def _check_names(files: Sequence[Path], looks: Sequence[_Look]) -> None:
+    """Refuse files of which some say what 0 and 1 are and say it otherwise than usual, and some don't."""
+    named = [number for number, look in enumerate(looks) if look.names]
+    unusual = [n for n in named if [class_label(name) for name in looks[n].names] != [0, 1]]
+    bare = [
+        number
+        for number, look in enumerate(looks)
+        if not look.names and any(isinstance(value, int | float) for value in look.labels)
+    ]
+    if unusual and bare:
+        raise UserError(
+            f"{files[unusual[0]]} calls its labels {', '.join(looks[unusual[0]].names)}, "
+            f"{files[bare[0]]} does not say what its 0 and 1 mean: write both in one way"
+        )
+
+
+def _report_positions(looks: Sequence[_Look], place: str) -> None:
+    unread = sum(look.unread[0] for look in looks)
+    if unread:
+        example = next(look.unread[1] for look in looks if look.unread[0])
+        alone = sum(look.alone for look in looks)
+        logger.warning(
+            '%s: %d of %d positions are given but not understood, such as "%s"; %d of these images have no '
+            "group either, so near ones may lie in different splits",
+            place, unread, sum(look.rows for look in looks), example, alone,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------- columns
@@ -131,13 +250,8 @@ def find_columns(schema: pa.Schema, place: str) -> dict[str, str]:
     UserError
         No usable image column; neither a label nor a scene description.
     """
-    simple = {name.lower().replace(" ", "_").replace("-", "_"): name for name in schema.names}
-    found = {}
-    for column, aliases in ALIASES.items():
-        match = next((simple[alias] for alias in aliases if alias in simple), None)
-        if match is not None:
-            found[column] = match
-    listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    found = known_columns(schema.names, place)
+    listing = _listing(schema)
     ranked = [(_image_rank(f.type), f.name.lower() != "image", i) for i, f in enumerate(schema)]
     images = [key for key in ranked if key[0] < 3 and "image" in schema.names[key[2]].lower()]
     if not images:
@@ -148,12 +262,18 @@ def find_columns(schema: pa.Schema, place: str) -> dict[str, str]:
     found["image"] = schema.names[min(images)[2]]
     if "label" not in found and "scene_description" not in found:
         raise UserError(f"{place}: no label, labels or scene_description; columns: {listing}")
-    if "label" in found and not _is_scalar(schema.field(found["label"]).type):
-        raise UserError(
-            f"{place}: column {found['label']} must hold numbers, booleans or class names; "
-            f"columns: {listing}"
-        )
+    for name in ("label", *KEY_COLUMNS):
+        if name in found and pa.types.is_nested(_value_type(schema.field(found[name]).type)):
+            raise UserError(
+                f"{place}: column {found[name]} must hold numbers, booleans or names; columns: {listing}"
+            )
     return found
+
+
+def _listing(schema: pa.Schema) -> str:
+    found = [f"{field.name:.60} ({field.type!s:.60})" for field in list(schema)[:_MAX_LISTED]]
+    more = f" and {len(schema) - _MAX_LISTED} more" * (len(schema) > _MAX_LISTED)
+    return ", ".join(found) + more
 
 
 def _image_rank(kind: pa.DataType) -> int:
@@ -188,37 +308,91 @@ def _is_scalar(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (*checks, pa.types.is_null))
 
 
-def _class_order(schema: pa.Schema, column: str) -> tuple[int, int]:
-    """Our labels of the file's 0 and 1: `datasets` stores the class names beside the columns."""
+def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """What 0, 1, … of a column are called: `datasets` stores its features beside the columns.
+
+    They are a mapping by column or, as in a data set's card, a list; the names of a class label are a list
+    or a mapping by number.
+    """
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        names = [str(name).lower() for name in features[column]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return 0, 1
-    return (1, 0) if names == [name.lower() for name in reversed(CLASS_NAMES)] else (0, 1)
+        document = json.loads((schema.metadata or {})[b"huggingface"])
+        features = document.get("info", document)["features"]
+        if isinstance(features, list):
+            features = {feature["name"]: feature for feature in features}
+        feature = features[column]
+        while isinstance(feature, dict) and "names" not in feature:
+            feature = next(
+                feature[inner] for inner in ("dtype", "class_label", "feature") if inner in feature
+            )
+        names = feature["names"]
+        if isinstance(names, dict):
+            names = [names[number] for number in sorted(names, key=int)]
+        return tuple(str(name) for name in names)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RecursionError):
+        return ()
 
 
 # --------------------------------------------------------------------------- rows
 
 
-def _open(file: Path) -> Any:
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """Open a file whose claims are believable; what goes wrong in the block is an error of the file."""
     try:
+        check_footer(file)
         # With the defaults a whole row group is loaded at once, with these a page of each column;
         # many writers make one page of a row group of images, which is then the least.
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
+            check_claims(file, parquet.metadata)
+            yield parquet
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is not a readable Parquet file: {reason}") from error
 
 
-def _read_segment(segment: Segment) -> Iterator[Row]:
+def _rows(
+    file: Path, parquet: Any, row_groups: Iterable[int], columns: Iterable[str], limit: int
+) -> Iterator[Row]:
+    """Yield the rows of some row groups, at most `limit` of them decoded at a time."""
+    counts = {number: parquet.metadata.row_group(number).num_rows for number in row_groups}
+    row_groups, columns = [number for number in counts if counts[number]], list(columns)
+    left = sum(counts.values())
+    size = rows_at_once(file, parquet.metadata, row_groups, columns, limit)
+    batches = parquet.iter_batches(size, row_groups=row_groups, columns=columns, use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = [] if batch is None else _microseconds(batch).to_pylist()
+        # ValueError: text that is not UTF-8, a date out of range.
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{file} is damaged: {reason}") from error
+        if batch is None:
+            break
+        left -= len(rows)
+        yield from rows
+    if left:
+        raise UserError(f"{file} is damaged: it holds {left} rows less than it claims")
+
+
+def _microseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Times in microseconds: Python has no nanoseconds, and names no drive by them."""
+    for number, kind in enumerate(batch.schema.types):
+        if pa.types.is_timestamp(kind) and kind.unit == "ns":
+            values = batch.column(number).cast(pa.timestamp("us", kind.tz), safe=False)
+            batch = batch.set_column(number, batch.schema.names[number], values)
+    return batch
+
+
+def _read_segment(segment: Segment, labels: LabelReader) -> Iterator[Row]:
     """Yield translated rows, without id and source; reads only the row groups it needs."""
-    with _open(segment.file) as parquet:
+    file = segment.file
+    with _open(file) as parquet:
         schema = parquet.schema_arrow
-        columns = find_columns(schema, str(segment.file))
+        columns = find_columns(schema, str(file))
         used = set(columns.values())
         other = [f.name for f in schema if f.name not in used and _is_scalar(f.type)]
-        order = _class_order(schema, columns["label"]) if "label" in columns else (0, 1)
+        names = _class_names(schema, columns["label"]) if "label" in columns else ()
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         ends = list(accumulate(sizes))
         groups = [
@@ -226,22 +400,32 @@ def _read_segment(segment: Segment) -> Iterator[Row]:
             for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
             if segment.start < end and segment.stop > end - size
         ]
-        index = ends[groups[0]] - sizes[groups[0]]
-        try:
-            for batch in parquet.iter_batches(
-                BATCH_ROWS, row_groups=groups, columns=[*used, *other], use_threads=False
-            ):
-                start, stop = segment.start - index, segment.stop - index
-                index += batch.num_rows
-                for row in batch.slice(max(start, 0), max(stop, 0) - max(start, 0)).to_pylist():
-                    yield translate(row, columns, other, order)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{segment.file} is damaged: {reason}") from error
+        rows = _rows(file, parquet, groups, [*used, *other], BATCH_ROWS)
+        first = ends[groups[0]] - sizes[groups[0]]
+        room = max(MAX_REPEATED_BYTES, MAX_REPETITION * file.stat().st_size)
+        for number, row in enumerate(rows, first):
+            if number >= segment.stop:
+                break
+            if number < segment.start:
+                continue
+            try:
+                made = translate(row, columns, labels, other, names)
+            except ValueError as error:
+                raise UserError(f"{file} row {number}: {error}") from error
+            room -= len(made["image"]["bytes"] or b"")
+            if room < 0:
+                raise UserError(
+                    f"{file} repeats images: rows to {number} have {MAX_REPETITION} times the bytes of the file"
+                )
+            yield made
 
 
 def translate(
-    row: Row, columns: dict[str, str], other: Sequence[str] = (), order: tuple[int, int] = (0, 1)
+    row: Row,
+    columns: dict[str, str],
+    labels: LabelReader,
+    other: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> Row:
     """Bring one row into our columns.
 
@@ -249,34 +433,57 @@ def translate(
     ----------
     row : values by the file's column names
     columns : our column → the file's, from `find_columns`
-    other : columns of the file that go to `extra`
-    order : our labels of the file's 0 and 1
+    labels : reads them
+    other : columns of the file that go to `extra`, where a label and a position that are not understood
+        are kept, too
+    names : what the file calls its labels 0, 1, …
+
+    Raises
+    ------
+    ValueError
+        A group or drive that is none; more bytes or characters than a row may have.
     """
     values = {ours: row[theirs] for ours, theirs in columns.items()}
-    found: Row = {name: text(values.get(name)) for name in TEXT_COLUMNS}
-    if "label" in columns:
-        found["label"] = _label(values["label"], order)
-    else:
-        found["label"] = int(found["scene_description"] is not None)
-    found |= position(values.get("latitude"), values.get("longitude")) or _gps(values.get("gps"))
+    extra = {name: row[name] for name in other if _is_value(row[name])}
+    found = context(values)
+    given = _given_label(values)
+    found["label"] = labels.read(given, names)
+    if (unknown := labels.unknown(given, names)) is not None:
+        extra[UNREAD_LABEL] = unknown
+    try:
+        if point := read_position(values):
+            found["latitude"], found["longitude"] = point
+    except ValueError as error:
+        extra[UNREAD_POSITION] = str(error)[:_MAX_SHOWN]
     found["image"] = _image(values["image"])
     found["evidence_box"] = _box(values.get("evidence_box"))
-    extra = {name: row[name] for name in other if _is_value(row[name])}
-    return found | {"extra": extra_json(extra)}
+    found["extra"] = extra_json(extra)
+    if len(found["image"]["bytes"] or b"") > MAX_IMAGE_BYTES:
+        raise ValueError(f"its image has more than {MAX_IMAGE_BYTES:,} bytes")
+    if sum(len(each) for each in found.values() if isinstance(each, str)) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"its texts have more than {MAX_TEXT_CHARACTERS:,} characters")
+    return found
+
+
+def _given_label(values: Row) -> Any:
+    """The label of a row; without that column, 1 if there is a description, and 0 if there is none.
+
+    A description that begins with "no" or the like is no label: it may deny roadwork, or mention a lack of
+    something beside it.
+    """
+    if "label" in values:
+        return values["label"]
+    description = text(values["scene_description"])
+    if description is None or denies_roadwork(description):
+        return 0
+    return description if _NEGATION.match(description) else 1
 
 
 def _is_value(value: object) -> bool:
     """Whether a scalar says something: not null, empty, NaN or infinite."""
-    return math.isfinite(value) if isinstance(value, float) else text(value) is not None
-
-
-def _label(value: object, order: tuple[int, int]) -> int | None:
-    """Label 0 or 1; None for null, NaN and whatever is neither."""
     if isinstance(value, str):
-        names = [name.lower() for name in CLASS_NAMES]
-        name = value.strip().lower()
-        return names.index(name) if name in names else {"0": 0, "1": 1}.get(name)
-    return order[int(value)] if isinstance(value, int | float) and value in {0, 1} else None
+        return bool(value.strip())
+    return value is not None and (not isinstance(value, float) or math.isfinite(value))
 
 
 def _image(value: object) -> Row:
@@ -296,17 +503,6 @@ def _from_base64(data: bytes) -> bytes:
         return base64.b64decode(b"".join(body.split()), validate=True)
     except binascii.Error:
         return data
-
-
-def _gps(value: object) -> Row:
-    """Position of one value: "lat,lon", [lat, lon], or a struct with lat… and lon… or lng."""
-    if isinstance(value, str):
-        value = value.strip("()[] ").split(",")
-    if isinstance(value, dict):
-        names = {name.lower(): part for name, part in value.items()}
-        lat = next((part for name, part in names.items() if name.startswith("lat")), None)
-        value = [lat, next((p for n, p in names.items() if n.startswith(("lon", "lng"))), None)]
-    return position(*value) if isinstance(value, list) and len(value) == 2 else {}
 
 
 def _box(value: object) -> list[float] | None:

@@ -20,13 +20,16 @@ MAX_FOOTER_BYTES = 16 * 2**20  # of the footer, which Arrow holds about fortyfol
 MAX_COLUMNS = 1000
 # Bytes that one row group's columns unpack to at a time (a page each, and dictionaries), unless they are
 # stored in a quarter of that: photographs don't compress, and many writers put hundreds into one page.
-MAX_UNPACKED_BYTES = 256 * 2**20
+MAX_UNPACKED_BYTES = 128 * 2**20
 MAX_EXPANSION = 4
 MAX_VALUES_PER_ROW = 64  # of a list, on average
 BATCH_BYTES = (
     64 * 2**20
 )  # of values that a file stores once and repeats, in the rows decoded together
+MAX_IMAGE_BYTES = 256 * 2**20  # of one encoded image
 MAX_TEXT_CHARACTERS = 2**20  # of all texts of one row
+# Images of a file's rows together: a file may repeat one, but not grow into a disk full of it.
+MAX_REPEATED_BYTES, MAX_REPETITION = 2**30, 16
 
 _MAX_HEADER_BYTES = 16 * 2**20  # of a page's header: Arrow's own limit
 _DELTA_BYTE_ARRAY = 7
@@ -246,10 +249,11 @@ class _Compact:
         if kind in {4, 5, 6}:
             return self._integer()
         if kind in {7, 8}:  # a double, a text
-            self.at += 8 if kind == 7 else self._varint()
+            length = 8 if kind == 7 else self._varint()
+            self.at += length
             if self.at > len(self.data):
                 raise IndexError
             return None
         if kind == 12:
             return self.struct(depth + 1)
-        raise ValueError("a page's header holds no lists")
+        raise ValueError("page headers hold no lists")

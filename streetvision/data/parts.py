@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from streetvision.data.labels import denies_roadwork
+from streetvision.data.values import key, text
 from streetvision.errors import UserError, escaped
 
 Row = dict[str, Any]  # columns of RAW_SCHEMA; a missing one is null
 
-TEXT_COLUMNS = ("group", "drive", "scene_description", "weather", "daytime", "scene")
+KEY_COLUMNS = ("group", "drive")
+TEXT_COLUMNS = ("scene_description", "weather", "daytime", "scene")
+# Our column → its names in the wild, without case and without what separates words (`gps_latitude`).
+ALIASES = {
+    "label": ("label", "labels"),
+    "scene_description": ("scenedescription",),
+    "latitude": ("latitude", "lat", "gpslatitude"),
+    "longitude": ("longitude", "lon", "lng", "gpslongitude"),
+    "latitude_ref": ("latituderef", "latref", "gpslatituderef"),
+    "longitude_ref": ("longituderef", "lonref", "lngref", "gpslongituderef"),
+    "gps": ("gps", "gpscoordinates", "gpsposition"),
+    "weather": ("weather", "weathercondition", "weatherconditions"),
+    "daytime": ("daytime", "timeofday"),
+    "scene": ("scene", "scenetype"),
+    "group": ("group",),
+    "drive": ("drive",),
+    "evidence_box": ("evidencebox",),
+}
 
 
 class Part(Protocol):
@@ -73,25 +92,48 @@ def file_stat(path: Path) -> tuple[tuple[str, int, int], tuple[int, int]]:
     return (str(path), stat.st_size, stat.st_mtime_ns), (stat.st_dev, stat.st_ino)
 
 
-# --------------------------------------------------------------------------- single values
+# --------------------------------------------------------------------------- columns
 
 
-def text(value: object) -> str | None:
-    """Text without surrounding space; empty, null and NaN are None."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return str(value).strip() or None
+def known_columns(names: Iterable[str], place: str) -> dict[str, str]:
+    """Map our columns to the names they have in a table, of those that it has.
+
+    Raises
+    ------
+    UserError
+        Two names differ only in case or in what separates their words.
+    """
+    names = list(names)
+    bare = {name: re.sub(r"[\s_-]", "", name).lower() for name in names}
+    found = {}
+    for column, aliases in ALIASES.items():
+        for alias in aliases:
+            same = [name for name in names if bare[name] == alias]
+            if len(same) > 1:
+                raise UserError(f"{place} names a column twice: {', '.join(same)}")
+            if same:
+                found[column] = same[0]
+                break
+    return found
 
 
-def position(latitude: object, longitude: object) -> Row:
-    """Columns of a position in degrees; both null unless both are numbers in range."""
-    try:
-        point = float(str(latitude)), float(str(longitude))
-    except ValueError:
-        return {}
-    if not (abs(point[0]) <= 90 and abs(point[1]) <= 180):  # also refuses NaN
-        return {}
-    return {"latitude": point[0], "longitude": point[1]}
+def context(values: Mapping[str, object]) -> Row:
+    """Group, drive and texts of one row, by our names.
+
+    Raises
+    ------
+    ValueError
+        A group or drive is none; says why.
+    """
+    row: Row = {name: text(values.get(name)) for name in TEXT_COLUMNS}
+    if denies_roadwork(row["scene_description"] or ""):
+        row["scene_description"] = None  # there is nothing to describe, as validators have it
+    for name in KEY_COLUMNS:
+        try:
+            row[name] = key(values.get(name))
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
+    return row
 
 
 def extra_json(columns: dict[str, Any]) -> str | None:

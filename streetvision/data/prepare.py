@@ -26,7 +26,7 @@ from streetvision.artifacts import write_atomic, write_csv_atomic
 from streetvision.data import duplicates
 from streetvision.data.groups import GroupReport, assign_groups
 from streetvision.data.prepare_parts import PART_SCHEMA, Part, make_parts
-from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
+from streetvision.data.schema import SPLIT_SCHEMA, SPLITS, UNREAD_POSITION, unread_value
 from streetvision.data.split import SplitResult, split_groups
 from streetvision.errors import UserError
 from streetvision.params import Data
@@ -96,6 +96,7 @@ def prepare_splits(
         "quarantined": dict(Counter(reason for reason in rows.reasons if reason)),
         "duplicates": vars(duplicate_report),
         "one_class_groups_in": result.one_class_groups,
+        "positions_not_understood": _count_unread_positions(parts),
     }
 
 
@@ -214,6 +215,16 @@ def _read_rows(parts: list[Part]) -> tuple[_Rows, NDArray[np.uint8]]:
         part_sizes=sizes,
     )
     return rows, np.frombuffer(thumbnails, np.uint8).reshape(-1, side, side)
+
+
+def _count_unread_positions(parts: list[Part]) -> int:
+    """Rows whose source gave a position that was not understood."""
+    return sum(
+        unread_value(extra, UNREAD_POSITION) is not None
+        for part in parts
+        for batch in _read_batches(part.path, ["latitude", "extra"])
+        for extra in batch.column("extra").filter(batch.column("latitude").is_null()).to_pylist()
+    )
 
 
 def _check_ids(ids: list[str]) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from streetvision.artifacts import write_atomic
 from streetvision.data import decode, duplicates
-from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA
+from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA, UNREAD_LABEL, unread_value
 from streetvision.errors import UserError
 from streetvision.params import Data
 from streetvision.processes import in_processes
@@ -111,11 +111,10 @@ def _make_part(part: Part, data: Data) -> None:
 def _prepare_batch(batch: pa.RecordBatch, data: Data) -> pa.RecordBatch:
     """Decode a batch of raw rows into `PART_SCHEMA`."""
     images = batch.column("image").flatten()[0]  # the bytes; null where the struct is
+    columns = [batch.column(name) for name in ("label", "evidence_box", "extra")]
     rows = [
-        _prepare_row(*row, data)
-        for row in zip(
-            images, batch.column("label").to_pylist(), batch.column("evidence_box"), strict=True
-        )
+        _prepare_row(image, label.as_py(), box, extra, data)
+        for image, label, box, extra in zip(images, *columns, strict=True)
     ]
     made = pa.Table.from_pylist(rows, PART_SCHEMA)
     columns = [
@@ -125,10 +124,15 @@ def _prepare_batch(batch: pa.RecordBatch, data: Data) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=PART_SCHEMA)
 
 
-def _prepare_row(image: Any, label: int | None, box: Any, data: Data) -> dict[str, Any]:
+def _prepare_row(image: Any, label: int | None, box: Any, extra: Any, data: Data) -> dict[str, Any]:
     """Return the new columns of one row, or only the reason why it cannot be used."""
+    if label is None:
+        unread = unread_value(extra.as_py(), UNREAD_LABEL)
+        if unread is None:
+            return {"reason": "label missing"}
+        return {"reason": f'label "{unread:.60}" not understood'}
     if label not in {0, 1}:
-        return {"reason": "label missing" if label is None else "label not 0 or 1"}
+        return {"reason": "label not 0 or 1"}
     content = image.as_py() or b""
     try:
         decoded = decode.decode_image(

@@ -7,12 +7,17 @@ and `extra` (a JSON object with whatever else a source had).
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 
 CLASS_NAMES = ("None", "Roadwork")
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 # Images as they are, and distorted as the subnet's validator does.
 CONDITIONS = ("clean", "challenge")
+
+# Where `extra` keeps a label and a position that a source gave but that were not understood.
+UNREAD_LABEL, UNREAD_POSITION = "label", "gps"
 
 _CONTEXT = [
     pa.field("source", pa.string(), nullable=False),
@@ -54,3 +59,11 @@ SPLIT_SCHEMA = pa.schema(
         pa.field("fusion", pa.bool_(), nullable=False),
     ]
 )
+
+
+def unread_value(extra: str | None, name: str) -> str | None:
+    """Return what `extra` keeps of a label or position that was given but not understood, else None."""
+    if extra is None or f'"{name}"' not in extra:
+        return None
+    value = json.loads(extra).get(name)
+    return None if value is None else str(value)

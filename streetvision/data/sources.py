@@ -13,13 +13,16 @@ from pathlib import Path
 
 from streetvision.data.files import plan_csv, plan_folder
 from streetvision.data.hub import download_dataset
+from streetvision.data.labels import SURE_NAMES, ClassNames
 from streetvision.data.natix import find_parquet, plan_parquet
-from streetvision.data.parts import Plan, Row, local_path, slices, text
+from streetvision.data.parts import Plan, Row, local_path, slices
+from streetvision.data.values import text
 from streetvision.errors import UserError
 from streetvision.params import (
     CsvSource,
     FolderSource,
     HubSource,
+    NamedClasses,
     ParquetSource,
     Source,
     SyntheticSource,
@@ -37,6 +40,9 @@ def plan_source(source: Source, local_root: Path, *, shard_images: int, seed: in
         The source is missing or empty, lies outside `local_root`, or lacks a column.
     """
     place = f'source "{source.name}"'
+    classes = SURE_NAMES
+    if isinstance(source, NamedClasses):
+        classes = ClassNames(source.positive_classes, source.negative_classes)
     match source:
         case SyntheticSource():
             plan = _plan_synthetic(source, shard_images, seed)
@@ -46,10 +52,10 @@ def plan_source(source: Source, local_root: Path, *, shard_images: int, seed: in
             plan = plan_csv(source, local_root, shard_images)
         case ParquetSource():
             found = find_parquet(local_path(local_root, source.path, place), place)
-            plan = plan_parquet(source.name, found, shard_images)
+            plan = plan_parquet(source.name, found, shard_images, classes)
         case HubSource():
             found = download_dataset(source.repo_id, source.revision, source.files)
-            plan = plan_parquet(source.name, found, shard_images)
+            plan = plan_parquet(source.name, found, shard_images, classes)
     if not plan.parts:
         raise UserError(f"{place} holds no images")
     return plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import math
 import re
 import unicodedata
@@ -49,7 +49,7 @@ def text(value: object) -> str | None:
     return unicodedata.normalize("NFC", str(value)).strip(f"{_INVISIBLE} \t\r\n\f\v\xa0") or None
 
 
-def key(value: object) -> str | None:
+def key(value: object, exact_below: int = EXACT_IN_FLOAT64) -> str | None:
     """Name of a group or drive, the same however its source stored it; None where there is none.
 
     One site is 1 in a column of integers and 1.0 in one that a missing value made floating, so whole
@@ -57,10 +57,17 @@ def key(value: object) -> str | None:
     (`7.0`, `1e+16`): `1.10` and `1.1` are versions, `007` is a name. Two names that become one only
     keep more images together. Text is composed (NFC); midnight is its date.
 
+    Parameters
+    ----------
+    value
+        Of any kind that a table may hold.
+    exact_below
+        Up to here its column's type holds every whole number.
+
     Raises
     ------
     ValueError
-        A floating number beyond ±2⁵³, where neighbouring integers are the same float, or a value
+        A floating number that is larger, where neighbouring integers are the same float, or a value
         that is no single one.
     """
     if is_missing(value):
@@ -73,7 +80,7 @@ def key(value: object) -> str | None:
             return value or None
         value = float(value)
     if isinstance(value, float):
-        if math.isfinite(value) and abs(value) >= EXACT_IN_FLOAT64:
+        if math.isfinite(value) and abs(value) >= exact_below:
             raise ValueError(
                 f"{value!r} is too large for a floating number to be exact, so several names may "
                 "have become one: store them as integers or text"
@@ -82,8 +89,8 @@ def key(value: object) -> str | None:
     if isinstance(value, Decimal):
         whole = value == value.to_integral_value()
         return str(int(value)) if whole else format(value.normalize(), "f")
-    if isinstance(value, datetime.datetime) and value.tzinfo is None:
-        midnight = value.time() == datetime.time()
+    if isinstance(value, dt.datetime) and value.tzinfo is None:
+        midnight = value.time() == dt.time()
         return str(value.date() if midnight else value)
     if isinstance(value, list | dict | tuple):
         raise ValueError(f"{value!r:.60} is not one name")  # noqa: TRY004 (one kind of error)

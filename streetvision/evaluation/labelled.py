@@ -6,13 +6,13 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from streetvision.data.files import has_classes, plan_csv, plan_folder, plan_images
 from streetvision.data.ingest import write_plans
+from streetvision.data.labels import SURE_NAMES, ClassNames
 from streetvision.data.natix import find_parquet, plan_parquet
 from streetvision.data.parts import Plan
 from streetvision.data.prepare import prepare_whole
@@ -32,32 +32,12 @@ _SPLIT = re.compile(r"(?:^|[/_-])(train|validation|valid|val|dev|test)(?=[/_.-])
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ClassNames:
-    """What the classes are called in the data, where not as usual: folders, and values of a column of names."""
-
-    positive: Sequence[str] = ()
-    negative: Sequence[str] = ()
-
-    def folders(self) -> FolderSource:
-        """The source of class folders with these names, else with the usual ones."""
-        usual = FolderSource(kind="folder")
-        return FolderSource(
-            kind="folder",
-            positive_folders=list(self.positive) or usual.positive_folders,
-            negative_folders=list(self.negative) or usual.negative_folders,
-        )
-
-
-USUAL_NAMES = ClassNames()
-
-
 @contextmanager
 def labelled_images(
     data: Path,
     preprocessing: Preprocessing,
     side_px: int | None = None,
-    classes: ClassNames = USUAL_NAMES,
+    classes: ClassNames = SURE_NAMES,
     *,
     unlabelled: bool = False,
 ) -> Iterator[Split]:
@@ -105,20 +85,24 @@ def _plan(data: Path, classes: ClassNames, *, unlabelled: bool) -> tuple[str, Pl
         raise UserError(f"{escaped(data)} does not exist")
     suffix = _suffix(data)
     if suffix in CSV_SUFFIXES:
-        return "csv", plan_csv(CsvSource(kind="csv", path=data.name), data.parent, SHARD_IMAGES)
+        table = CsvSource(
+            kind="csv", path=data.name,
+            positive_classes=list(classes.positive), negative_classes=list(classes.negative),
+        )  # fmt: skip
+        return "csv", plan_csv(table, data.parent, SHARD_IMAGES)
     if suffix == PARQUET_SUFFIX:
-        return "parquet", plan_parquet("parquet", find_parquet(data, "evaluate"), SHARD_IMAGES)
+        return "parquet", plan_parquet("parquet", find_parquet(data, "data"), SHARD_IMAGES, classes)
     if not data.is_dir():
         raise UserError(
             f"{escaped(data)} is not a split (.arrow), Parquet, a CSV or a folder of class folders"
         )
-    source = classes.folders()
+    source = _class_folders(classes)
     at_top = {kind: _at_top(data, kind) for kind in (PARQUET_SUFFIX, *CSV_SUFFIXES)}
     if not at_top[PARQUET_SUFFIX] and has_classes(source, data, one=not unlabelled):
         return "folder", plan_folder(source, data, SHARD_IMAGES, one_class=True)
     parquet = _parquet_below(data)
     if parquet:
-        return "parquet", plan_parquet("parquet", parquet, SHARD_IMAGES)
+        return "parquet", plan_parquet("parquet", parquet, SHARD_IMAGES, classes)
     if unlabelled:
         return "images", plan_images("images", data, SHARD_IMAGES)
     tables = [name for kind in CSV_SUFFIXES for name in at_top[kind]]
@@ -128,6 +112,16 @@ def _plan(data: Path, classes: ClassNames, *, unlabelled: bool) -> tuple[str, Pl
             "give that file"
         )
     return "folder", plan_folder(source, data, SHARD_IMAGES)
+
+
+def _class_folders(classes: ClassNames) -> FolderSource:
+    """The source of class folders with these names, of a class without any with the usual ones."""
+    usual = FolderSource(kind="folder")
+    return FolderSource(
+        kind="folder",
+        positive_folders=list(classes.positive) or usual.positive_folders,
+        negative_folders=list(classes.negative) or usual.negative_folders,
+    )
 
 
 def _at_top(folder: Path, suffix: str) -> list[str]:

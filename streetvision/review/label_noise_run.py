@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from streetvision.artifacts import ArtifactSchema
+from streetvision.data.labels import SURE_NAMES, ClassNames
 from streetvision.data.schema import SPLITS
 from streetvision.data.store import CONTRACT, Split, open_split
-from streetvision.evaluation.labelled import USUAL_NAMES, ClassNames, labelled_images
+from streetvision.evaluation.labelled import labelled_images
 from streetvision.review.images import bare_id, picture_finder, score_images
 from streetvision.review.label_noise import (
     Doubts,
@@ -27,7 +28,7 @@ def judge_labels(
     bundle: Path,
     predictions: Path | None,
     count: int,
-    classes: ClassNames = USUAL_NAMES,
+    classes: ClassNames = SURE_NAMES,
 ) -> tuple[Doubts, bytes, list[str]]:
     """Judge the labels of `data`, of `predictions`, or of what the project embedded.
 

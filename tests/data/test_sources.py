@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from streetvision.data.files import plan_csv
+from streetvision.data.labels import LabelReader
 from streetvision.data.natix import find_columns, plan_parquet, translate
-from streetvision.data.parts import position, slices, text
+from streetvision.data.parts import slices
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.data.sources import plan_source
 from streetvision.data.walk import NOT_AN_IMAGE
@@ -187,7 +189,7 @@ def test_csv_maps_known_columns_and_keeps_the_rest(tmp_path):
         ("name,label\n", "no column file; its columns are name, label"),
         ("file,group\n", "no column label"),
         ("file,label,label\n", "names a column twice"),
-        ("file,label\na.jpg,1\nb.jpg,yes\n", 'line 3: label "yes" is not one of 0, 1 or empty'),
+        ("file,label\na.jpg,1\nb.jpg,maybe\n", 'line 3: label "maybe": cannot tell'),
         ("file,label\na.jpg,1\nb.jpg\n", "line 3: 1 cells, but the header names 2 columns"),
         ("file,label\na.jpg,1\n./a.jpg,0\n", "line 3: a.jpg is already in line 2"),
         ("file,label\n,1\n", "line 2: the column file is empty"),
@@ -254,17 +256,43 @@ def test_images_that_cannot_be_told_stay_and_nulls_stay_null(tmp_path):
 @pytest.mark.parametrize(
     ("name", "values", "labels"),
     [
-        ("label", [1, 0, None, 2], [1, 0, None, None]),
+        ("label", [1, 0, None, 1], [1, 0, None, 1]),
         ("Labels", [True, False, None, True], [1, 0, None, 1]),
-        ("label", [1.0, 0.0, math.nan, 0.5], [1, 0, None, None]),
-        ("labels", ["Roadwork", "none", None, "maybe"], [1, 0, None, None]),
-        ("label", ["1", "0", "", "2"], [1, 0, None, None]),
+        ("label", [1.0, 0.0, math.nan, 1.0], [1, 0, None, 1]),
+        ("label", [Decimal(1), Decimal(0), None, Decimal(1)], [1, 0, None, 1]),
+        ("labels", ["Roadwork", "none", None, "NONE"], [1, 0, None, 0]),
+        ("label", [b"Roadwork", b"None", None, b"1"], [1, 0, None, 1]),
+        ("label", ["1", "0", "", "1.0"], [1, 0, None, 1]),
+        (
+            "label",
+            pa.array(["road work", "clear", None, "clear"]).dictionary_encode(),
+            [1, 0, None, 0],
+        ),
         ("scene_description", ["cones", "", None, " "], [1, 0, 0, 0]),
+        ("Scene Description", ["cones", "nan", "N/A", "None"], [1, 0, 0, 0]),
+        ("sceneDescription", ["cones", "no roadwork", "No roadwork visible.", "-"], [1, 0, 0, 0]),
     ],
 )
 def test_labels_of_every_kind(tmp_path, name, values, labels):
     rows = parquet_rows(tmp_path, {"image": [b"x"] * 4, name: values})
     assert [row["label"] for row in rows] == labels
+    assert [row["extra"] for row in rows] == [None] * 4
+
+
+def test_a_slip_in_a_label_is_kept_and_shown(tmp_path):
+    labels = ["Roadwork", "no roadwork"] * 8 + ["no roadwrok"]
+    rows = parquet_rows(tmp_path, {"image": [b"x"] * 17, "label": labels})
+    assert [row["label"] for row in rows] == [1, 0] * 8 + [None]
+    assert [json.loads(row["extra"] or "{}") for row in rows[-2:]] == [{}, {"label": "no roadwrok"}]
+
+
+def test_a_description_that_may_deny_roadwork_is_no_label(tmp_path):
+    texts = ["cones", None] * 8 + ["No lane is closed, but cones stand about"]
+    *_, row = parquet_rows(tmp_path, {"image": [b"x"] * 17, "scene_description": texts})
+    assert row["label"] is None
+    assert json.loads(row["extra"])["label"].startswith("No lane")
+    with pytest.raises(UserError, match="cannot tell what the labels mean"):
+        parquet_rows(tmp_path, {"image": [b"x"] * 4, "scene_description": texts[-4:]})
 
 
 def test_a_label_is_not_overruled_by_the_description(tmp_path):
@@ -309,18 +337,6 @@ def test_a_position_that_is_none_stays_null(tmp_path, gps):
     (row,) = parquet_rows(tmp_path, {"image": [b"x"], "label": [1], "gps": column})
     assert row.get("latitude") is None
     assert row.get("longitude") is None
-
-
-@given(st.floats() | st.text() | st.none(), st.floats() | st.text() | st.none())
-def test_a_position_is_a_pair_in_range_or_nothing(latitude, longitude):
-    point = position(latitude, longitude)
-    assert not point or (abs(point["latitude"]) <= 90 and abs(point["longitude"]) <= 180)
-
-
-@given(st.floats() | st.text() | st.none() | st.integers())
-def test_text_is_never_empty(value):
-    found = text(value)
-    assert found is None or found == found.strip() != ""
 
 
 def test_context_columns_and_extra(tmp_path):
@@ -407,5 +423,6 @@ def test_our_own_shards_can_be_read_again(tmp_path):
 
 def test_translate_needs_no_file():
     columns = find_columns(pa.schema([("image", pa.binary()), ("label", pa.int8())]), "here")
-    row = translate({"image": b"x", "label": 1}, columns)
+    labels = LabelReader.learn([({1: 1}, ())])
+    row = translate({"image": b"x", "label": 1}, columns, labels)
     assert (row["image"]["bytes"], row["label"], row["extra"]) == (b"x", 1, None)
