@@ -185,7 +185,7 @@ def test_csv_maps_known_columns_and_keeps_the_rest(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no column file; its columns are none"),
+        ("", "no column file, label; its columns are none"),
         ("name,label\n", "no column file; its columns are name, label"),
         ("file,group\n", "no column label"),
         ("file,label,label\n", "names a column twice"),
