@@ -13,8 +13,6 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from streetvision.artifacts import (
     ArtifactSchema,
     create_step_manifest,
@@ -25,6 +23,7 @@ from streetvision.artifacts import (
     sha256_file,
     write_json_atomic,
 )
+from streetvision.documents import read_yaml
 from streetvision.errors import UserError, guarded
 from streetvision.imports import code_sha256
 from streetvision.params import Params, load_params
@@ -41,7 +40,7 @@ class Stage:
 
     def config(self) -> dict[str, Any]:
         """The parameters that determine this stage's result: those that `dvc.yaml` tracks for it."""
-        document = yaml.safe_load((self.paths.root / "dvc.yaml").read_text())
+        document = read_yaml((self.paths.root / "dvc.yaml").read_bytes(), "dvc.yaml")
         values = self.params.model_dump(mode="json")
         tracked = document["stages"][self.name]["params"]
         return {key: reduce(getitem, key.split("."), values) for key in tracked}

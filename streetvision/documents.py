@@ -1,0 +1,174 @@
+"""YAML and JSON that someone else may have written, read within bounds and without a second meaning.
+
+A few lines of YAML can stand for more than any memory holds (aliases of aliases), for themselves, or for two
+values at once (a key that is there twice, of which a parser takes the last). All of that is refused, with the
+line, before anything is built.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+
+from streetvision.errors import UserError
+
+# What `dvc.lock` and `params.yaml` hold is a hundredth of it.
+MAX_BYTES = 2**23
+MAX_NODES, MAX_DEPTH = 200_000, 64
+MAX_DIGITS = 300  # a larger number is infinite as a float
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader, by libyaml where it is; `1e-3` is a number, as for DVC (YAML 1.2)."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """A number that is no longer than numbers are."""
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value):,} characters", node.start_mark
+            )
+        kind = node.tag.rpartition(":")[2]
+        return getattr(self, f"construct_yaml_{kind}")(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str | bytes, origin: str) -> Any:
+    """What a YAML document holds; None if it is empty. `origin` names it in errors.
+
+    Raises
+    ------
+    UserError
+        Not UTF-8 or not YAML, a key twice in one mapping, a value that holds itself, a tag, or more than
+        8 MiB, 200,000 values (aliases followed), 64 levels, 300 characters in a number.
+    """
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{origin} is larger than {MAX_BYTES // 2**20} MiB")
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        _check_events(text, origin)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_json(text: str | bytes, origin: str) -> Any:
+    """What a JSON document holds, with finite numbers; `origin` names it in errors.
+
+    Raises
+    ------
+    UserError
+        Not UTF-8 or not JSON, NaN or infinite, too deep, or a number of more than 300 characters.
+    """
+    try:
+        return json.loads(
+            text, parse_int=_integer, parse_float=_finite, parse_constant=_not_finite
+        )
+    except RecursionError as error:
+        raise UserError(f"{origin} is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{origin} is not valid JSON: {error}") from error
+
+
+def mapping_in(document: Any, key: str, origin: str) -> Mapping[str, Any]:
+    """The mapping `document[key]`, empty where there is none; UserError where it is another thing."""
+    found = document.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"{origin}: {key} must be a mapping")
+    return found
+
+
+@dataclass
+class _Open:
+    """A mapping or sequence whose end has not come yet."""
+
+    anchor: str | None
+    keys: dict[str, int] | None  # of a mapping: the line of each
+    key_is_next: bool = True
+    nodes: int = field(default=1)
+
+
+def _check_events(text: str, origin: str) -> None:
+    """Follow a document's events, which takes no more memory than its text; UserError as `read_yaml`."""
+    stack = [_Open(None, None)]
+    sizes: dict[str, int] = {}
+
+    def refuse(event: Any, problem: str) -> NoReturn:
+        raise UserError(f"{origin} line {event.start_mark.line + 1}: {problem}")
+
+    def add(event: Any, nodes: int, key: str | None) -> None:
+        parent = stack[-1]
+        parent.nodes += nodes
+        if parent.nodes > MAX_NODES:
+            refuse(event, f"more than {MAX_NODES:,} values")
+        if parent.keys is None:
+            return
+        if parent.key_is_next:
+            if key is None:
+                refuse(event, "a key must be plain text")
+            line = event.start_mark.line + 1
+            if key in parent.keys:
+                refuse(event, f'"{key}" is there already, in line {parent.keys[key]}; keep one')
+            parent.keys[key] = line
+        parent.key_is_next = not parent.key_is_next
+
+    for event in yaml.parse(text, Loader=_Loader):
+        if getattr(event, "tag", None) is not None:
+            refuse(event, "a tag (!) is not taken")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:  # unknown, or not closed yet
+                known = any(each.anchor == event.anchor for each in stack)
+                refuse(event, f"*{event.anchor} {'holds itself' if known else 'is not defined'}")
+            add(event, sizes[event.anchor], None)
+        elif isinstance(event, yaml.ScalarEvent):
+            add(event, 1, event.value)
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            if len(stack) > MAX_DEPTH:
+                refuse(event, f"more than {MAX_DEPTH} levels")
+            add(event, 0, None)
+            if event.anchor is not None:
+                sizes.pop(event.anchor, None)
+            stack.append(
+                _Open(event.anchor, {} if isinstance(event, yaml.MappingStartEvent) else None)
+            )
+        elif isinstance(event, yaml.CollectionEndEvent):
+            closed = stack.pop()
+            if closed.anchor is not None:
+                sizes[closed.anchor] = closed.nodes
+            stack[-1].nodes += closed.nodes
+            if stack[-1].nodes > MAX_NODES:
+                refuse(event, f"more than {MAX_NODES:,} values")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} characters")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in {float("inf"), float("-inf")}:
+        raise ValueError(f"{text[:20]} is not finite")
+    return value
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
