@@ -8,6 +8,7 @@ line, before anything is built.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,16 +25,28 @@ MAX_DIGITS = 300  # a larger number is infinite as a float
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """PyYAML's safe loader, by libyaml where it is; `1e-3` is a number, as for DVC (YAML 1.2)."""
+    """PyYAML's safe loader, by libyaml where it is, of what JSON has, too: keys and dates are text.
 
-    def construct_number(self, node: yaml.ScalarNode) -> Any:
-        """A number that is no longer than numbers are."""
+    `1e-3` is a number, as for DVC (YAML 1.2).
+    """
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A finite number that is no longer than numbers are."""
         if len(node.value) > MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"a number of {len(node.value):,} characters", node.start_mark
-            )
+            raise ValueError(f"a number of {len(node.value):,} characters")
         kind = node.tag.rpartition(":")[2]
-        return getattr(self, f"construct_yaml_{kind}")(node)
+        found: int | float = getattr(self, f"construct_yaml_{kind}")(node)
+        if not math.isfinite(found):  # an OverflowError of a hexadecimal one
+            raise ValueError(f"{node.value} is not finite")
+        return found
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        """A mapping from texts."""
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            key.tag = "tag:yaml.org,2002:str"
+        found: dict[str, Any] = super().construct_mapping(node, deep=deep)
+        return found
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
@@ -43,6 +56,10 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_first] = [
+        each for each in _resolvers if not each[0].endswith(":timestamp")
+    ]
 
 
 def read_yaml(text: str | bytes, origin: str) -> Any:
@@ -61,7 +78,7 @@ def read_yaml(text: str | bytes, origin: str) -> Any:
             text = text.decode("utf-8-sig")
         _check_events(text, origin)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -84,7 +101,7 @@ def read_json(text: str | bytes, origin: str) -> Any:
 
 
 def mapping_in(document: Any, key: str, origin: str) -> Mapping[str, Any]:
-    """The mapping `document[key]`, empty where there is none; UserError where it is another thing."""
+    """The mapping `document[key]`, empty where there is none; UserError where it is something else."""
     found = document.get(key)
     if found is None:
         return {}
@@ -165,7 +182,7 @@ def _integer(text: str) -> int:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if value in {float("inf"), float("-inf")}:
+    if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is not finite")
     return value
 
