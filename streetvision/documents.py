@@ -91,9 +91,7 @@ def read_json(text: str | bytes, origin: str) -> Any:
         Not UTF-8 or not JSON, NaN or infinite, too deep, or a number of more than 300 characters.
     """
     try:
-        return json.loads(
-            text, parse_int=_integer, parse_float=_finite, parse_constant=_not_finite
-        )
+        return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_not_finite)
     except RecursionError as error:
         raise UserError(f"{origin} is nested too deeply") from error
     except ValueError as error:

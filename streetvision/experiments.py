@@ -177,7 +177,9 @@ def _metric_files(pipeline: Mapping[str, Any], origin: str) -> dict[str, str | N
                 raise UserError(f"{origin}: {place} must be paths")
             git.check_path(path)
             if ":" in path:  # what separates a file from its metrics
-                raise UserError(f"{origin}: {place} has {path!r}, and no metric file may have a colon")
+                raise UserError(
+                    f"{origin}: {place} has {path!r}, and no metric file may have a colon"
+                )
             found.setdefault(path, stage)
 
     for stage, entry in mapping_in(pipeline, "stages", origin).items():
@@ -249,9 +251,7 @@ def _preset_of(lock: Mapping[str, _Locked]) -> str | None:
 
 def _stale_stages(lock: Mapping[str, _Locked], stale: set[str]) -> set[str]:
     """These stages, those that ran on other inputs than are recorded as made, and all behind them."""
-    made = {
-        path: (stage, md5) for stage, entry in lock.items() for path, md5 in entry.outs.items()
-    }
+    made = {path: (stage, md5) for stage, entry in lock.items() for path, md5 in entry.outs.items()}
     while True:
         more = {
             stage

@@ -7,6 +7,7 @@ revision's own configuration names, and nothing of a revision is run.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,15 +37,13 @@ def commit_of(root: Path, revision: str) -> str:
             return named[revision]
         wanted = f"{revision}^{{commit}}"
         arguments = ("rev-parse", "--verify", "--quiet", "--end-of-options", wanted)
-        found = (_git(root, *arguments) or "").split()
-        if len(found) == 1:
-            return found[0]
+        found = _git(root, *arguments) or ""
+        if re.fullmatch("[0-9a-f]{40,64}", found):
+            return found
     hint = ""
     if _git(root, "rev-parse", "--is-shallow-repository") == "true":
         hint = "; this clone is shallow: `git fetch --unshallow` brings what is older"
-    raise UserError(
-        f'"{revision}" is neither a DVC experiment nor a Git revision of {root}{hint}'
-    )
+    raise UserError(f'"{revision}" is neither a DVC experiment nor a Git revision of {root}{hint}')
 
 
 def experiments(root: Path, name: str | None = None) -> dict[str, str]:
@@ -84,16 +83,16 @@ def files(
         check_path(path)
     request = "".join(f"{commit}:./{path}\n" for commit, path in pairs).encode()
     sizes: dict[tuple[str, str], int] = {}
-    for pair, line in zip(
-        pairs, _batch(root, "--batch-check", request).splitlines(), strict=True
-    ):
+    for pair, line in zip(pairs, _batch(root, "--batch-check", request).splitlines(), strict=True):
         if line.endswith(b" missing"):
             continue
         _, kind, size = line.rsplit(b" ", 2)
         if kind != b"blob":
             raise UserError(f"{pair[1]} of {pair[0][:7]} is no file")
         if int(size) > limit:
-            raise UserError(f"{pair[1]} of {pair[0][:7]} has {int(size):,} bytes, more than {limit:,}")
+            raise UserError(
+                f"{pair[1]} of {pair[0][:7]} has {int(size):,} bytes, more than {limit:,}"
+            )
         sizes[pair] = int(size)
     found: dict[tuple[str, str], bytes | None] = dict.fromkeys(pairs)
     request = "".join(f"{commit}:./{path}\n" for commit, path in sizes).encode()

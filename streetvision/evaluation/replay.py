@@ -6,7 +6,8 @@ A log is a CSV file (`.csv`, with a header) or JSON lines (`.jsonl`), oldest cha
 - `prediction`, may be absent: what was answered; −1 is no answer, empty or null unknown;
 - `label`, may be absent: 1 roadwork, 0 none; empty, null or −1 (what the subnet sends) unknown.
 
-Other columns are ignored. Only challenges with a label enter the windows.
+Case of these names and blanks around them do not matter. Other columns are ignored; a log without
+predictions says so. Only challenges with a label enter the windows.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from streetvision.evaluation.reward import (
 from streetvision.progress import progress
 
 Floats = NDArray[np.float64]
+COLUMNS = ("image", "prediction", "label")
 CSV_SUFFIX, JSON_SUFFIX = ".csv", ".jsonl"
 _log = logging.getLogger(__name__)
 
@@ -98,8 +100,12 @@ def read_log(path: Path) -> list[Challenge]:
         raise UserError(
             f"{path} line {line}: image {image} is missing ({len(missing)} of {len(rows)} are)"
         )
+    others = sorted({name for _, row in rows for name in row} - set(COLUMNS))
+    seen = f"; not read: {', '.join(others)}" if others else ""
     if all(challenge.label is None for challenge in challenges):
-        raise UserError(f"{path} has no challenge with a label: there is nothing to measure")
+        raise UserError(f"{path} has no challenge with a label: there is nothing to measure{seen}")
+    if all(challenge.prediction is None for challenge in challenges):
+        _log.warning("%s has no predictions: what was answered is not measured%s", path, seen)
     return challenges
 
 
@@ -250,13 +256,14 @@ def _cell(value: float | None) -> float | str:
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
-        header = reader.fieldnames or []
+        header = [_column(name) for name in reader.fieldnames or []]
         if "image" not in header:
             raise UserError(
                 f"{path} has no column image; its columns are {', '.join(header) or 'none'}"
             )
-        if len(set(header)) < len(header):
+        if any(header.count(name) > 1 for name in COLUMNS):
             raise UserError(f"{path} names a column twice: {', '.join(header)}")
+        reader.fieldnames = header
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{path} line {reader.line_num}: not {len(header)} cells")
@@ -270,11 +277,19 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} line {line} is not JSON: {error}") from error
-            if not isinstance(row, dict) or "image" not in row:
+            columns = [_column(name) for name in row] if isinstance(row, dict) else []
+            if "image" not in columns:
                 raise UserError(f'{path} line {line} is no object with the key "image"')
-            yield line, row
+            if any(columns.count(name) > 1 for name in COLUMNS):
+                raise UserError(f"{path} line {line} names a key twice: {', '.join(columns)}")
+            yield line, dict(zip(columns, row.values(), strict=True))
+
+
+def _column(name: str) -> str:
+    """A column's name as it is looked up."""
+    return name.strip().strip('"').strip().casefold()
 
 
 def _challenge(row: Mapping[str, Any], folder: Path, place: str) -> Challenge:

@@ -89,7 +89,9 @@ class Revision:
     def notes(self) -> list[str]:
         """What the reader of its results must know of them, a sentence each."""
         if self.run.preset is not None:
-            return [f"the results of {self} are those of the preset {self.run.preset}, not of its {PARAMS}"]
+            return [
+                f"the results of {self} are those of the preset {self.run.preset}, not of its {PARAMS}"
+            ]
         if self._outdated:
             return [f"the predictions of {self} are {self.run.why_outdated()}"]
         return []
