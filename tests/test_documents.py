@@ -151,5 +151,5 @@ def test_presets_and_their_command_read_likewise(
     (tmp_path / "params.yaml").write_text("seed: 1\nseed: 2\n")
     from argparse import Namespace
 
-    with pytest.raises(UserError, match="params.yaml line 2"):
+    with pytest.raises(UserError, match=r"params.yaml line 2"):
         project._preset(Namespace(name="smoke"))

@@ -153,7 +153,8 @@ def test_without_git(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path
     "revision",
     [
         "HEAD:params.yaml", "--output=x", "-h", "--help", "HEAD~..HEAD", "HEAD..", "^HEAD", "", " ", "\n",
-        "HEAD\nmain", "main\x00", "HEAD^{tree}", "HEAD^@", "x;touch y", "$(touch y)", "refs/heads/*", "*", "@{9}",
+        "HEAD\nmain", "main\x00", "HEAD^{tree}", "HEAD^@", "x;touch y", "$(touch y)", "refs/heads/*",
+        "*", "@{9}",
     ],
 )  # fmt: skip
 def test_no_revision_is_one_line(project: Project, revision: str) -> None:
@@ -350,5 +351,5 @@ def test_the_repository_of_another_user_is_one_line(
         return real(command, **rest)
 
     monkeypatch.setattr(subprocess, "run", refusing)
-    with pytest.raises(UserError, match="Git cannot read .*: fatal: detected dubious ownership"):
+    with pytest.raises(UserError, match=r"Git cannot read .*: fatal: detected dubious ownership"):
         git.check_repository(project.root)

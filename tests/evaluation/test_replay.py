@@ -74,8 +74,13 @@ def test_both_forms_say_the_same(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["image, prediction, label", "Image,PREDICTION,Label ", ' image ,\tprediction,"label"', 'image, "prediction",label'],
-)  # fmt: skip
+    [
+        "image, prediction, label",
+        "Image,PREDICTION,Label ",
+        ' image ,\tprediction,"label"',
+        'image, "prediction",label',
+    ],
+)
 def test_blanks_and_case_of_headers_drop_no_answer(header: str, folder: Path) -> None:
     log = write(folder / "log.csv", f"{header}\na.png, 0.9, 1\nb.png,0.2 ,0\n")
     a, b = Challenge(folder / "a.png", 0.9, 1), Challenge(folder / "b.png", 0.2, 0)
@@ -93,7 +98,7 @@ def test_a_log_without_answers_says_so(folder: Path, caplog: pytest.LogCaptureFi
         "log.csv has no predictions: what was answered is not measured; not read: score"
         in caplog.text
     )
-    with pytest.raises(UserError, match="no challenge with a label: .*; not read: truth"):
+    with pytest.raises(UserError, match=r"no challenge with a label: .*; not read: truth"):
         read_log(write(folder / "log.csv", "image,prediction,truth\na.png,1,0\n"))
 
 
