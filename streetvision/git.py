@@ -103,6 +103,22 @@ def files(
     return found
 
 
+def asks_elsewhere(root: Path, commit: str) -> bool:
+    """Whether DVC would ask for this commit's data where HEAD's would not: another `.dvc/config` or import."""
+    asked = []
+    for each in (commit, "HEAD"):
+        listed = _git(root, "ls-tree", "-r", "-z", each) or ""
+        lines = (line.partition("\t") for line in listed.split("\0"))
+        asked.append(
+            {
+                (path, what)
+                for what, _, path in lines
+                if path == ".dvc/config" or path.endswith(".dvc")
+            }
+        )
+    return not asked[0] <= asked[1]
+
+
 def check_path(path: str) -> None:
     """Refuse what is no relative path below the project (UserError)."""
     parts = path.split("/")
