@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from streetvision.artifacts import (
     write_json_atomic,
 )
 from streetvision.documents import read_yaml
-from streetvision.errors import UserError, guarded
+from streetvision.errors import UserError, guarded, log_to_terminal
 from streetvision.imports import code_sha256
 from streetvision.params import Params, load_params
 from streetvision.processes import collect_rarely, keep_freed_memory, leave
@@ -88,7 +87,7 @@ def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> NoR
     parser = argparse.ArgumentParser(prog=f"python -m stages.{name}", description=description)
     parser.parse_args()
     level = logging.INFO if main_process() else logging.ERROR
-    logging.basicConfig(level=level, stream=sys.stderr, format=f"{name}: %(message)s", force=True)
+    log_to_terminal(level, f"{name}: %(message)s")
     root = Path.cwd()
     keep_freed_memory()
     collect_rarely()

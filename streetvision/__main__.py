@@ -1,8 +1,8 @@
 """`python -m streetvision`: the project's commands, as the installed program `streetvision`.
 
-Python puts the working directory first on its path here, so that a `yaml.py` in a folder of somebody else would
-be run. Unless that folder is the project itself, it is taken off again before anything is imported; what a folder
-that holds a `streetvision/` of its own would do cannot be undone, so for folders of others: `streetvision`.
+Python puts the working directory first on its path here, so that a `yaml.py` in a folder of somebody else
+would be run. Unless that folder is the project itself, it is taken off again before anything is imported. What
+a folder with a `streetvision/` of its own would do cannot be undone: for folders of others, `streetvision`.
 """
 
 import os

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
@@ -76,7 +76,9 @@ def read_yaml(text: str | bytes, origin: str) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        _check_events(text, origin)
+        events = _Events(origin)
+        for event in yaml.parse(text, Loader=_Loader):
+            events.take(event)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -115,61 +117,65 @@ class _Open:
     anchor: str | None
     keys: dict[str, int] | None  # of a mapping: the line of each
     key_is_next: bool = True
-    nodes: int = field(default=1)
+    nodes: int = 1
 
 
-def _check_events(text: str, origin: str) -> None:
-    """Follow a document's events, which takes no more memory than its text; UserError as `read_yaml`."""
-    stack = [_Open(None, None)]
-    sizes: dict[str, int] = {}
+class _Events:
+    """Follows a document's events, which takes no more memory than its text; UserError as `read_yaml`."""
 
-    def refuse(event: Any, problem: str) -> NoReturn:
-        raise UserError(f"{origin} line {event.start_mark.line + 1}: {problem}")
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.stack = [_Open(None, None)]
+        self.sizes: dict[str, int] = {}  # by anchor, aliases followed
 
-    def add(event: Any, nodes: int, key: str | None) -> None:
-        parent = stack[-1]
-        parent.nodes += nodes
-        if parent.nodes > MAX_NODES:
-            refuse(event, f"more than {MAX_NODES:,} values")
-        if parent.keys is None:
-            return
-        if parent.key_is_next:
+    def take(self, event: Any) -> None:
+        """The next event."""
+        if getattr(event, "tag", None) is not None:
+            self._refuse(event, "a tag (!) is not taken")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.sizes:  # unknown, or not closed yet
+                known = any(each.anchor == event.anchor for each in self.stack)
+                problem = "holds itself" if known else "is not defined"
+                self._refuse(event, f"*{event.anchor} {problem}")
+            self._place(event, None)
+            self._count(event, self.sizes[event.anchor])
+        elif isinstance(event, yaml.ScalarEvent):
+            self._place(event, event.value)
+            self._count(event, 1)
+            if event.anchor is not None:
+                self.sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            if len(self.stack) > MAX_DEPTH:
+                self._refuse(event, f"more than {MAX_DEPTH} levels")
+            self._place(event, None)
+            keys: dict[str, int] | None = {} if isinstance(event, yaml.MappingStartEvent) else None
+            self.stack.append(_Open(event.anchor, keys))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            closed = self.stack.pop()
+            if closed.anchor is not None:
+                self.sizes[closed.anchor] = closed.nodes
+            self._count(event, closed.nodes)
+
+    def _place(self, event: Any, key: str | None) -> None:
+        """A value that begins, or in a mapping perhaps the key of the next one."""
+        parent = self.stack[-1]
+        if parent.keys is not None and parent.key_is_next:
             if key is None:
-                refuse(event, "a key must be plain text")
-            line = event.start_mark.line + 1
+                self._refuse(event, "a key must be plain text")
             if key in parent.keys:
-                refuse(event, f'"{key}" is there already, in line {parent.keys[key]}; keep one')
-            parent.keys[key] = line
+                self._refuse(
+                    event, f'"{key}" is there already, in line {parent.keys[key]}; keep one'
+                )
+            parent.keys[key] = event.start_mark.line + 1
         parent.key_is_next = not parent.key_is_next
 
-    for event in yaml.parse(text, Loader=_Loader):
-        if getattr(event, "tag", None) is not None:
-            refuse(event, "a tag (!) is not taken")
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:  # unknown, or not closed yet
-                known = any(each.anchor == event.anchor for each in stack)
-                refuse(event, f"*{event.anchor} {'holds itself' if known else 'is not defined'}")
-            add(event, sizes[event.anchor], None)
-        elif isinstance(event, yaml.ScalarEvent):
-            add(event, 1, event.value)
-            if event.anchor is not None:
-                sizes[event.anchor] = 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            if len(stack) > MAX_DEPTH:
-                refuse(event, f"more than {MAX_DEPTH} levels")
-            add(event, 0, None)
-            if event.anchor is not None:
-                sizes.pop(event.anchor, None)
-            stack.append(
-                _Open(event.anchor, {} if isinstance(event, yaml.MappingStartEvent) else None)
-            )
-        elif isinstance(event, yaml.CollectionEndEvent):
-            closed = stack.pop()
-            if closed.anchor is not None:
-                sizes[closed.anchor] = closed.nodes
-            stack[-1].nodes += closed.nodes
-            if stack[-1].nodes > MAX_NODES:
-                refuse(event, f"more than {MAX_NODES:,} values")
+    def _count(self, event: Any, nodes: int) -> None:
+        self.stack[-1].nodes += nodes
+        if self.stack[-1].nodes > MAX_NODES:
+            self._refuse(event, f"more than {MAX_NODES:,} values")
+
+    def _refuse(self, event: Any, problem: str) -> NoReturn:
+        raise UserError(f"{self.origin} line {event.start_mark.line + 1}: {problem}")
 
 
 def _integer(text: str) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
+
+from streetvision.escaping import terminal
 
 
 class UserError(Exception):
@@ -19,8 +22,8 @@ def guarded(program: str, main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        # A library's message within it may have many lines.
-        sys.stderr.write(f"{program}: error: {' '.join(str(error).split())}\n")
+        # A library's message within it may have many lines, a name orders to the terminal.
+        sys.stderr.write(f"{program}: error: {terminal(' '.join(str(error).split()))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(
@@ -32,3 +35,16 @@ def guarded(program: str, main: Callable[[], int | None]) -> int:
             raise
         sys.stderr.write(f"{program}: error: the disk is full; free some space and run it again\n")
         return 2
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """As others do, without orders to the terminal."""
+        return terminal(super().format(record), keep="\n\t")
+
+
+def log_to_terminal(level: int, form: str) -> None:
+    """Send the log to stderr, in place of wherever it went."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines(form))
+    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.errors import UserError
+from streetvision.escaping import from_csv_cell
 from streetvision.evaluation.metrics import Floats, Integers, check_sample
 
 _COLUMNS = ("id", "group", "label", "probability")
@@ -51,17 +52,17 @@ class Matching:
 
 def parse_predictions(text: str, origin: str) -> Predictions:
     """Read the content of `predictions.csv`; UserError names `origin` and what is wrong."""
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = next(reader, [])
-    missing = [name for name in _COLUMNS if name not in header]
-    if missing:
-        raise UserError(f"{origin} has no column {', '.join(missing)}")
-    rows = list(reader)
     try:
-        columns = {name: [row[header.index(name)] for row in rows] for name in _COLUMNS}
-        labels = np.array([int(value) for value in columns["label"]])
+        header, *rows = [*csv.reader(io.StringIO(text, newline=""))] or [[]]
+        missing = [name for name in _COLUMNS if name not in header]
+        if missing:
+            raise UserError(f"{origin} has no column {', '.join(missing)}")
+        columns = {
+            name: [from_csv_cell(row[header.index(name)]) for row in rows] for name in _COLUMNS
+        }
+        labels = np.array([int(value) for value in columns["label"]], dtype=np.int64)
         probabilities = np.array([float(value) for value in columns["probability"]])
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, OverflowError, csv.Error) as error:
         raise UserError(f"{origin} is not a table of predictions: {error}") from error
     twice = [name for name, count in Counter(columns["id"]).items() if count > 1]
     if twice:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 from streetvision.errors import UserError
 from streetvision.params import Params, check_params, leaves
 from streetvision.presets import merge, preset_changes, value

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from streetvision.artifacts import write_csv_atomic
 from streetvision.data.embeddings import read_embeddings
 from streetvision.errors import UserError
+from streetvision.escaping import from_csv_cell
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -169,7 +170,8 @@ def read_predictions(path: Path) -> Labelled:
                 f"got {row['label']!r} and {row[column]!r}"
             )
         probability.append(value)
-    ids, groups = (np.array([row[name] for row in rows], dtype=object) for name in ("id", "group"))
+    ids, groups = (np.array([from_csv_cell(row[name]) for row in rows], dtype=object)
+                   for name in ("id", "group"))  # fmt: skip
     labels = np.array([int(row["label"]) for row in rows], dtype=np.int64)
     return Labelled(ids, groups, labels, np.array(probability))
 
