@@ -5,6 +5,13 @@ PRESET ?=
 ONLY ?=
 BASE ?= main
 HEAD ?=
+# What a caller names, such as a branch of somebody else, reaches the shell through the environment, as one quoted
+# word: neither make nor the shell expands anything in it.
+override PRESET := $(value PRESET)
+override ONLY := $(value ONLY)
+override BASE := $(value BASE)
+override HEAD := $(value HEAD)
+export PRESET ONLY BASE HEAD
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml .ci/constraints.txt | sha256sum | cut -c1-16)
@@ -24,7 +31,7 @@ $(STAMP):
 venv: $(STAMP)  ## only the environment
 
 repro: $(STAMP)  ## run the pipeline, optionally with a preset: make repro PRESET=smoke
-	python -m streetvision repro $(if $(PRESET),--preset $(PRESET))
+	python -m streetvision repro $${PRESET:+--preset="$$PRESET"}
 
 test: lint  ## lint, types and all tests
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadgroup
@@ -35,11 +42,10 @@ lint: $(STAMP)
 	mypy
 
 bench: $(STAMP)  ## ratios against what one would pick instead: make bench ONLY=sweep
-	python -m tests.benchmarks $(ONLY)
+	python -m tests.benchmarks -- $${ONLY:+"$$ONLY"}
 
 report: $(STAMP)  ## report/report.md, what a change does: make report BASE=main [HEAD=…]
-	python -m streetvision report $(BASE) $(HEAD)
-	dvc plots diff $(BASE) $(HEAD) --out report/plots
+	python -m streetvision report --plots -- "$$BASE" $${HEAD:+"$$HEAD"}
 
 clean:  ## remove what can be made again; the DVC cache stays
 	rm -rf data/raw data/splits data/embeddings data/quarantine.csv models/explora models/probe.manifest.json models/classifier models/cvfm models/policy models/bundle models/evaluate.manifest.json models/challenge.manifest.json

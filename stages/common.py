@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, NoReturn
-
-import yaml
 
 from streetvision.artifacts import (
     ArtifactSchema,
@@ -25,7 +22,8 @@ from streetvision.artifacts import (
     sha256_file,
     write_json_atomic,
 )
-from streetvision.errors import UserError, guarded
+from streetvision.documents import read_yaml
+from streetvision.errors import UserError, guarded, log_to_terminal
 from streetvision.imports import code_sha256
 from streetvision.params import Params, load_params
 from streetvision.processes import collect_rarely, keep_freed_memory, leave
@@ -41,7 +39,7 @@ class Stage:
 
     def config(self) -> dict[str, Any]:
         """The parameters that determine this stage's result: those that `dvc.yaml` tracks for it."""
-        document = yaml.safe_load((self.paths.root / "dvc.yaml").read_text())
+        document = read_yaml((self.paths.root / "dvc.yaml").read_bytes(), "dvc.yaml")
         values = self.params.model_dump(mode="json")
         tracked = document["stages"][self.name]["params"]
         return {key: reduce(getitem, key.split("."), values) for key in tracked}
@@ -89,7 +87,7 @@ def run_stage(name: str, description: str, body: Callable[[Stage], None]) -> NoR
     parser = argparse.ArgumentParser(prog=f"python -m stages.{name}", description=description)
     parser.parse_args()
     level = logging.INFO if main_process() else logging.ERROR
-    logging.basicConfig(level=level, stream=sys.stderr, format=f"{name}: %(message)s", force=True)
+    log_to_terminal(level, f"{name}: %(message)s")
     root = Path.cwd()
     keep_freed_memory()
     collect_rarely()

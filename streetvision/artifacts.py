@@ -26,6 +26,7 @@ from typing import Any
 
 from streetvision.data.schema import CONDITIONS, SPLITS
 from streetvision.errors import UserError
+from streetvision.escaping import csv_cell
 
 # The libraries whose versions can change a result.
 RECORDED_LIBRARIES = (
@@ -199,15 +200,17 @@ def write_json_atomic(path: Path, document: Mapping[str, Any]) -> Path:
 
 
 def write_csv_atomic(path: Path, columns: Mapping[str, Iterable[Any]]) -> Path:
-    """Write columns of equal length as CSV; floats keep every digit that matters (`repr`)."""
+    """Write columns of equal length as CSV; floats keep every digit that matters (`repr`).
+
+    Text that a spreadsheet would take for a formula is marked, see `escaping.csv_cell`.
+    """
     import csv
 
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    # A name that is no UTF-8 does not lose the table; where names are read they are escaped already.
-    return write_bytes_atomic(path, buffer.getvalue().encode(errors="backslashreplace"))
+    writer.writerow(map(csv_cell, columns))
+    writer.writerows(zip(*(map(csv_cell, each) for each in columns.values()), strict=True))
+    return write_bytes_atomic(path, buffer.getvalue().encode())
 
 
 def json_text(document: Mapping[str, Any]) -> str:
@@ -228,8 +231,10 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the stage `{made_by}` makes it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); rerun `{made_by}`") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold a JSON object")
     return document

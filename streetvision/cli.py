@@ -1,20 +1,34 @@
-"""The command line: `python -m streetvision`."""
+"""The command line: the installed program `streetvision`, or `python -m streetvision` in the project."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from streetvision.commands import bundles, changes, data, measuring, project
-from streetvision.errors import PrintableFormatter, guarded
+from streetvision.errors import guarded, log_to_terminal
+from streetvision.escaping import terminal
 from streetvision.processes import keep_freed_memory
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Names that a shell put on the command line may hold orders to the terminal."""
+        super().error(terminal(message))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse `arguments` (default: the command line) and run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m streetvision", description=__doc__)
+    by_module = Path(sys.argv[0]).name == "__main__.py"
+    parser = _Parser(
+        prog="python -m streetvision" if by_module else "streetvision", description=__doc__
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(
@@ -27,8 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in (project, bundles, measuring, changes, data):
         each.register(add)
     options = parser.parse_args(arguments)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    log_to_terminal(logging.INFO, "%(message)s")
     keep_freed_memory()
     return guarded(f"streetvision {options.command}", lambda: options.run(options))
+
+
+def program() -> NoReturn:
+    """Run a command and leave: what is installed as `streetvision`.
+
+    The working directory may be anybody's, and no Python that is started from here imports from it: neither
+    workers nor programs (PYTHONSAFEPATH). `repro` alone runs the code of the folder it is called in.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
+    sys.exit(main())

@@ -1,42 +1,60 @@
-"""DVC experiments and commits as runs: parameters, metrics, and whether a metric is of this run."""
+"""DVC experiments, commits and the working tree as runs: what was set, what came out, and whether that belongs together."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from streetvision import git
+from streetvision.documents import mapping_in, read_json, read_yaml
 from streetvision.errors import UserError
-from streetvision.params import leaves
+from streetvision.params import Params
+from streetvision.presets import merge, preset_changes, preset_names, value
 
 # The metrics of the stages that read VAL_TEST: for the report, never for a choice.
 TEST_METRICS = ("metrics/evaluation.json", "metrics/challenge.json")
+PARAMS, PIPELINE, LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
+Read = Callable[[Iterable[str]], Mapping[str, bytes | None]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment or commit.
+    """One experiment, commit or working tree.
 
     Attributes
     ----------
-    name, commit : as the user calls it; the full hash
-    params : by dotted name
+    name, commit : as the user calls it; the full hash, None for the working tree
+    params : by dotted name; after a run with a preset those of the preset, with which the results were made
     metrics : numbers and texts by `file:dotted.name`
-    outdated : metric files that `dvc.lock` ties to other inputs than the run's own: the experiment
-        stopped before their stage
+    outdated : metric files that `dvc.lock` ties to other inputs than the run's own: their stage did not
+        run, or ran with other parameters
+    preset : the preset that the results are of, None where `params.yaml` says what was set
+    changed : parameters of `params.yaml` that `dvc.lock` has otherwise: then and now. Empty with a preset
     """
 
     name: str
-    commit: str
+    commit: str | None
     params: Mapping[str, Any]
     metrics: Mapping[str, Any]
     outdated: frozenset[str]
+    preset: str | None = None
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def why_outdated(self) -> str:
+        """What is wrong with an outdated run, as the end of a sentence that begins with what is outdated."""
+        if not self.changed:
+            return "of other inputs: the run stopped before their stage"
+        key, (then, now) = next(iter(self.changed.items()))
+        others = len(self.changed) - 1
+        more = f" ({others} more {'differ' if others > 1 else 'differs'})" if others else ""
+        return (
+            f"of other parameters than {PARAMS}: {key} was {json.dumps(then)} and is {json.dumps(now)}"
+            f"{more}; `dvc repro` there makes them anew"
+        )
 
 
 def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
@@ -45,28 +63,69 @@ def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
     Raises
     ------
     UserError
-        No Git repository with DVC; a revision is unknown or holds no pipeline.
+        No Git repository with DVC; a revision is unknown or holds no pipeline; what it holds is broken.
     """
-    commits = _commits(root, revisions)
-    stages = _read(root, [(commit, "dvc.yaml") for commit in commits.values()])
-    found = []
-    for name, commit in commits.items():
-        pipeline = stages[commit, "dvc.yaml"]
-        if pipeline is None:
-            raise UserError(f"{name} ({commit[:7]}) holds no dvc.yaml")
-        owners = _metric_files(_document(pipeline, f"dvc.yaml of {name}"))
-        texts = _read(root, [(commit, path) for path in ("params.yaml", "dvc.lock", *owners)])
-        metrics = {
-            f"{path}:{key}": value
-            for path in owners
-            for key, value in _flat(_document(texts[commit, path], f"{path} of {name}")).items()
-        }
-        lock = _document(texts[commit, "dvc.lock"], f"dvc.lock of {name}")
-        params = _flat(_document(texts[commit, "params.yaml"], f"params.yaml of {name}"))
-        stale = _stale_stages(lock.get("stages", {}), params)
-        outdated = frozenset(path for path, stage in owners.items() if stage in stale)
-        found.append(Run(name, commit, params, metrics, outdated))
-    return found
+    if not (root / ".dvc").is_dir():
+        raise UserError(f"{root} is no DVC project; run this in the project's folder")
+    if revisions:
+        commits = {name: git.commit_of(root, name) for name in revisions}
+    else:
+        commits = git.experiments(root)
+    return [_run(name, commit, _reader(root, commit)) for name, commit in commits.items()]
+
+
+def working_tree(root: Path) -> Run:
+    """The run that lies in the project's folder; UserError as `finished`."""
+
+    def read(paths: Iterable[str]) -> dict[str, bytes | None]:
+        found: dict[str, bytes | None] = {}
+        for path in paths:
+            git.check_path(path)
+            try:
+                found[path] = (root / path).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                found[path] = None
+            except OSError as error:
+                raise UserError(f"cannot read {root / path}: {error.strerror}") from error
+        return found
+
+    return _run("working tree", None, read)
+
+
+def _reader(root: Path, commit: str) -> Read:
+    def read(paths: Iterable[str]) -> dict[str, bytes | None]:
+        found = git.files(root, [(commit, path) for path in paths])
+        return {path: text for (_, path), text in found.items()}
+
+    return read
+
+
+def _run(name: str, commit: str | None, read: Read) -> Run:
+    pipeline = read([PIPELINE])[PIPELINE]
+    if pipeline is None:
+        at = "" if commit is None else f" ({commit[:7]})"
+        raise UserError(
+            f"{name}{at} holds no {PIPELINE} in this folder; run this in the project's folder"
+        )
+    owners = _metric_files(_document(pipeline, f"{PIPELINE} of {name}"), f"{PIPELINE} of {name}")
+    texts = read(dict.fromkeys((PARAMS, LOCK, *owners)))
+    metrics = {
+        f"{path}:{key}": found
+        for path in owners
+        for key, found in _flat(_document(texts[path], f"{path} of {name}")).items()
+    }
+    params = _flat(_document(texts[PARAMS], f"{PARAMS} of {name}"))
+    lock = _lock(texts[LOCK], f"{LOCK} of {name}")
+    changed = _changed_params(lock, params)
+    preset = _preset_of(lock) if changed else None
+    if preset is not None:
+        params, changed = params | _locked_params(lock), {}
+    stale = _stale_stages(lock, {stage for stage, _ in changed})
+    outdated = frozenset(path for path, stage in owners.items() if stage in stale)
+    return Run(
+        name, commit, params, metrics, outdated, preset,
+        {key: values for (_, key), values in changed.items()},
+    )  # fmt: skip
 
 
 def stage_seconds(root: Path, run_log: Path, commit: str | None) -> dict[str, float]:
@@ -76,145 +135,149 @@ def stage_seconds(root: Path, run_log: Path, commit: str | None) -> dict[str, fl
     are the stages that `dvc.lock` has otherwise than that parent, each by its last run before the commit.
     Empty without a log of them: it is untracked, and that of a queued experiment is lost with its copy.
     """
-    parent = _commit(root, "HEAD") if commit is None else _parent(root, commit)
+    git.check_repository(root)
+    if commit is None:
+        parent: str | None = git.commit_of(root, "HEAD")
+        until = datetime.now(UTC)
+    else:
+        parent, committed = git.parent_and_time(root, commit)
+        until = datetime.fromtimestamp(committed, UTC)
     if parent is None or not run_log.is_file():
         return {}
+    before = git.files(root, [(parent, LOCK)])[parent, LOCK]
     if commit is None:
-        now, until = (root / "dvc.lock").read_bytes(), datetime.now(UTC)
+        now = (root / LOCK).read_bytes() if (root / LOCK).is_file() else None
     else:
-        now = _read(root, [(commit, "dvc.lock")])[commit, "dvc.lock"] or b""
-        until = datetime.fromisoformat(_git(root, "show", "-s", "--format=%cI", commit))
-    before = _read(root, [(parent, "dvc.lock")])[parent, "dvc.lock"] or b""
-    locks = [_document(text, "dvc.lock").get("stages", {}) for text in (before, now)]
+        now = git.files(root, [(commit, LOCK)])[commit, LOCK]
+    old, new = (mapping_in(_document(text, LOCK), "stages", LOCK) for text in (before, now))
     found = {}
-    for line in run_log.read_text().splitlines():
-        entry = json.loads(line)
-        step = entry["step"]
-        if (
-            entry["status"] == "ok"
-            and entry["git_commit"] == parent
-            and locks[1].get(step) != locks[0].get(step)
-            and datetime.fromisoformat(entry["started"]) <= until
+    for line in run_log.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            step, seconds = entry["step"], float(entry["seconds"])
+            started = datetime.fromisoformat(entry["started"])
+            ran = entry["status"] == "ok" and entry["git_commit"] == parent and started <= until
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a killed run left half
+        if ran and old.get(step) != new.get(step):
+            found[step] = seconds
+    return found
+
+
+def _metric_files(pipeline: Mapping[str, Any], origin: str) -> dict[str, str | None]:
+    """Each metric file of a `dvc.yaml`, with the stage that writes it (None of the file's own list)."""
+    found: dict[str, str | None] = {}
+
+    def add(entries: Any, stage: str | None, place: str) -> None:
+        if not isinstance(entries, list):
+            raise UserError(f"{origin}: {place} must be a list")
+        for entry in entries:
+            path = next(iter(entry), None) if isinstance(entry, Mapping) else entry
+            if not isinstance(path, str):
+                raise UserError(f"{origin}: {place} must be paths")
+            git.check_path(path)
+            if ":" in path:  # what separates a file from its metrics
+                raise UserError(
+                    f"{origin}: {place} has {path!r}, and no metric file may have a colon"
+                )
+            found.setdefault(path, stage)
+
+    for stage, entry in mapping_in(pipeline, "stages", origin).items():
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{origin}: stages.{stage} must be a mapping")
+        add(entry.get("metrics") or [], stage, f"stages.{stage}.metrics")
+    add(pipeline.get("metrics") or [], None, "metrics")
+    return found
+
+
+@dataclass(frozen=True)
+class _Locked:
+    """What `dvc.lock` records of a stage: parameters; hashes of what it read and made, by path."""
+
+    params: Mapping[str, Any]
+    deps: Mapping[str, Any]
+    outs: Mapping[str, Any]
+
+
+def _lock(text: bytes | None, origin: str) -> dict[str, _Locked]:
+    """The stages of a `dvc.lock`."""
+    found = {}
+    for stage in (stages := mapping_in(_document(text, origin), "stages", origin)):
+        entry = mapping_in(stages, stage, origin)
+        hashes: list[dict[str, Any]] = []
+        for key in ("deps", "outs"):
+            files = entry.get(key) or []
+            if not isinstance(files, list) or not all(
+                isinstance(file, Mapping) and isinstance(file.get("path"), str) for file in files
+            ):
+                raise UserError(f"{origin}: {key} of {stage} must be a list of files")
+            hashes.append({file["path"]: file.get("md5") for file in files})
+        params = mapping_in(mapping_in(entry, "params", origin), PARAMS, origin)
+        found[stage] = _Locked(params, *hashes)
+    return found
+
+
+def _locked_params(lock: Mapping[str, _Locked]) -> dict[str, Any]:
+    return {key: found for entry in lock.values() for key, found in entry.params.items()}
+
+
+def _changed_params(
+    lock: Mapping[str, _Locked], params: Mapping[str, Any]
+) -> dict[tuple[str, str], tuple[Any, Any]]:
+    """Parameters that a stage ran with and that are otherwise now: then and now, by stage and name."""
+    return {
+        (stage, key): (then, params.get(key))
+        for stage, entry in lock.items()
+        for key, then in entry.params.items()
+        if params.get(key) != then
+    }
+
+
+def _preset_of(lock: Mapping[str, _Locked]) -> str | None:
+    """The preset whose values all stages ran with: `repro --preset` puts `params.yaml` back afterwards."""
+    locked = [item for entry in lock.values() for item in entry.params.items()]
+    defaults = Params().model_dump(mode="json")
+    for name in preset_names():
+        document = merge(defaults, preset_changes(name))
+        # Paths to places outside the project are absolute in a run, and of its machine.
+        if all(
+            found == (wanted := value(document, key))
+            or (isinstance(wanted, str) and wanted.startswith("../"))
+            for key, found in locked
         ):
-            found[step] = float(entry["seconds"])
-    return found
+            return name
+    return None
 
 
-def _parent(root: Path, commit: str) -> str | None:
-    parents = _git(root, "show", "-s", "--format=%P", commit).split()
-    return parents[0] if parents else None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def _commits(root: Path, revisions: Sequence[str]) -> dict[str, str]:
-    """Name to commit, in the order given; experiments go before branches of the same name."""
-    from dvc.exceptions import DvcException, NotDvcRepoError
-    from dvc.repo import Repo
-    from dvc.scm import SCMError
-
-    try:
-        with Repo(str(root)) as repo:
-            listed = repo.experiments.ls(all_commits=bool(revisions))
-            named = {name: commit for group in listed.values() for name, commit in group}
-            if not revisions:
-                return named
-            return {name: named.get(name) or _commit(root, name) for name in revisions}
-    except NotDvcRepoError as error:
-        raise UserError(f"{root} is no DVC project; run this in the project's folder") from error
-    except (DvcException, SCMError) as error:
-        raise UserError(f"DVC cannot list the experiments of {root}: {error}") from error
-
-
-def _commit(root: Path, revision: str) -> str:
-    command = [
-        "git",
-        "rev-parse",
-        "--verify",
-        "--quiet",
-        "--end-of-options",
-        f"{revision}^{{commit}}",
-    ]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f'"{revision}" is neither a DVC experiment nor a Git revision of {root}')
-    return done.stdout.strip()
-
-
-def _read(root: Path, files: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bytes | None]:
-    """Contents of (commit, path from `root`) in one Git process; None where there is no such file."""
-    wanted = list(files)
-    done = subprocess.run(
-        ["git", "cat-file", "--batch"], cwd=root, capture_output=True, check=True,
-        input="".join(f"{commit}:./{path}\n" for commit, path in wanted).encode(),
-    )  # fmt: skip
-    found: dict[tuple[str, str], bytes | None] = {}
-    rest = done.stdout
-    for each in wanted:
-        header, _, rest = rest.partition(b"\n")
-        if header.endswith(b" missing"):
-            found[each] = None
-            continue
-        n_bytes = int(header.rsplit(b" ", 1)[1])
-        found[each], rest = rest[:n_bytes], rest[n_bytes + 1 :]
-    return found
-
-
-def _metric_files(pipeline: Mapping[str, Any]) -> dict[str, str]:
-    """Each metric file of a `dvc.yaml`, with the stage that writes it."""
-    found = {}
-    for stage, entry in pipeline.get("stages", {}).items():
-        for metric in entry.get("metrics", []):
-            found[next(iter(metric)) if isinstance(metric, Mapping) else metric] = stage
-    return found
-
-
-def _stale_stages(locked: Mapping[str, Any], params: Mapping[str, Any]) -> set[str]:
-    """Stages of a `dvc.lock` that ran on other inputs or parameters than are there, and all behind them."""
-    made = {
-        out["path"]: (stage, out.get("md5"))
-        for stage, entry in locked.items()
-        for out in entry.get("outs", [])
-    }
-    stale = {
-        stage
-        for stage, entry in locked.items()
-        for key, value in entry.get("params", {}).get("params.yaml", {}).items()
-        if params.get(key) != value
-    }
+def _stale_stages(lock: Mapping[str, _Locked], stale: set[str]) -> set[str]:
+    """These stages, those that ran on other inputs than are recorded as made, and all behind them."""
+    made = {path: (stage, md5) for stage, entry in lock.items() for path, md5 in entry.outs.items()}
     while True:
         more = {
             stage
-            for stage, entry in locked.items()
-            for dep in entry.get("deps", [])
-            if dep["path"] in made
-            and (made[dep["path"]][0] in stale or made[dep["path"]][1] != dep.get("md5"))
+            for stage, entry in lock.items()
+            for path, md5 in entry.deps.items()
+            if path in made and (made[path][0] in stale or made[path][1] != md5)
         }
         if more <= stale:
             return stale
-        stale |= more
+        stale = stale | more
 
 
 def _document(text: bytes | None, origin: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; empty where there is none."""
     if text is None:
         return {}
-    try:
-        found = json.loads(text) if text.startswith(b"{") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{origin} cannot be read: {error}") from error
+    found = read_json(text, origin) if text.startswith(b"{") else read_yaml(text, origin)
     return found if isinstance(found, dict) else {}
 
 
 def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
     """Values by dotted name."""
-    found = {}
-    for name in leaves(document):
-        value: Any = document
-        for part in name.split("."):
-            value = value[part]
-        found[name] = value
+    found: dict[str, Any] = {}
+    for key, item in document.items():
+        if isinstance(item, Mapping):
+            found |= {f"{key}.{name}": inner for name, inner in _flat(item).items()}
+        else:
+            found[key] = item
     return found

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from streetvision.documents import read_yaml
 from streetvision.errors import UserError
 
 
@@ -696,14 +696,14 @@ def load_params(path: Path) -> Params:
     Raises
     ------
     UserError
-        Missing file, broken YAML, a missing or unknown key, a value out of range; one line each.
+        Missing file, what `read_yaml` refuses, a missing or unknown key, a value out of range; one line each.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        document = read_yaml(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold sections of parameters")
     params = check_params(document, path.name)

@@ -43,7 +43,8 @@ def in_processes(work: Callable[[T], R], items: Sequence[T], workers: int) -> It
         return
     # Not forked: threads of Arrow or of a caller's torch may hold locks at this moment.
     context = multiprocessing.get_context("spawn")
-    with _one_thread_a_process():
+    # A worker begins by importing from the working directory, which may be anybody's.
+    with _environment(OMP_NUM_THREADS="1", PYTHONSAFEPATH="1"):
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
             # The processes are started here; those that a Ctrl-C reached while Python starts would
@@ -138,17 +139,18 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def _one_thread_a_process() -> Iterator[None]:
-    """Let child processes compute in one thread: more would fight over the same cores."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _environment(**given: str) -> Iterator[None]:
+    """Give child processes these variables; one thread each, as more would fight over the same cores."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start_worker() -> None:

@@ -23,6 +23,7 @@ def reproduce(root: Path, preset: str | None) -> int:
     """Run `dvc repro` in `root` and return its exit code; `params.yaml` is afterwards as it was."""
     bin_folder = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")])}
+    environment.pop("PYTHONSAFEPATH", None)  # the stages are this folder's
     command = [sys.executable, "-m", "dvc", "repro"]
     busy = "another `repro` is running in this folder; wait for it or stop it"
     with exclusive(root / ".streetvision/repro.lock", busy), preset_params(root, preset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -110,6 +111,20 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -
     assert path.stat().st_ino != before
     assert path.stat().st_mode & 0o777 == 0o644
     assert names(path.parent) == ["file"]
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash of the machine after the rename must not leave an empty file under the final name."""
+    path, flushed = tmp_path / "file", []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append((os.fstat(handle).st_ino, os.fstat(handle).st_size, path.exists()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_bytes_atomic(path, b"new")
+    assert (path.stat().st_ino, 3, False) in flushed
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

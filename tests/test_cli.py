@@ -48,7 +48,7 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     assert stop.value.code == 0
-    assert f"python -m streetvision {name}" in capsys.readouterr().out
+    assert f"usage: streetvision {name}" in capsys.readouterr().out
 
 
 def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

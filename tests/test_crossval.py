@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,33 @@ def params(project: Path) -> Params:
 def test_folds_see_nothing_of_the_held_out_group_and_resume(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from streetvision.decision import fitting
+    from streetvision.models import probe
+
     seen: list[set[str]] = []
-    real = training.fit_classifier
+    calibrated: list[set[str]] = []
+    real, fit_decision, linear_probe = (
+        training.fit_classifier,
+        fitting.fit_decision,
+        probe.linear_probe,
+    )
+
+    def calibrating(passes: Any, *arguments: Any, **rest: Any) -> Any:
+        units = [set(each.units) for each in passes.values()]
+        assert units[0] == units[1]
+        assert not units[0] & seen[-1], "calibrated on groups that it was trained on"
+        calibrated.append(units[0])
+        return fit_decision(passes, *arguments, **rest)
+
+    def probing(fit: Any, labels: Any, read: Any, *rest: Any) -> Any:
+        rows = [{row.tobytes() for row in each} for each in (fit, read)]
+        assert len(labels) == len(rows[0]) == (GROUPS - 1) * IMAGES
+        assert len(rows[1]) == IMAGES
+        assert not rows[0] & rows[1], "the baseline is fitted on what is held out"
+        return linear_probe(fit, labels, read, *rest)
+
+    monkeypatch.setattr(fitting, "fit_decision", calibrating)
+    monkeypatch.setattr(probe, "linear_probe", probing)
 
     def spying(model: Any, config: Any, train: Any, fit: Any, select: Any, **rest: Any) -> Any:
         seen.append(set(fit.groups) | set(select.groups))
@@ -96,6 +122,9 @@ def test_folds_see_nothing_of_the_held_out_group_and_resume(
     for number, groups in zip([0, 1, 2, 2, 3, 4], seen, strict=True):
         assert f"g{number}" not in groups
         assert "g5" in groups  # one class only: always in TRAIN
+    for number, groups in zip([0, 1, 2, 3, 4], calibrated, strict=True):
+        assert groups
+        assert f"g{number}" not in groups, "calibrated on what is held out"
     undisturbed = crossval.leave_one_group_out(
         params, ArtifactSchema(tmp_path / "undisturbed"), tmp_path / "b"
     )
@@ -127,6 +156,51 @@ def test_folds_see_nothing_of_the_held_out_group_and_resume(
     assert text.count("| g") == GROUPS - 1
     assert f"**{report['pipeline']['mcc']:.3f}" in text
     check_logits(tmp_path / "a", rows, report)
+
+
+@pytest.mark.parametrize("what", ["code", "seed", "image", "folds", "column"])
+def test_a_fold_of_other_code_or_data_is_not_taken_over(
+    params: Params, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Folds of older code, mixed with those of newer, would be the estimate of no recipe."""
+    begun: list[str] = []
+
+    def fold(*arguments: Any) -> dict[str, Any]:
+        begun.append(arguments[3][0])
+        if len(begun) % 2 == 0:
+            raise KeyboardInterrupt
+        return {"ids": []}
+
+    monkeypatch.setattr(crossval, "_run_fold", fold)
+    monkeypatch.setattr(crossval, "frozen_features", lambda *_: None)
+    paths = ArtifactSchema(tmp_path)
+    local = tmp_path / "local"
+    shutil.copytree(project, local)
+    document = merge(params.model_dump(mode="json"), {"data": {"local_root": str(local)}})
+    folds, column = None, "group"
+
+    def run() -> list[str]:
+        begun.clear()
+        with pytest.raises(KeyboardInterrupt):
+            crossval.leave_one_group_out(check_params(document, "test"), paths, None, folds, column)
+        return begun[:]
+
+    assert run() == ["g0", "g1"]
+    assert run() == ["g1", "g2"]
+    match what:
+        case "code":
+            real = crossval.code_sha256
+            monkeypatch.setattr(crossval, "code_sha256", lambda *given: real(*given)[::-1])
+        case "seed":
+            document["seed"] += 1
+        case "image":
+            Image.new("RGB", (48, 48), (9, 9, 9)).save(local / "g0-0.png")
+        case "folds":
+            folds = 5
+        case "column":
+            column = "file"
+            monkeypatch.setattr(crossval, "held_out_units", lambda split, _: split.groups)
+    assert run() == ["g0", "g1"]
 
 
 def check_logits(folder: Path, rows: list[dict[str, str]], report: dict[str, Any]) -> None:

@@ -157,7 +157,7 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
         (b"seed: \xff\xfe", "not valid YAML"),
         (b"- 1\n", "must hold sections"),
         (b"", "must hold sections"),
-        (b"7: 1\n", "7: Keys should be strings"),
+        (b"7: 1\n", 'unknown parameter "7"'),
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path: Path, content: bytes | None, said: str) -> None:

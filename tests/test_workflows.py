@@ -1,9 +1,13 @@
-"""The GitHub workflows: what they may do, and the review's comment, made by its own lines."""
+"""The GitHub workflows and the Makefile: names and code of others, and the review's comment."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,89 @@ def test_official_actions_and_lines_that_a_shell_can_read(path: Path) -> None:
         # What an event holds reaches a shell through the environment, never as text of the script.
         assert "${{" not in step.get("run", "")
         subprocess.run(["bash", "-n", "-c", step.get("run", "")], check=True)
-    assert yaml.safe_load(path.read_text())["permissions"]["contents"] == "read"
+    assert yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_by_commit(path: Path) -> None:
+    """With the version beside it, for people."""
+    lines = [line for line in path.read_text().splitlines() if "uses:" in line]
+    assert lines
+    for line in lines:
+        assert re.search(r"uses: actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_credentials_where_a_pull_requests_code_runs(path: Path) -> None:
+    """Whatever follows a checkout may run its code; a job that may write checks nothing out."""
+    document = yaml.safe_load(path.read_text())
+    for name, job in document["jobs"].items():
+        checkouts = [
+            step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@")
+        ]
+        text = yaml.safe_dump(job)
+        if checkouts:
+            assert all(step["with"]["persist-credentials"] is False for step in checkouts), name
+            assert "permissions" not in job, name
+            assert "token" not in text.lower(), name
+            assert "secrets" not in text, name
+        else:
+            assert not [
+                step for step in job["steps"] if re.search("make|python", step.get("run", ""))
+            ]
+    assert "pull_request_target" not in path.read_text()
+
+
+# What may stand where a branch's name is wanted; T is the name of a file that must not be made.
+NAMES = [
+    "main", "x; touch T", "$(touch T)", "`touch T`", "$(shell touch T)", "$$(touch T)", "x' \"; touch T; '",
+    "${HOME}", "$(BIN)", "-x", "--output=T", "a b", "x & touch T", "x | touch T", "x > T", "x\ny", "*", "#x",
+]  # fmt: skip
+
+
+@pytest.fixture
+def makefile(tmp_path: Path) -> Path:
+    """A folder with the Makefile and an environment whose python writes its arguments into a file."""
+    for name in ("Makefile", "pyproject.toml", ".ci/constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    program = tmp_path / ".venv/bin/python"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('given', 'w'))\n"
+    )
+    program.chmod(0o755)
+    subprocess.run(["make", "--quiet", "--touch", "venv"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def given_to_python(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in {"BASE", "HEAD", "PRESET", "ONLY"}
+    }
+    before = {path.name for path in folder.iterdir()} | {"given"}
+    subprocess.run(["make", "--quiet", *arguments], cwd=folder, env=clean | environment, check=True)
+    assert {path.name for path in folder.iterdir()} == before
+    found: list[str] = json.loads((folder / "given").read_text())
+    (folder / "given").unlink()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_make_hands_names_over_as_they_are(makefile: Path, name: str) -> None:
+    report = ["-m", "streetvision", "report", "--plots", "--"]
+    assert given_to_python(makefile, "report", f"BASE={name}") == [*report, name]
+    assert given_to_python(makefile, "report", BASE=name) == [*report, name]
+    assert given_to_python(makefile, "report", f"HEAD={name}", BASE="b") == [*report, "b", name]
+    assert given_to_python(makefile, "report", HEAD=name) == [*report, "main", name]
+    repro = ["-m", "streetvision", "repro"]
+    assert given_to_python(makefile, "repro", f"PRESET={name}") == [*repro, f"--preset={name}"]
+    assert given_to_python(makefile, "repro") == repro
+    bench = ["-m", "tests.benchmarks", "--"]
+    assert given_to_python(makefile, "bench", f"ONLY={name}") == [*bench, name]
+    assert given_to_python(makefile, "bench", ONLY=name) == [*bench, name]
 
 
 def test_they_call_targets_of_the_makefile() -> None:

@@ -17,7 +17,8 @@ from streetvision.data.decode import (
     upright_rgb,
 )
 from streetvision.data.walk import MAX_FILE_BYTES, read_image
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 from streetvision.params import Data
 
 ImageInput = (

@@ -15,7 +15,8 @@ from streetvision.artifacts import write_csv_atomic
 from streetvision.bundle.inputs import upright_image
 from streetvision.data.walk import image_files, is_left_by_tools, left_out_line, walk_files
 from streetvision.decision.policy import DECISION_THRESHOLD
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image

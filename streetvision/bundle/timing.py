@@ -1,4 +1,4 @@
-"""Latency and memory of a bundle on this machine: `python -m streetvision.bundle.timing BUNDLE ENGINE N`.
+"""Latency and memory of a bundle on this machine.
 
 One process an engine, so that its peak of memory is its own. The numbers belong in no metric: they differ
 from run to run.
@@ -22,6 +22,14 @@ from streetvision.errors import UserError
 SIDE_PX = 224
 WARM_UP = 3
 _STATUS = Path("/proc/self/status")
+_CHILD = """
+import sys
+root = sys.argv[1]
+if root not in sys.path:
+    sys.path.insert(0, root)
+from streetvision.bundle.timing import main
+main(*sys.argv[2:])
+"""
 
 
 def time_bundle(bundle: Path, engines: Sequence[str], images: int) -> dict[str, dict[str, float]]:
@@ -39,7 +47,9 @@ def time_bundle(bundle: Path, engines: Sequence[str], images: int) -> dict[str, 
     """
     found = {}
     for engine in engines:
-        command = [sys.executable, "-m", __name__, str(bundle), engine, str(images)]
+        # The working directory may be anybody's: -P imports nothing from it.
+        root = str(Path(__file__).resolve().parents[2])
+        command = [sys.executable, "-P", "-c", _CHILD, root, str(bundle), engine, str(images)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -68,5 +78,6 @@ def time_predictions(bundle: Path, engine: str, images: int) -> dict[str, float]
     return {name: round(float(value), 3) for name, value in found.items()} | {"images": images}
 
 
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(time_predictions(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
+def main(bundle: str, engine: str, images: str) -> None:
+    """The process of one engine: print what it measured as JSON."""
+    sys.stdout.write(json.dumps(time_predictions(Path(bundle), engine, int(images))))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from streetvision.commands.common import ALARM, Add, add_class_names, class_names, say
-from streetvision.errors import escaped
+from streetvision.escaping import escaped
 
 log = logging.getLogger(__name__)
 

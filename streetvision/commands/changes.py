@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streetvision.commands.common import PARAMS, Add, say
+from streetvision.errors import UserError
 
 if TYPE_CHECKING:
     from streetvision.evaluation.gates import Timing
     from streetvision.evaluation.revisions import Review
+    from streetvision.experiments import Run
+
+log = logging.getLogger(__name__)
 
 
 def register(add: Add) -> None:
@@ -57,6 +63,9 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     _add_timing(report)
     report.add_argument(
         "--output", type=Path, default=Path("report"), help="folder of report.md; default: report"
+    )
+    report.add_argument(
+        "--plots", action="store_true", help="also `dvc plots diff`, as plots/index.html beside it"
     )
 
 
@@ -165,3 +174,25 @@ def _report(options: argparse.Namespace) -> None:
     if made.changed is not None:
         write_csv_atomic(options.output / "changed.csv", made.changed)
     say(str(write_bytes_atomic(options.output / "report.md", made.markdown.encode())))
+    if options.plots:
+        _dvc_plots(root, [each.run for each in sides], options.output / "plots")
+
+
+def _dvc_plots(root: Path, runs: Sequence[Run], output: Path) -> None:
+    """DVC's own page of all plots; left out where it would ask a server that only a revision names."""
+    import subprocess
+    import sys
+
+    from streetvision import git
+
+    for run in runs:
+        if run.commit is not None and git.asks_elsewhere(root, run.commit):
+            log.warning(
+                "`dvc plots diff` is left out: it reads %s with that revision's own .dvc/config and imports, "
+                "which are not HEAD's", run.name,
+            )  # fmt: skip
+            return
+    names = [run.name for run in runs if run.commit is not None]
+    command = [sys.executable, "-m", "dvc", "plots", "diff", "--out", str(output), "--", *names]
+    if subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise UserError("`dvc plots diff` failed; what it said is above")

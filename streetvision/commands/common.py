@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from streetvision.errors import printable_lines
+from streetvision.escaping import terminal
 
 if TYPE_CHECKING:
     from streetvision.data.labels import ClassNames
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Name, what it runs, one line of help → its parser.
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 PARAMS = "params.yaml"
+_LAYOUT = "\n\t"
 ALARM = 3  # exit code of `replay`, `drift` and `leakage`
 
 
@@ -35,7 +36,5 @@ def class_names(options: argparse.Namespace) -> ClassNames:
 
 
 def say(text: str) -> None:
-    """Print a command's answer, so that any terminal takes the names in it."""
-    encoding = sys.stdout.encoding or "utf-8"
-    line = f"{printable_lines(text)}\n"
-    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding))
+    """Print a command's answer; names in it give no orders to the terminal."""
+    sys.stdout.write(f"{terminal(text, keep=_LAYOUT)}\n")

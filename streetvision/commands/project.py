@@ -33,14 +33,13 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _preset(options: argparse.Namespace) -> None:
-    import yaml
-
+    from streetvision.documents import read_yaml
     from streetvision.presets import load_preset, overrides, preset_names
 
     if options.name is None:
         say("\n".join(preset_names()))
         return
-    current = yaml.safe_load(Path(PARAMS).read_text()) if Path(PARAMS).exists() else {}
+    current = read_yaml(Path(PARAMS).read_bytes(), PARAMS) if Path(PARAMS).exists() else {}
     say(" ".join(overrides(load_preset(options.name, Path.cwd()), current)))
 
 

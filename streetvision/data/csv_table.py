@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streetvision.data.walk import read_file
-from streetvision.errors import UserError, escaped, printable
+from streetvision.errors import UserError
+from streetvision.escaping import escaped, from_csv_cell, terminal
 
 # Millions of rows of a label file; what is larger is no such file.
 MAX_TABLE_BYTES = 256 * 2**20
@@ -84,8 +85,9 @@ def parse_csv(
 
     Read are UTF-8, and UTF-16 or UTF-32 that say so; commas, semicolons, tabs or bars between cells,
     whichever gives the columns that are required; a line `sep=;`, empty lines, any ends of lines; blanks
-    after a delimiter. Case, blanks, hyphens and underscores in the names of columns do not matter. Rows
-    without any content and columns without a name are left out.
+    after a delimiter; the mark that `escaping.csv_cell` puts before formulas. Case, blanks, hyphens and
+    underscores in the names of columns do not matter. Rows without any content and columns without a
+    name are left out.
 
     Parameters
     ----------
@@ -112,7 +114,7 @@ def parse_csv(
             return CsvTable(place, *_rows(body, candidate, header, skipped, place))
         found = found or header
     missing = ", ".join(name for name in required if name not in found)
-    listed = ", ".join(printable(name)[:_SHOWN] for name in found[:20]) or "none"
+    listed = ", ".join(terminal(name)[:_SHOWN] for name in found[:20]) or "none"
     raise UserError(f"{place} has no column {missing}; its columns are {listed}")
 
 
@@ -172,7 +174,7 @@ def _reader(body: str, delimiter: str) -> Iterator[list[str]]:
 
 def _header(body: str, delimiter: str) -> list[str]:
     try:
-        return [name.strip() for name in next(_reader(body, delimiter), [])]
+        return [from_csv_cell(name.strip()) for name in next(_reader(body, delimiter), [])]
     except csv.Error:
         return []  # with this delimiter it is none
 
@@ -185,7 +187,7 @@ def _renamed(header: list[str], names: Mapping[str, Sequence[str]], place: str) 
         own = [i for i, each in enumerate(folded) if each == _folded(name)]
         like = own or [i for i, each in enumerate(folded) if each in set(map(_folded, others))]
         if len(like) > 1:
-            which = " and ".join(printable(header[i]) for i in like)
+            which = " and ".join(terminal(header[i]) for i in like)
             raise UserError(
                 f"{place} names a column twice: {which}"
                 if own
@@ -195,7 +197,7 @@ def _renamed(header: list[str], names: Mapping[str, Sequence[str]], place: str) 
             result[index] = name
     twice = [name for name, times in Counter(result).items() if name and times > 1]
     if twice:
-        raise UserError(f"{place} names a column twice: {printable(twice[0])}")
+        raise UserError(f"{place} names a column twice: {terminal(twice[0])}")
     return result
 
 
@@ -222,7 +224,7 @@ def _rows(
                 raise UserError(
                     f"{place} line {first}: {len(cells)} cells, but the header names {len(header)} columns"
                 )
-            rows.append((first, tuple(cells[index] for index in named)))
+            rows.append((first, tuple(from_csv_cell(cells[index]) for index in named)))
     except csv.Error as error:
         # An open quote takes the rest of the file for one cell: the line to look at is where it begins.
         raise UserError(f"{place} line {line + 1}: {error}; is a quote not closed?") from error

@@ -35,7 +35,8 @@ from streetvision.data.walk import (
     read_image,
     sub_folders,
 )
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 from streetvision.params import CsvSource, FolderSource
 
 logger = logging.getLogger(__name__)

@@ -56,7 +56,8 @@ from streetvision.data.positions import POSITION_COLUMNS, read_position
 from streetvision.data.schema import UNREAD_LABEL, UNREAD_POSITION
 from streetvision.data.values import EXACT_IN_FLOAT64, is_missing, key, text
 from streetvision.data.walk import walk_files
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from streetvision.data.labels import denies_roadwork
 from streetvision.data.values import key, text
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 
 Row = dict[str, Any]  # columns of RAW_SCHEMA; a missing one is null
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 
 # An image of 100 megapixels, however it is encoded; a larger file is not read.
 MAX_FILE_BYTES = 256 * 2**20

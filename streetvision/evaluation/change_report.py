@@ -20,7 +20,7 @@ from streetvision.evaluation.gates import Timing
 from streetvision.evaluation.predictions import match_predictions
 from streetvision.evaluation.revisions import Review, Revision, contact_sheet, review
 from streetvision.evaluation.sweep_summary import as_text
-from streetvision.experiments import TEST_METRICS, finished, stage_seconds
+from streetvision.experiments import TEST_METRICS, stage_seconds
 
 _COST = {
     "metrics/train.json:parameters": "parameters",
@@ -57,17 +57,18 @@ def change_report(
         A revision is unknown.
     """
     root = base.root
-    runs = [None if each.rev is None else finished(root, [each.rev])[0] for each in (base, head)]
+    runs = base.run, head.run
     made = ChangeReport()
     parts = ["# What this change does", "## Is it real?"]
     for run in runs:
-        if run is not None and run.outdated:
+        if run.outdated:
             files = ", ".join(sorted(run.outdated))
             parts.append(
-                f"**{run.name} was not run to its end:** {files} and what belongs to them are of an "
-                "earlier run, with other parameters or inputs."
+                f"**Not all results of {run.name} belong together:** {files} and what belongs to them are "
+                f"{run.why_outdated()}."
             )
-    metrics, params, problems = _differences(base, head)
+    metrics = _differences(base.run.metrics, head.run.metrics)
+    params = _differences(base.run.params, head.run.params)
     try:
         found = review(base, head)
     except UserError as error:
@@ -76,42 +77,27 @@ def change_report(
         parts.append(markdown_report(found).strip())
         parts += _pictures(found, made)
     parts += _sweep_curves(base, head, made)
-    parts += [f"**Not read:** {problem}." for problem in problems]
     parts += ["## Parameters", *_params_table(params)]
     parts += ["## Metrics", *_metrics_tables(metrics)]
     log = ArtifactSchema(root).run_log
-    seconds = [stage_seconds(root, log, None if run is None else run.commit) for run in runs]
+    seconds = [stage_seconds(root, log, run.commit) for run in runs]
     parts += ["## Cost", *_cost_table(metrics, seconds, timings)]
     made.markdown = "\n\n".join(parts) + "\n"
     return made
 
 
-def _differences(base: Revision, head: Revision) -> tuple[Values, Values, list[str]]:
-    """All metrics, the parameters that changed, and what DVC could not read."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Values:
+    """What either side has, by name in alphabetical order, with the difference of numbers."""
+    found: Values = {}
+    for name in sorted({*old, *new}):
+        sides = {"old": old.get(name), "new": new.get(name)}
+        numbers = [each for each in sides.values() if _is_number(each)]
+        found[name] = sides | ({"diff": numbers[1] - numbers[0]} if len(numbers) == 2 else {})
+    return found
 
-    revisions = {"a_rev": base.rev or "workspace", "b_rev": head.rev or "workspace"}
-    try:
-        with Repo(str(base.root)) as repo:
-            found = repo.metrics.diff(**revisions, all=True), repo.params.diff(**revisions)
-    except DvcException as error:
-        raise UserError(f"DVC cannot compare {base} and {head}: {error}") from error
-    problems = [
-        f"{path} of {revision} ({error})"
-        for each in found
-        for revision, errors in each.get("errors", {}).items()
-        for path, error in (errors.items() if isinstance(errors, dict) else [("all", errors)])
-    ]
-    metrics, params = (
-        {
-            f"{path}:{name}": value
-            for path, values in sorted(each.get("diff", {}).items())
-            for name, value in sorted(values.items())
-        }
-        for each in found
-    )
-    return metrics, params, problems
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _pictures(found: Review, made: ChangeReport) -> list[str]:
@@ -167,8 +153,9 @@ def _names(base: Revision, head: Revision) -> tuple[str, str]:
 
 def _params_table(params: Values) -> list[str]:
     rows = [
-        [name.removeprefix("params.yaml:"), *(_cell(each[side]) for side in ("old", "new"))]
+        [name, *(_cell(each[side]) for side in ("old", "new"))]
         for name, each in params.items()
+        if each["old"] != each["new"]
     ]
     return _table(["parameter", "base", "head"], rows, "None differs.")
 

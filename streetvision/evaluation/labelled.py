@@ -19,7 +19,8 @@ from streetvision.data.prepare import prepare_whole
 from streetvision.data.store import Split, open_split
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.walk import is_left_by_tools, walk_files
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 from streetvision.params import CsvSource, Data, FolderSource
 from streetvision.progress import progress
 

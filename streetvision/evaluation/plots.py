@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from streetvision.errors import UserError
+from streetvision.escaping import caption
 from streetvision.evaluation.metrics import (
     N_BINS,
     Floats,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 120
+MOST_LINES = 4  # of a caption
 BLUE, ORANGE, GREEN, GREY = "#2367a8", "#d9731a", "#3b8f4c", "#8a8f98"
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -46,6 +49,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name with two dollar signs is no formula
 }
 P = ParamSpec("P")
 
@@ -57,7 +61,10 @@ def figure_to_png(figure: Figure) -> bytes:
 
     figure.set_dpi(DPI)
     canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.draw()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # A name in a script that the font does not have: boxes, without a line for each of them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        canvas.draw()  # type: ignore[no-untyped-call]
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
     # A palette takes a third of the bytes: Git keeps every version of these pictures.
     image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
@@ -254,11 +261,12 @@ def plot_mistakes(
     )
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, array, caption in zip(axes.flat, arrays, captions, strict=False):
+    for ax, array, words in zip(axes.flat, arrays, captions, strict=False):
         ax.imshow(array, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
-        text = "\n".join(textwrap.fill(line, 34) for line in caption.splitlines())
+        lines = [caption(line) for line in words.split("\n")][:MOST_LINES]
+        text = "\n".join(textwrap.fill(line, 34) for line in lines)
         ax.set_title(text, fontsize=9, fontweight="normal", loc="center")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(caption(title), fontsize=12, fontweight="bold")
     return figure
 
 

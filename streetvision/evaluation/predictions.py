@@ -53,9 +53,9 @@ def parse_predictions(text: str, origin: str) -> Predictions:
     table = parse_csv(text, origin, dict.fromkeys(_COLUMNS, ()))
     columns = {name: table.column(name) for name in _COLUMNS}
     try:
-        labels = np.array([int(value) for value in columns["label"]])
+        labels = np.array([int(value) for value in columns["label"]], dtype=np.int64)
         probabilities = np.array([float(value) for value in columns["probability"]])
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{origin} is not a table of predictions: {error}") from error
     twice = [name for name, count in Counter(columns["id"]).items() if count > 1]
     if twice:

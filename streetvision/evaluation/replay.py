@@ -6,7 +6,8 @@ A log is a CSV file (`.csv`, with a header) or JSON lines (`.jsonl`), oldest cha
 - `prediction`, may be absent: what was answered; −1 is no answer, empty or null unknown;
 - `label`, may be absent: 1 roadwork, 0 none; empty, null or −1 (what the subnet sends) unknown.
 
-Other columns are ignored. Only challenges with a label enter the windows.
+Case of these names and blanks around them do not matter. Other columns are ignored; a log without
+predictions says so. Only challenges with a label enter the windows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from streetvision.bundle.inputs import upright_image
 from streetvision.data.csv_table import decode_text, read_csv, read_table_file
 from streetvision.data.files import FILE_ALIASES
 from streetvision.data.walk import Finder
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 from streetvision.evaluation.reward import (
     ACCURACY_WINDOW,
     MCC_WINDOW,
@@ -40,6 +42,7 @@ from streetvision.evaluation.reward import (
 from streetvision.progress import progress
 
 Floats = NDArray[np.float64]
+COLUMNS = ("image", "prediction", "label")
 CSV_SUFFIX, JSON_SUFFIX = ".csv", ".jsonl"
 _log = logging.getLogger(__name__)
 
@@ -100,8 +103,12 @@ def read_log(path: Path) -> list[Challenge]:
         raise UserError(
             f"{place} line {line}: image {escaped(image)} is missing ({len(missing)} of {len(rows)} are)"
         )
+    others = sorted({name for _, row in rows for name in row} - set(COLUMNS))
+    seen = f"; not read: {', '.join(others)}" if others else ""
     if all(challenge.label is None for challenge in challenges):
-        raise UserError(f"{place} has no challenge with a label: there is nothing to measure")
+        raise UserError(f"{place} has no challenge with a label: there is nothing to measure{seen}")
+    if all(challenge.prediction is None for challenge in challenges):
+        _log.warning("%s has no predictions: what was answered is not measured%s", place, seen)
     return challenges
 
 
@@ -250,7 +257,8 @@ def _cell(value: float | None) -> float | str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    table = read_csv(path, {"image": FILE_ALIASES}, {"prediction": (), "label": ()})
+    names = dict.fromkeys(COLUMNS[1:], ())
+    table = read_csv(path, {"image": FILE_ALIASES}, names)
     for (line, row), image in zip(table.records(), table.column("image"), strict=True):
         yield line, {**row, "image": image}
 
@@ -262,11 +270,19 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             continue
         try:
             row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place} line {line} is not JSON: {error}") from error
-        if not isinstance(row, dict) or "image" not in row:
+        columns = [_column(name) for name in row] if isinstance(row, dict) else []
+        if "image" not in columns:
             raise UserError(f'{place} line {line} is no object with the key "image"')
-        yield line, row
+        if any(columns.count(name) > 1 for name in COLUMNS):
+            raise UserError(f"{place} line {line} names a key twice: {', '.join(columns)}")
+        yield line, dict(zip(columns, row.values(), strict=True))
+
+
+def _column(name: str) -> str:
+    """A key's name as it is looked up."""
+    return name.strip().casefold()
 
 
 def _challenge(row: Mapping[str, Any], place: str) -> Challenge:

@@ -1,12 +1,12 @@
-"""Two revisions of the project, read through DVC's API and compared on their test images."""
+"""Two revisions of the project, read from Git or the working tree and compared on their test images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import yaml
-
+from streetvision import git
 from streetvision.artifacts import ArtifactSchema
 from streetvision.data.store import Split, open_split
 from streetvision.errors import UserError
@@ -14,9 +14,8 @@ from streetvision.evaluation.compare import Comparison, compare_predictions
 from streetvision.evaluation.evaluate import evidence_size
 from streetvision.evaluation.metrics import check_prior
 from streetvision.evaluation.predictions import Predictions, parse_predictions
-from streetvision.experiments import finished
+from streetvision.experiments import PARAMS, Run, finished, working_tree
 
-PARAMS = "params.yaml"
 SHEET_IMAGES = 24
 EVIDENCE = "evidence_size"
 
@@ -29,32 +28,37 @@ class Revision:
     rev: str | None
 
     def __str__(self) -> str:
-        return self.rev or "working tree"
+        return "working tree" if self.rev is None else self.rev
+
+    @cached_property
+    def run(self) -> Run:
+        """Its parameters and metrics; UserError as `experiments.finished`."""
+        if self.rev is None:
+            return working_tree(self.root)
+        return finished(self.root, [self.rev])[0]
 
     def read(self, path: Path) -> str | None:
-        """The text of a file below `root`, from Git, DVC's cache or its remote; None if it is not there.
+        """The text of a file below `root`; None if it is not there.
+
+        What compares revisions is in Git: metrics, tables and parameters. No DVC remote is asked, as a
+        revision's own configuration says which.
 
         Raises
         ------
         UserError
-            No such revision, no repository, or DVC cannot read it.
+            No such revision, no repository, or no text.
         """
-        import dvc.api
-        from dvc.exceptions import DvcException, PathMissingError
-        from dvc.scm import RevError
-
         name = path.relative_to(self.root).as_posix()
         try:
-            text: str = dvc.api.read(name, repo=str(self.root), rev=self.rev, encoding="utf-8")
-        except (PathMissingError, FileNotFoundError):
+            if self.rev is None:
+                return path.read_text(encoding="utf-8")
+            commit = git.commit_of(self.root, self.rev)
+            data = git.files(self.root, [(commit, name)])[commit, name]
+            return None if data is None else data.decode()
+        except FileNotFoundError:
             return None
-        except RevError as error:
-            raise UserError(
-                f'"{self}" is no Git revision, branch, tag or DVC experiment of {self.root}'
-            ) from error
-        except (DvcException, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {name} of {self}: {error}") from error
-        return text
 
     def predictions(self) -> Predictions:
         """VAL_TEST's `predictions.csv`; UserError if there is none or it is broken."""
@@ -66,32 +70,40 @@ class Revision:
         return parse_predictions(text, name)
 
     def check_evaluated(self) -> None:
-        """Refuse an experiment that stopped before `evaluate`: its predictions are those of its base.
+        """Refuse a revision whose predictions are those of another: an experiment that stopped earlier.
 
         Raises
         ------
         UserError
-            `dvc.lock` ties the predictions to other parameters or inputs than the revision's.
+            `dvc.lock` ties the predictions to other inputs than the revision's, or to other parameters
+            that are not those of a preset.
         """
-        if self.rev is None or self.read(self.root / "dvc.lock") is None:
+        if self.rev is None or not self._outdated:
             return
-        (run,) = finished(self.root, [self.rev])
-        if (
-            ArtifactSchema(self.root).metric("evaluation").relative_to(self.root).as_posix()
-            in run.outdated
-        ):
-            raise UserError(
-                f"{self} stopped before the stage evaluate: its predictions are of other parameters or inputs"
-            )
+        if self.run.changed:
+            raise UserError(f"the predictions of {self} are {self.run.why_outdated()}")
+        raise UserError(
+            f"{self} stopped before the stage evaluate: its predictions are of other inputs"
+        )
+
+    def notes(self) -> list[str]:
+        """What the reader of its results must know of them, a sentence each."""
+        if self.run.preset is not None:
+            return [
+                f"the results of {self} are those of the preset {self.run.preset}, not of its {PARAMS}"
+            ]
+        if self._outdated:
+            return [f"the predictions of {self} are {self.run.why_outdated()}"]
+        return []
+
+    @property
+    def _outdated(self) -> bool:
+        path = ArtifactSchema(self.root).metric("evaluation").relative_to(self.root)
+        return path.as_posix() in self.run.outdated
 
     def parameter(self, section: str, key: str) -> object:
-        """One value of `params.yaml`, which may be older than today's schema; None if it is not there."""
-        try:
-            document = yaml.safe_load(self.read(self.root / PARAMS) or "")
-        except yaml.YAMLError as error:
-            raise UserError(f"{PARAMS} of {self} is not valid YAML") from error
-        found = document.get(section) if isinstance(document, dict) else None
-        return found.get(key) if isinstance(found, dict) else None
+        """One parameter, of a schema that may be older than today's; None if it is not there."""
+        return self.run.params.get(f"{section}.{key}")
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,7 @@ def review(base: Revision, head: Revision, seed: int = 0) -> Review:
             1,
             f"{len(matching.conflicts):,} images have another label in each and are left out: {shown}",
         )
+    notes += [note for each in dict.fromkeys((base, head)) for note in each.notes()]
     if priors[0] != priors[1]:
         notes.append(f"the served prior was {priors[0]} in {base}; both are taken at {priors[1]}")
     return Review(base, head, comparison, images, tuple(notes))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from streetvision.artifacts import exclusive
 from streetvision.errors import UserError
@@ -27,8 +26,7 @@ from streetvision.evidence.runs import append_line, results_file, whole_lines
 from streetvision.evidence.variants import DATA, SIZES
 from streetvision.imports import code_sha256
 from streetvision.params import Params, check_params
-from streetvision.presets import FOLDER as PRESETS
-from streetvision.presets import merge
+from streetvision.presets import merge, preset_changes
 from streetvision.processes import in_processes, usable_cores
 from streetvision.progress import progress
 
@@ -68,9 +66,7 @@ def studies(size: str, data: str) -> list[Study]:
         raise UserError(f'--data "{data}" is not one of {", ".join((*DATA, "all"))}')
     found = []
     for name in DATA:
-        preset = yaml.safe_load(
-            (PRESETS / {"synthetic": "cpu-demo.yaml", "photos": "photos.yaml"}[name]).read_text()
-        )
+        preset = preset_changes({"synthetic": "cpu-demo", "photos": "photos"}[name])
         document = merge(Params().model_dump(mode="json"), preset)
         document = merge(document, _changes(size, name))
         recipe = check_params(document, f"evidence decision {name}")
@@ -91,7 +87,7 @@ def _changes(size: str, name: str) -> dict[str, Any]:
         }
         if name == "photos":
             return tiny | {"train": {"height_px": 32, "width_px": 32, "epochs": 1}}
-        smoke = yaml.safe_load((PRESETS / "smoke.yaml").read_text())
+        smoke = preset_changes("smoke")
         found = merge({key: smoke[key] for key in ("data", "train")}, tiny)
         scenes = smoke["data"]["sources"][0] | {"images": 300, "cities": 50}
         return merge(found, {"data": {"sources": [scenes]}, "train": {"epochs": 6}})

@@ -6,12 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
 from streetvision.errors import UserError
 from streetvision.params import Params, check_params, leaves
-from streetvision.presets import FOLDER as PRESETS
-from streetvision.presets import merge, value
+from streetvision.presets import merge, preset_changes, value
 
 BASELINE = "baseline"
 Changes = Mapping[str, Any]
@@ -259,7 +256,7 @@ def _photos(size: str) -> Comparison:
     variants = (BASE, *OBJECTIVES, *parts, fast, LOSSES[0], *AUGMENTATIONS, AVERAGES[0])
     # A run takes nearly a minute there, and the table is to take less than two hours.
     left_out = {*(each.name for each in OBJECTIVES[1:]), fast.name, "erasing", "mixup", "cutmix"}
-    preset = yaml.safe_load((PRESETS / "photos.yaml").read_text())
+    preset = preset_changes("photos")
     side = {"smoke": 32, "cpu": 160, "large": 256}[size]
     changes: Changes = {
         "train": {

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from streetvision.documents import read_yaml
 from streetvision.errors import UserError
 from streetvision.params import Params, check_params, leaves
 
@@ -34,13 +33,18 @@ def load_preset(name: str, root: Path) -> Params:
     """
     if name not in preset_names():
         raise UserError(f'preset "{name}" is not one of {", ".join(preset_names())}')
-    overrides = yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) or {}
-    document = merge(Params().model_dump(mode="json"), overrides)
+    document = merge(Params().model_dump(mode="json"), preset_changes(name))
     for section, key in (("data", "local_root"), ("train", "weights")):
         value = document[section][key]
         if value.startswith("../"):
             document[section][key] = str((root / value).resolve())
     return check_params(document, f"preset {name}")
+
+
+def preset_changes(name: str) -> Mapping[str, Any]:
+    """What a preset's file says."""
+    path = FOLDER / f"{name}.yaml"
+    return read_yaml(path.read_bytes(), path.name) or {}
 
 
 def overrides(params: Params, current: Mapping[str, Any]) -> list[str]:
@@ -64,10 +68,10 @@ def value(document: Mapping[str, Any], key: str) -> Any:
     return found
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, section by section; lists are replaced whole."""
+def merge(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `given` laid over it, section by section; lists are replaced whole."""
     merged = dict(base)
-    for key, change in changes.items():
+    for key, change in given.items():
         both = isinstance(change, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], change) if both else change
     return merged

@@ -16,7 +16,8 @@ from streetvision.data.embeddings import Embeddings
 from streetvision.data.store import CONTRACT, Split, open_split, read_arrow
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import ViewScores, content_box
-from streetvision.errors import UserError, escaped
+from streetvision.errors import UserError
+from streetvision.escaping import escaped
 from streetvision.evaluation.labelled import labelled_images
 from streetvision.progress import progress
 

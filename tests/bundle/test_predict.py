@@ -143,7 +143,7 @@ def test_names_that_are_no_text(trained: Trained, tmp_path: Path) -> None:
     predictor = Predictor.load(trained.bundle, "cpu")
     write_predictions(predict_files(predictor, find_images([str(tmp_path)])), out)
     with out.open(newline="") as file:
-        assert next(csv.DictReader(file))["path"] == rf"{tmp_path}/street\xff\n1.png"
+        assert next(csv.DictReader(file))["path"] == rf"{tmp_path}/street\udcff\n1.png"
     write_predictions([], out)
     assert out.read_text() == "path,probability,decision,error\n"
 

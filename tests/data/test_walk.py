@@ -257,7 +257,7 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     assert refusal(read_file, tmp_path, 9, "").endswith("is a folder, not a file")
     assert refusal(read_file, tmp_path / "no", 9, "").endswith("no does not exist")
     assert refusal(read_file, Path("a\0b"), 9, "").startswith(r"a\x00b is not a path")
-    assert refusal(read_file, Path("a\udcff\x1b[31m"), 9, "") == r"a\xff\x1b[31m does not exist"
+    assert refusal(read_file, Path("a\udcff\x1b[31m"), 9, "") == r"a\udcff\x1b[31m does not exist"
     # A file of /proc has no size, and an end all the same.
     assert "larger than 3 bytes" in refusal(read_file, Path("/proc/self/maps"), 3, "3 bytes")
 

@@ -186,8 +186,12 @@ def test_an_experiment_that_stopped_early_is_marked(reported: Project, run: Run)
     reported.commit()
     assert run("report", "main~", "main")[0] == 0
     text = (reported / "report/report.md").read_text()
-    assert "**main was not run to its end:** metrics/train.json and what belongs" in text
-    assert "main~ was not run" not in text
+    assert (
+        "**Not all results of main belong together:** metrics/train.json and what belongs to them are of "
+        "other parameters than params.yaml: train.rate was 0.5 and is 0.9; `dvc repro` there"
+        in text
+    )
+    assert "results of main~" not in text
 
 
 @pytest.mark.slow

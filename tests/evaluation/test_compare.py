@@ -212,6 +212,27 @@ def test_nothing_in_common_or_one_class_is_refused() -> None:
         compare_predictions(rows(base, one), rows(head, one), PRIOR)
 
 
+@pytest.mark.parametrize("side", ["base", "head"])
+def test_a_comparison_counts_the_groups_that_either_side_joins(side: str) -> None:
+    """Ten cities of four drives each: whoever knows the cities, the interval is that of the cities."""
+    base, head = tables(40)
+    cities = np.array([f"city{int(name[4:]) // 4}" for name in base.groups])
+    joined = replace(base, groups=cities), replace(head, groups=cities)
+    given = (joined[0], head) if side == "base" else (base, joined[1])
+    found = compare_predictions(*given, PRIOR, n_resamples=200)
+    wanted = compare_predictions(*joined, PRIOR, n_resamples=200)
+    assert found.n_groups == 10
+    assert found.differences == wanted.differences
+    assert found.same_mcc_p == wanted.same_mcc_p
+    assert found.differences != compare_predictions(base, head, PRIOR, n_resamples=200).differences
+    part = {str(name): "x" for name in base.ids[::2]}
+    slices = [
+        compare_predictions(*each, PRIOR, {"s": part}, n_resamples=200).slices
+        for each in (given, joined)
+    ]
+    assert slices[0] == slices[1]
+
+
 def test_groups_of_either_side_stay_together() -> None:
     def same_parts(x: np.ndarray, y: list[int]) -> bool:
         return len(set(zip(x.tolist(), y, strict=True))) == len(set(x.tolist())) == len(set(y))

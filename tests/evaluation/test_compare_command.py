@@ -147,8 +147,8 @@ def test_the_sheet_shows_both_kinds(compared: Project, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope"], '"nope" is no Git revision, branch, tag or DVC experiment'),
-        (["main", "nope"], '"nope" is no Git revision'),
+        (["nope"], '"nope" is neither a DVC experiment nor a Git revision'),
+        (["main", "nope"], '"nope" is neither a DVC'),
     ],
 )
 def test_an_unknown_revision_is_one_line(
@@ -167,5 +167,5 @@ def test_a_revision_without_predictions_is_named(compared: Project, run: Run) ->
     assert code == 2
     assert f"{TABLE} of HEAD is missing; the stage `evaluate` makes it" in said
     outside = Revision(compared.root.parent, "main")
-    with pytest.raises(Exception, match="git repository"):
+    with pytest.raises(Exception, match="in no Git repository"):
         outside.predictions()

@@ -73,11 +73,42 @@ def test_both_forms_say_the_same(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        "image, prediction, label",
+        "Image,PREDICTION,Label ",
+        ' image ,\tprediction,"label"',
+        'image, "prediction",label',
+    ],
+)
+def test_blanks_and_case_of_headers_drop_no_answer(header: str, folder: Path) -> None:
+    log = write(folder / "log.csv", f"{header}\na.png, 0.9, 1\nb.png,0.2 ,0\n")
+    a, b = Challenge(folder / "a.png", 0.9, 1), Challenge(folder / "b.png", 0.2, 0)
+    assert read_log(log) == [a, b]
+    rows = [
+        {" Image": "a.png", "Prediction ": 0.9, "LABEL": 1},
+        {"image": "b.png", "prediction": 0.2, "label": 0},
+    ]
+    assert read_log(write(folder / "log.jsonl", "\n".join(map(json.dumps, rows)))) == [a, b]
+
+
+def test_a_log_without_answers_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_log(write(folder / "log.csv", "image,label,score\na.png,1,0.9\n"))
+    assert (
+        "log.csv has no predictions: what was answered is not measured; not read: score"
+        in caplog.text
+    )
+    with pytest.raises(UserError, match=r"no challenge with a label: .*; not read: truth"):
+        read_log(write(folder / "log.csv", "image,prediction,truth\na.png,1,0\n"))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "has no column image; its columns are none"),
         ("name,label\na.png,1\n", "has no column image; its columns are name, label"),
         ("image,label,label\na.png,1,1\n", "names a column twice: label and label"),
+        ("image,label,Label \na.png,1,1\n", "names a column twice: label and Label"),
         ("image,label\na.png,1\na.png\n", "line 3: 1 cells, but the header names 2 columns"),
         ("image,label\na.png,1,2\n", "line 2: 3 cells, but the header names 2 columns"),
         ("image,label\n,1\n", "line 2: image is ''; the path of a file is needed"),
@@ -111,6 +142,8 @@ def test_a_csv_that_is_wrong(text: str, message: str, folder: Path) -> None:
     ("text", "message"),
     [
         ("image", "line 1 is not JSON"),
+        (f'{{"image": "a.png", "label": {"1" * 5000}}}', "line 1 is not JSON"),
+        ('{"image": "a.png", "label": 1, "Label": 0}', "line 1 names a key twice"),
         ('{"image": "a.png", "label": 1}\n[1]', 'line 2 is no object with the key "image"'),
         ('{"label": 1}', 'line 1 is no object with the key "image"'),
         ("[" * 100_000, "line 1 is not JSON"),

@@ -1,0 +1,175 @@
+"""What Git has of a project: its commits and their files, also where the repository's top is above the project.
+
+Only plumbing commands are run, and only the object store is read: no DVC remote is asked, whatever a
+revision's own configuration names, and nothing of a revision is run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from streetvision.errors import UserError
+
+# A table of a million predictions is a quarter of it.
+MAX_FILE_BYTES = 2**28
+_EXPERIMENTS = "refs/exps/"
+# Neither the user's pager, signature programs or monitors nor a question for a password.
+_COMMAND = ("git", "-c", "core.fsmonitor=false", "-c", "log.showSignature=false")
+_ENVIRONMENT = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+
+
+def commit_of(root: Path, revision: str) -> str:
+    """The full hash of a DVC experiment's or a Git revision's commit; experiments go first.
+
+    Raises
+    ------
+    UserError
+        No repository, or no such revision.
+    """
+    check_repository(root)
+    if revision.isprintable() and revision.strip():
+        named = experiments(root, revision)
+        if revision in named:
+            return named[revision]
+        wanted = f"{revision}^{{commit}}"
+        arguments = ("rev-parse", "--verify", "--quiet", "--end-of-options", wanted)
+        found = _git(root, *arguments) or ""
+        if re.fullmatch("[0-9a-f]{40,64}", found):
+            return found
+    hint = ""
+    if _git(root, "rev-parse", "--is-shallow-repository") == "true":
+        hint = "; this clone is shallow: `git fetch --unshallow` brings what is older"
+    raise UserError(f'"{revision}" is neither a DVC experiment nor a Git revision of {root}{hint}')
+
+
+def experiments(root: Path, name: str | None = None) -> dict[str, str]:
+    """Commits of DVC's finished experiments by name: HEAD's, or those of any commit that have this name.
+
+    DVC keeps each as `refs/exps/<2 digits>/<38 digits of the commit it began at>/<name>`.
+    """
+    check_repository(root)
+    if name is None:
+        head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD") or "none"
+        pattern = f"{_EXPERIMENTS}{head[:2]}/{head[2:]}/"
+    else:
+        pattern = _EXPERIMENTS
+    listed = _git(root, "for-each-ref", "--format=%(refname) %(objectname)", pattern) or ""
+    found = {}
+    for line in listed.splitlines():
+        ref, _, commit = line.rpartition(" ")
+        parts = ref.removeprefix(_EXPERIMENTS).split("/")
+        if len(parts) == 3 and len(parts[0]) == 2 and name in {None, parts[2]}:
+            found[parts[2]] = commit
+    return found
+
+
+def files(
+    root: Path, wanted: Iterable[tuple[str, str]], limit: int = MAX_FILE_BYTES
+) -> dict[tuple[str, str], bytes | None]:
+    """Contents by (commit, path from `root`); None where there is no such file.
+
+    Raises
+    ------
+    UserError
+        A path that leaves the project or is no path, a folder in a file's place, or a file above `limit`
+        bytes.
+    """
+    pairs = list(wanted)
+    for _, path in pairs:
+        check_path(path)
+    request = "".join(f"{commit}:./{path}\n" for commit, path in pairs).encode()
+    sizes: dict[tuple[str, str], int] = {}
+    for pair, line in zip(pairs, _batch(root, "--batch-check", request).splitlines(), strict=True):
+        if line.endswith(b" missing"):
+            continue
+        _, kind, size = line.rsplit(b" ", 2)
+        if kind != b"blob":
+            raise UserError(f"{pair[1]} of {pair[0][:7]} is no file")
+        if int(size) > limit:
+            raise UserError(
+                f"{pair[1]} of {pair[0][:7]} has {int(size):,} bytes, more than {limit:,}"
+            )
+        sizes[pair] = int(size)
+    found: dict[tuple[str, str], bytes | None] = dict.fromkeys(pairs)
+    request = "".join(f"{commit}:./{path}\n" for commit, path in sizes).encode()
+    answer, place = _batch(root, "--batch", request), 0
+    for pair, size in sizes.items():
+        start = answer.index(b"\n", place) + 1
+        found[pair], place = answer[start : start + size], start + size + 1
+    return found
+
+
+def asks_elsewhere(root: Path, commit: str) -> bool:
+    """Whether DVC would ask for this commit's data where HEAD's would not: another `.dvc/config` or import."""
+    asked = []
+    for each in (commit, "HEAD"):
+        listed = _git(root, "ls-tree", "-r", "-z", each) or ""
+        lines = (line.partition("\t") for line in listed.split("\0"))
+        asked.append(
+            {
+                (path, what)
+                for what, _, path in lines
+                if path == ".dvc/config" or path.endswith(".dvc")
+            }
+        )
+    return not asked[0] <= asked[1]
+
+
+def check_path(path: str) -> None:
+    """Refuse what is no relative path below the project (UserError)."""
+    parts = path.split("/")
+    if not path.isprintable() or not {"", ".", ".."}.isdisjoint(parts):
+        raise UserError(f"{path!r} is no path of a file below the project")
+
+
+def parent_and_time(root: Path, commit: str) -> tuple[str | None, int]:
+    """The first parent of a commit (None at the start of the history that is here), its time in seconds."""
+    line = _git(root, "rev-list", "--max-count=1", "--parents", "--timestamp", commit)
+    if line is None:
+        raise UserError(f"Git cannot read the commit {commit[:7]} of {root}")
+    seconds, _, *parents = line.split()
+    return (parents[0] if parents else None), int(seconds)
+
+
+def check_repository(root: Path) -> None:
+    """Refuse a folder that no Git repository holds (UserError): say what to do."""
+    try:
+        done = _run(root, ["rev-parse", "--git-dir"])
+    except FileNotFoundError as error:
+        raise UserError("git is not installed; revisions are read with it") from error
+    if done.returncode == 0:
+        return
+    said = done.stderr.decode(errors="replace").strip()
+    if "not a git repository" in said:
+        raise UserError(
+            f"{root} is in no Git repository, and revisions are read from one (a ZIP download has none): "
+            "`git clone` the project, or make this folder a repository with `git init`, `git add .` and "
+            "`git commit`"
+        )
+    raise UserError(f"Git cannot read {root}: {said}")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What a command prints; None if it fails."""
+    done = _run(root, arguments)
+    return done.stdout.decode(errors="surrogateescape").strip() if done.returncode == 0 else None
+
+
+def _batch(root: Path, mode: str, request: bytes) -> bytes:
+    done = _run(root, ["cat-file", mode], request)
+    if done.returncode:
+        raise UserError(f"Git cannot read {root}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def _run(
+    root: Path, arguments: Sequence[str], request: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*_COMMAND, *arguments], cwd=root, input=request, capture_output=True, check=False,
+        env=os.environ | _ENVIRONMENT,
+    )  # fmt: skip
