@@ -38,6 +38,14 @@ def terminal(text: str, keep: str = "") -> str:
     )
 
 
+def escaped(name: str | os.PathLike[str]) -> str:
+    r"""The name of a file as text of one line in UTF-8, from which the name can be told: `\` is `\\`.
+
+    For ids, paths in tables and messages; a byte that is not UTF-8 is `\udc..`, as Python has it.
+    """
+    return terminal(os.fspath(name).replace("\\", "\\\\"))
+
+
 def markdown(text: str) -> str:
     """Text that Markdown, as GitHub reads it, shows as it is: in a sentence, a heading or a cell of a table.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,27 @@ def test_files_folders_and_globs(photos: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(photos)
     asked = ["a[1].jpg", "notes.txt", "none*.jpg", "missing.jpg"]
     assert find_images(asked) == [Path(name) for name in asked]
+
+
+def test_folders_are_walked_as_the_sources_are(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = (photos / "01.PNG").read_bytes()
+    for name in ("a/.thumbnails/x.png", "a/x.jfif", "pool/y", "pool/z.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "pool/z.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "a/linked").symlink_to(tmp_path / "pool")
+    for name in ("up", "here"):
+        (tmp_path / "a" / name).symlink_to("..")
+    os.mkfifo(tmp_path / "a/pipe.png")
+    assert names(find_images([str(tmp_path / "a")]), tmp_path) == ["a/linked/y", "a/x.jfif"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path}/a: left out: 1 HEIC, 2 links to folders")
+    # `**` ends, too, and takes what has the name.
+    assert names(find_images([f"{tmp_path}/a/**/y"]), tmp_path) == ["a/linked/y"]
+    assert names(find_images([f"{tmp_path}/**/x.*"]), tmp_path) == ["a/x.jfif"]
+    assert names(find_images([f"{tmp_path}/a/**"]), tmp_path)[:1] == ["a/linked/y"]
 
 
 def test_one_bad_file_does_not_stop_the_rest(photos: Path, trained: Trained) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import unicodedata
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from streetvision.data.files import plan_csv
 from streetvision.data.labels import LabelReader
-from streetvision.data.natix import find_columns, plan_parquet, translate
+from streetvision.data.natix import find_columns, find_parquet, plan_parquet, translate
 from streetvision.data.parts import slices
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.data.sources import plan_source
@@ -113,6 +114,81 @@ def test_folder_needs_both_classes(tmp_path):
     assert [row["label"] for row in rows_of(plan(source, tmp_path))] == [0, 1]
 
 
+def test_an_image_under_both_classes_is_kept_twice_and_said(tmp_path, caplog):
+    put(tmp_path / "pool/x.jpg", jpeg(1))
+    for name in ("roadwork/g0", "none/g1"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.jpg").symlink_to(tmp_path / "pool/x.jpg")
+    put(tmp_path / "none/g1/y.jpg", jpeg(2))
+    (tmp_path / "roadwork/g0/y.jpg").hardlink_to(tmp_path / "none/g1/y.jpg")
+    put(tmp_path / "roadwork/g0/z.jpg", jpeg(3))
+    rows = rows_of(plan(FolderSource(kind="folder", name="f"), tmp_path))
+    # A linked file is in the group in which its link stands.
+    assert sorted((r["image"]["path"], r["label"], r["group"]) for r in rows) == [
+        ("none/g1/x.jpg", 0, "g1"), ("none/g1/y.jpg", 0, "g1"), ("roadwork/g0/x.jpg", 1, "g0"),
+        ("roadwork/g0/y.jpg", 1, "g0"), ("roadwork/g0/z.jpg", 1, "g0"),
+    ]  # fmt: skip
+    assert (
+        'source "f": 2 images are linked under both classes and kept with both labels: '
+        "roadwork/g0/x.jpg and none/g1/x.jpg and others"
+    ) in caplog.text
+
+
+def test_what_is_left_out_is_said_in_one_line(tmp_path, caplog):
+    for name in ("roadwork/a.jfif", "roadwork/b", "none/c.JPE"):
+        put(tmp_path / name, jpeg(1))
+    put(tmp_path / "none/d.heic", b"\0\0\0\x18ftypheic")
+    put(tmp_path / "none/e.txt")
+    put(tmp_path / "loose.jpg", jpeg(2))
+    with put(tmp_path / "none/huge.jpg").open("wb") as file:
+        file.truncate(3 * 2**30)
+    made = plan(FolderSource(kind="folder", name="f"), tmp_path)
+    assert [row["id"] for row in rows_of(made)] == [
+        "f/none/c.JPE",
+        "f/roadwork/a.jfif",
+        "f/roadwork/b",
+    ]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(
+        'source "f": left out: 1 .txt, 1 HEIC, 1 images outside of the class folders, 1 larger than the '
+    )
+    assert made.ignored_files == 4
+
+
+def test_names_that_nobody_chose_are_valid_text(tmp_path):
+    names = [
+        "stra\udcdfe.jpg",
+        " blank.jpg",
+        "two\nlines.jpg",
+        "\x1b[31m.jpg",
+        "back\\slash.jpg",
+        "=1.jpg",
+    ]
+    names.append("x" * 251 + ".jpg")
+    for name in names:
+        put(tmp_path / "roadwork/gr\udcffuppe" / name, jpeg(1))
+    put(tmp_path / "none/a.jpg", jpeg(2))
+    rows = rows_of(plan(FolderSource(kind="folder", name="f"), tmp_path))
+    assert len(rows) == 8
+    assert {row["group"] for row in rows} == {None, r"gr\udcffuppe"}
+    assert {row["id"].rpartition("/")[2] for row in rows} == {
+        r"stra\udcdfe.jpg", " blank.jpg", r"two\nlines.jpg", r"\x1b[31m.jpg", r"back\\slash.jpg", "=1.jpg",
+        "x" * 251 + ".jpg", "a.jpg",
+    }  # fmt: skip
+
+
+def test_one_name_in_two_spellings_is_one_group(tmp_path):
+    for folder, form in (("roadwork", "NFC"), ("none", "NFD")):
+        put(tmp_path / folder / unicodedata.normalize(form, "Zürich") / "a.jpg", jpeg(1))
+    rows = rows_of(plan(FolderSource(kind="folder", name="f"), tmp_path))
+    assert {row["group"] for row in rows} == {unicodedata.normalize("NFC", "Zürich")}
+    wanted = FolderSource(
+        kind="folder", positive_folders=[unicodedata.normalize("NFC", "Straßenbäu")]
+    )
+    (tmp_path / "roadwork").rename(tmp_path / unicodedata.normalize("NFD", "Straßenbäu"))
+    assert sorted(row["label"] for row in rows_of(plan(wanted, tmp_path))) == [0, 1]
+
+
 @pytest.mark.parametrize("path", ["../street", "/etc", "a/../../street"])
 def test_paths_outside_the_root_are_refused(tmp_path, path):
     root = tmp_path / "root"
@@ -180,6 +256,31 @@ def test_csv_maps_known_columns_and_keeps_the_rest(tmp_path):
     assert (b["latitude"], b["longitude"]) == (48.1, 11.6)
     assert c["label"] is None
     assert "latitude" not in c
+
+
+def test_csv_finds_images_beside_itself_and_in_other_spellings(tmp_path):
+    put(tmp_path / "sub/images/a.jpg", jpeg(1))
+    put(tmp_path / f"sub/{unicodedata.normalize('NFD', 'ü')}.JPG", jpeg(2))
+    put(tmp_path / "sub/deep/c.jpg", jpeg(3))
+    put(tmp_path / "images/d.jpg", jpeg(4))
+    put(
+        tmp_path / "sub/labels.csv",
+        "Image Path;Label\na.jpg;1\nü.jpg;0\ndeep\\c.jpg;1\nd.jpg;0\n".encode("utf-16"),
+    )
+    source = CsvSource(kind="csv", name="c", path="sub/labels.csv", images="images")
+    rows = rows_of(plan(source, tmp_path))
+    assert [row["image"]["bytes"] for row in rows] == [jpeg(1), jpeg(2), jpeg(3), jpeg(4)]
+    assert [row["id"] for row in rows] == ["c/a.jpg", "c/ü.jpg", "c/deep/c.jpg", "c/d.jpg"]
+    put(tmp_path / "sub/labels.csv", b"file,label\na.jpg,1\nimages/a.jpg,0\n")
+    with pytest.raises(UserError, match=r"line 3: images/a.jpg is already in line 2"):
+        plan(source, tmp_path)
+
+
+def test_csv_rows_of_one_real_file_with_two_labels_are_said(tmp_path, caplog):
+    source = make_csv(tmp_path, "file,label\na.jpg,1\nb.jpg,0\n", "a.jpg")
+    (tmp_path / "images/b.jpg").symlink_to("a.jpg")
+    assert len(rows_of(plan(source, tmp_path))) == 2
+    assert "1 images are linked under both classes" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -385,6 +486,16 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"x\.parquet is damaged"):
         rows_of(plan_parquet("p", [file], 5))
+
+
+def test_parquet_is_found_as_everything_is(tmp_path):
+    table = pa.table({"image": [b"x"], "label": [1]})
+    for name in ("data/train.parquet", ".ipynb_checkpoints/train.parquet", "b.PARQUET"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / name)
+    (tmp_path / "data/up").symlink_to("..")
+    found = find_parquet(tmp_path, "here")
+    assert found == [tmp_path / "b.PARQUET", tmp_path / "data/train.parquet"]
 
 
 @pytest.mark.parametrize("shard_images", [1, 4, 7, 100])

@@ -199,12 +199,29 @@ def test_evidence_size_of_nothing_is_empty() -> None:
     assert evidence_size(np.zeros(0)).shape == (0,)
 
 
-def test_one_class_and_impossible_priors_are_refused(
-    predictor: Predictor, split: Split, tmp_path: Path, write_split: Callable[..., Path]
-) -> None:
-    one = open_split("evaluate", "val_test", write_split(tmp_path / "a.arrow", labels=[1] * 4))
-    with pytest.raises(UserError):
-        evaluate_split(predictor, one, 0.5, n_resamples=100, mistakes=0, seed=7)
+@pytest.mark.parametrize("label", [0, 1])
+def test_images_of_one_class_say_what_they_can(
+    label: int, predictor: Predictor, tmp_path: Path, write_split: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    one = open_split("evaluate", "val_test", write_split(tmp_path / "a.arrow", labels=[label] * 8))
+    found = evaluate_split(predictor, one, 0.5, n_resamples=100, mistakes=2, seed=7)
+    report, probability = found.report, found.predictions["probability"]
+    share = float((probability > 0.5).mean())
+    wanted = {"recall": share, "fnr": 1 - share} if label else {"fpr": share}
+    assert report["natural"] == pytest.approx(wanted)
+    assert [report[name] for name in ("mcc", "ece", "ece_detail", "served")] == [None] * 4
+    assert report["mean_probability"] == pytest.approx(probability.mean())
+    assert (report["n"], report["positive_share"]) == (8, label)
+    assert set(found.plots) == {"confusion.png", "mistakes.png"}
+    written = write_evaluation(found, tmp_path / "evaluation.json", tmp_path / "plots")
+    assert json.loads(written[-1].read_text())["mcc"] is None
+    assert ("recall", "the false alarm rate")[1 - label] in caplog.text
+    for low_high in report["natural_interval"].values():
+        assert low_high["low"] <= low_high["high"]
+
+
+def test_impossible_priors_are_refused(predictor: Predictor, split: Split) -> None:
     for prior in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="prior"):
             evaluate_split(predictor, split, prior, n_resamples=100, mistakes=0, seed=7)

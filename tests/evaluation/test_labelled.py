@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from streetvision.data.labels import ClassNames
 from streetvision.data.store import open_split
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
@@ -102,6 +105,104 @@ def test_a_csv(source: Path, tmp_path: Path, images: str) -> None:
 def test_parquet(source: Path, tmp_path: Path, whole_folder: bool) -> None:
     file = as_parquet(source, tmp_path / "parquet")
     check(file.parent if whole_folder else file, source)
+
+
+def test_a_csv_whose_own_folder_comes_first(source: Path, tmp_path: Path) -> None:
+    table = as_csv(source, tmp_path / "csv", "photos")
+    (tmp_path / "csv/images").mkdir()
+    text = table.read_text().replace("\n0", "\nphotos/0").replace("\n1", "\nphotos/1")
+    table.write_text(text)
+    check(table, source)
+    table.rename(table.with_suffix(".TSV"))
+    table.with_suffix(".TSV").write_text(text.replace(",", "\t"))
+    check(table.with_suffix(".TSV"), source)
+
+
+def test_a_data_set_of_the_hub(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = as_parquet(source, tmp_path / "set")
+    for name in ("data", "data/.hidden"):
+        (file.parent / name).mkdir()
+    (file.parent / "README.md").write_text("x")
+    (file.parent / "data/.hidden/train-1.parquet").write_bytes(file.read_bytes())
+    file.rename(file.parent / "data/train-00000-of-00001.parquet")
+    with caplog.at_level("INFO"):
+        check(file.parent, source)
+    assert "read as Parquet: data/train-00000-of-00001.parquet" in caplog.text
+    assert "several splits" not in caplog.text
+
+
+def test_splits_read_together_are_said(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = as_parquet(source, tmp_path / "set")
+    table = pq.read_table(file)
+    file.unlink()
+    pq.write_table(table.slice(0, 5), file.parent / "train-0.parquet")
+    (file.parent / "test").mkdir()
+    pq.write_table(table.slice(5), file.parent / "test/0.parquet")
+    check(file.parent, source)
+    assert "files of several splits (test, train) are read together" in caplog.text
+
+
+def test_class_names_of_folders_and_columns(source: Path, tmp_path: Path) -> None:
+    names = ClassNames(("travaux",), ("rien",))
+    folder = as_folder(source, tmp_path / "folder")
+    (folder / "roadwork").rename(folder / "travaux")
+    (folder / "none").rename(folder / "rien")
+    table = as_csv(source, tmp_path / "csv", "images")
+    table.write_text(
+        re.sub(r",([01]),", lambda m: f",{('rien', 'travaux')[int(m[1])]},", table.read_text())
+    )
+    parquet = as_parquet(source, tmp_path / "parquet")
+    columns = pq.read_table(parquet).to_pydict()
+    columns["label"] = [{"None": "rien", "Roadwork": "travaux"}[name] for name in columns["label"]]
+    pq.write_table(pa.table(columns), parquet)
+    for data in (folder, table, parquet):
+        with labelled_images(data, PREPROCESSING, classes=names) as split:
+            assert (len(split), split.labels.sum()) == (N, 6)
+        with pytest.raises(UserError), labelled_images(data, PREPROCESSING):
+            pass
+
+
+def test_a_folder_of_one_class(source: Path, tmp_path: Path) -> None:
+    folder = as_folder(source, tmp_path / "folder")
+    for path in (folder / "none").iterdir():
+        path.unlink()
+    (folder / "none").rmdir()
+    with labelled_images(folder, PREPROCESSING) as split:
+        assert set(split.labels) == {1}
+    (folder / "empty road").mkdir()  # which may be the other class
+    with (
+        pytest.raises(UserError, match=r"no folder named none .*; it has empty road, roadwork"),
+        labelled_images(folder, PREPROCESSING),
+    ):
+        pass
+
+
+def test_a_folder_that_a_table_lists(source: Path, tmp_path: Path) -> None:
+    table = as_csv(source, tmp_path / "csv", ".")
+    with (
+        pytest.raises(UserError, match=r"if labels\.csv lists its images, give that file"),
+        labelled_images(table.parent, PREPROCESSING),
+    ):
+        pass
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.parquet", "c.arrow"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError), labelled_images(tmp_path / name, PREPROCESSING):
+            pass
+    for label in ("roadwork", "none"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        os.mkfifo(tmp_path / "set" / label / "x.jpg")
+    with (
+        pytest.raises(UserError, match="holds no JPEG"),
+        labelled_images(tmp_path / "set", PREPROCESSING),
+    ):
+        pass
 
 
 def test_a_relative_path(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
