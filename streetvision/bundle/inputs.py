@@ -9,14 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from streetvision.data.decode import (
+from streetvision.data.payload import from_base64
+from streetvision.data.pixels import (
     MAX_ASPECT,
+    MAX_DECODE_SECONDS,
+    MAX_FILE_BYTES,
     MIN_SIDE_PX,
     UnusableImageError,
     decode_upright,
+    is_image,
     upright_rgb,
 )
-from streetvision.data.walk import MAX_FILE_BYTES, read_image
+from streetvision.data.walk import read_image
 from streetvision.errors import UserError
 from streetvision.escaping import escaped
 from streetvision.params import Data
@@ -39,11 +43,12 @@ def upright_image(
     Parameters
     ----------
     source
-        A PIL image of any mode (of an animation the frame that it shows); the bytes of a JPEG, PNG or
-        WebP file, or the path of one (of an animation the first frame); or a uint8 array: grey [H, W],
-        RGB [H, W, 3] or RGBA [H, W, 4]. EXIF orientation is applied, transparency lies on black.
+        A PIL image of any mode (of an animation the frame that it shows); the bytes of a JPEG, PNG, WebP,
+        BMP or TIFF file (of an animation the first frame), also in base64 or a data URL, or the path of
+        one; or a uint8 array: grey [H, W], RGB [H, W, 3] or RGBA [H, W, 4]. EXIF orientation is applied,
+        transparency lies on black.
     max_pixels
-        Larger images are refused before they are decoded.
+        Larger images are refused before they are decoded, as is what `data.pixels` finds too costly.
     name
         What errors call it; a path is called by its own.
 
@@ -53,6 +58,11 @@ def upright_image(
         Not an image of these kinds; damaged, too large, smaller than 16 pixels or more than 10 times as
         long as wide.
     """
+    if isinstance(source, bytes | bytearray | memoryview | str):
+        given = source if isinstance(source, str) else bytes(source)
+        carried = given if isinstance(given, bytes) and is_image(given) else from_base64(given)
+        if not isinstance(source, str) or is_image(carried) or source[:5].lower() == "data:":
+            source = carried
     if isinstance(source, str | os.PathLike):
         name = escaped(source)
         if len(name) > _SHOWN_CHARACTERS:
@@ -66,8 +76,8 @@ def upright_image(
             limit = min(_BYTES_A_PIXEL * max_pixels + 2**20, MAX_FILE_BYTES)
             what = f"an image of {max_pixels:,} pixels can be"
             return decode_upright(read_image(Path(source), limit, what, name), max_pixels)
-        if isinstance(source, bytes | bytearray | memoryview):
-            return decode_upright(bytes(source), max_pixels)
+        if isinstance(source, bytes):
+            return decode_upright(source, max_pixels)
     except UnusableImageError as error:
         raise UserError(f"{name}: {_explained(error, max_pixels)}") from error
     raise UserError(
@@ -78,9 +88,10 @@ def upright_image(
 def _explained(error: UnusableImageError, max_pixels: int) -> str:
     allowed = {
         "no image": "there are no bytes",
-        "not an image": "JPEG, PNG and WebP files are read",
+        "not an image": "JPEG, PNG, WebP, BMP and TIFF files are read",
         "too many pixels": f"at most {max_pixels:,} are read",
         "too small": f"each side needs at least {MIN_SIDE_PX} pixels",
+        "too costly": f"at most {MAX_FILE_BYTES // 2**20} MiB and {MAX_DECODE_SECONDS:g} s of decoding are",
         "too elongated": f"no side may be more than {MAX_ASPECT} times the other",
     }
     # What the decoder said.

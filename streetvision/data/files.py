@@ -23,10 +23,10 @@ from streetvision.data.parts import (
     local_path,
     slices,
 )
+from streetvision.data.pixels import MAX_FILE_BYTES
 from streetvision.data.positions import read_position
 from streetvision.data.values import key
 from streetvision.data.walk import (
-    MAX_FILE_BYTES,
     TOO_LARGE,
     Finder,
     image_files,

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from streetvision.artifacts import config_hash, write_atomic, write_bytes_atomic
 from streetvision.data.parts import Part, Plan, Row
+from streetvision.data.pixels import UnusableImageError, without_metadata
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.data.sources import plan_source
 from streetvision.params import Source
@@ -134,13 +135,26 @@ def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
     size = 0
     for row in rows:
-        group.append(row)
-        size += len(row["image"]["bytes"] or b"")
+        given = row["image"]["bytes"]
+        data = _kept(given) if given else given
+        group.append({**row, "image": {**row["image"], "bytes": data}})
+        size += len(data or b"")
         if len(group) == ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
             yield group
             group, size = [], 0
     if group:
         yield group
+
+
+def _kept(data: bytes) -> bytes:
+    """The image without metadata: where and by whom it was taken is nobody's to hand on.
+
+    What is no usable image stays as it is; `prepare` says why.
+    """
+    try:
+        return without_metadata(data)
+    except UnusableImageError:
+        return data
 
 
 # --------------------------------------------------------------------------- resuming

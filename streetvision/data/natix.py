@@ -7,8 +7,6 @@ usual names.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import logging
 import math
@@ -52,6 +50,7 @@ from streetvision.data.parts import (
     known_columns,
     slices,
 )
+from streetvision.data.payload import from_base64
 from streetvision.data.positions import POSITION_COLUMNS, read_position
 from streetvision.data.schema import UNREAD_LABEL, UNREAD_POSITION
 from streetvision.data.values import EXACT_IN_FLOAT64, is_missing, key, text
@@ -493,17 +492,7 @@ def _image(value: object) -> Row:
     if isinstance(value, dict):
         path = text(value.get("path"))
         value = value.get(_bytes_field(list(value)))
-    data = value.encode() if isinstance(value, str) else value
-    return {"bytes": _from_base64(data) if isinstance(data, bytes) else None, "path": path}
-
-
-def _from_base64(data: bytes) -> bytes:
-    """Decode what is base64 from end to end (a data URL's head is dropped); no image format is."""
-    body = data.partition(b",")[2] if data.startswith(b"data:") else data
-    try:
-        return base64.b64decode(b"".join(body.split()), validate=True)
-    except binascii.Error:
-        return data
+    return {"bytes": from_base64(value) if isinstance(value, bytes | str) else None, "path": path}
 
 
 def _box(value: object) -> list[float] | None:

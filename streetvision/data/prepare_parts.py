@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from streetvision.artifacts import write_atomic
 from streetvision.data import decode, duplicates
+from streetvision.data.pixels import UnusableImageError
 from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA, UNREAD_LABEL, unread_value
 from streetvision.errors import UserError
 from streetvision.params import Data
@@ -141,16 +142,15 @@ def _prepare_row(image: Any, label: int | None, box: Any, extra: Any, data: Data
             square_crop=data.square_crop,
             max_pixels=data.max_source_pixels,
         )
-    except decode.UnusableImageError as error:
+    except UnusableImageError as error:
         return {"reason": error.reason}
     evidence = box.as_py()
     if evidence and data.square_crop:
         evidence = decode.box_in_central_square(
             evidence, decoded.original_width, decoded.original_height
         )
-    as_is = decoded.stored_as_is
     return {
-        "image": content if as_is else decode.encode_jpeg(decoded.image, data.jpeg_quality),
+        "image": decoded.jpeg or decode.encode_jpeg(decoded.image, data.jpeg_quality),
         "label": label,
         "evidence_box": evidence,
         "width": decoded.image.width,

@@ -22,15 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from streetvision.data.pixels import MAX_FILE_BYTES, is_image
 from streetvision.errors import UserError
 from streetvision.escaping import escaped
 
-# An image of 100 megapixels, however it is encoded; a larger file is not read.
-MAX_FILE_BYTES = 256 * 2**20
 TOO_LARGE = f"the {MAX_FILE_BYTES >> 20} MiB that an image file may be"
 # What stands for the content of a file that is no image: nobody's other files come into the data.
 NOT_AN_IMAGE = b"not an image"
-READ_FORMATS = ("JPEG", "PNG", "WebP")
+READ_FORMATS = "JPEG, PNG, WebP, BMP and TIFF"
 # Files that are called so are images until they are read; others are looked into.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".pjpeg", ".pjp", ".jif",
@@ -218,11 +217,16 @@ def image_files(root: Path, below: Sequence[str] = ("",)) -> Walk:
         if path.lower().endswith(IMAGE_SUFFIXES):
             images.append(path)
             continue
-        kind = _format_of(root / path)
-        if kind in READ_FORMATS:
+        try:
+            with _opened(root / path) as (file, _):
+                head = file.read(_HEAD_BYTES)
+        except OSError:
+            left_out["files that cannot be read"] += 1
+            continue
+        if is_image(head):
             images.append(path)
         else:
-            left_out[kind or _suffix(path)] += 1
+            left_out[unread_format(head) or _suffix(path)] += 1
     return Walk(images, left_out)
 
 
@@ -234,22 +238,14 @@ def images_beside(folder: Path) -> int:
     )
 
 
-def image_format(head: bytes) -> str | None:
-    """Format of an image by the first bytes of its file, 32 are enough; None if it is none that is known."""
-    if head.startswith(b"RIFF"):
-        return "WebP" if head[8:12] == b"WEBP" else None
-    if head.startswith(b"BM"):  # two letters are not enough: the reserved bytes must be 0
-        return "BMP" if head[6:10] == bytes(4) else None
+def unread_format(head: bytes) -> str | None:
+    """Name of an image format that is not read, by a file's first bytes; None if it is no such file."""
     return next((name for name, start, mark in _MARKS if head.startswith(mark, start)), None)
 
 
 # Name, where, and what is there.
 _MARKS = (
-    ("JPEG", 0, b"\xff\xd8\xff"),
-    ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
     ("GIF", 0, b"GIF8"),
-    ("TIFF", 0, b"II*\0"),
-    ("TIFF", 0, b"MM\0*"),
     ("AVIF", 4, b"ftypavi"),
     ("HEIC", 4, b"ftyphe"),
     ("HEIC", 4, b"ftypmif1"),
@@ -263,15 +259,7 @@ _MARKS = (
 def left_out_line(place: str, left_out: Counter[str]) -> str:
     """One line that says what is not read, and how many of each."""
     listed = ", ".join(f"{number} {what}" for what, number in sorted(left_out.items()))
-    return f"{place}: left out: {listed}; {', '.join(READ_FORMATS)} are read"
-
-
-def _format_of(path: Path) -> str | None:
-    try:
-        with _opened(path) as (file, _):
-            return image_format(file.read(_HEAD_BYTES))
-    except OSError:
-        return "files that cannot be read"
+    return f"{place}: left out: {listed}; {READ_FORMATS} are read"
 
 
 def _suffix(path: str) -> str:
@@ -316,7 +304,7 @@ def _read(path: Path, limit: int, what: str, name: str, *, only_images: bool) ->
             if size > limit:
                 raise UserError(f"{name} is larger than {what}")
             head = file.read(_HEAD_BYTES)
-            if only_images and head and image_format(head) not in READ_FORMATS:
+            if only_images and head and not is_image(head):
                 return NOT_AN_IMAGE
             data = head + file.read(limit + 1 - len(head))
     except (OSError, ValueError) as error:

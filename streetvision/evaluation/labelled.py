@@ -18,7 +18,7 @@ from streetvision.data.parts import Plan
 from streetvision.data.prepare import prepare_whole
 from streetvision.data.store import Split, open_split
 from streetvision.data.transforms import Preprocessing
-from streetvision.data.walk import is_left_by_tools, walk_files
+from streetvision.data.walk import READ_FORMATS, is_left_by_tools, walk_files
 from streetvision.errors import UserError
 from streetvision.escaping import escaped
 from streetvision.params import CsvSource, Data, FolderSource
@@ -60,7 +60,7 @@ def labelled_images(
 
     name, plan = _plan(data, classes, unlabelled=unlabelled)
     if not plan.parts:
-        raise UserError(f"{escaped(data)} holds no JPEG, PNG or WebP image")
+        raise UserError(f"{escaped(data)} holds no image; {READ_FORMATS} are read")
     with tempfile.TemporaryDirectory(prefix="streetvision-") as temporary:
         folder = Path(temporary)
         write_plans([name], [plan], folder / "raw", folder / "ingest", "", 0, progress)

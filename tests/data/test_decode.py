@@ -15,13 +15,15 @@ from PIL import Image, ImageOps
 
 from streetvision.data import decode
 from streetvision.data.decode import (
-    REASONS,
     DecodedImage,
-    UnusableImageError,
     box_in_central_square,
     decode_image,
-    decode_upright,
     encode_jpeg,
+)
+from streetvision.data.pixels import (
+    REASONS,
+    UnusableImageError,
+    decode_upright,
     upright_rgb,
 )
 
@@ -92,8 +94,8 @@ def test_a_large_jpeg_is_never_decoded_in_full(
     side: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    to_rgb = decode._to_rgb
-    monkeypatch.setattr(decode, "_to_rgb", lambda im: seen.append(im.size) or to_rgb(im))
+    to_rgb = decode.to_rgb
+    monkeypatch.setattr(decode, "to_rgb", lambda im: seen.append(im.size) or to_rgb(im))
     data = encode(picture(4032, 3024))
     result = run(data, side=side)
     assert seen == [(largest, largest * 3 // 4)]
@@ -200,7 +202,7 @@ def test_integer_modes_are_16_bit_grey(mode: str) -> None:
 
 
 def test_a_mode_that_pillow_cannot_convert() -> None:
-    assert reason_of(lambda: upright_rgb(Image.new("La", (64, 64)), 10**6)) == "corrupt"
+    assert reason_of(lambda: upright_rgb(Image.new("LAB", (64, 64)), 10**6)) == "corrupt"
 
 
 def test_the_canvas_of_a_webp_is_checked_before_the_decoder_makes_room_for_it() -> None:
@@ -295,13 +297,13 @@ def test_bytes_are_kept_only_for_an_upright_rgb_jpeg_of_the_very_size() -> None:
     right = picture(96, 64)
     turned = Image.Exif()
     turned[0x0112] = 3
-    assert run(encode(right)).stored_as_is
-    assert run(encode(picture(64, 64)), crop=True).stored_as_is
-    assert not run(encode(right), crop=True).stored_as_is
-    assert not run(encode(right), side=32).stored_as_is
-    assert not run(encode(right, "PNG")).stored_as_is
-    assert not run(encode(right.convert("L"))).stored_as_is
-    assert not run(encode(right, exif=turned)).stored_as_is
+    assert run(encode(right)).jpeg
+    assert run(encode(picture(64, 64)), crop=True).jpeg
+    assert not run(encode(right), crop=True).jpeg
+    assert not run(encode(right), side=32).jpeg
+    assert not run(encode(right, "PNG")).jpeg
+    assert not run(encode(right.convert("L"))).jpeg
+    assert not run(encode(right, exif=turned)).jpeg
 
 
 def test_encoding_keeps_colour_at_full_resolution() -> None:

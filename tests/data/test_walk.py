@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from streetvision.data import walk
+from streetvision.data.pixels import MAX_FILE_BYTES
 from streetvision.data.walk import (
-    MAX_FILE_BYTES,
     NOT_AN_IMAGE,
+    READ_FORMATS,
     Finder,
     image_files,
-    image_format,
     left_out_line,
     read_file,
     read_image,
     sub_folders,
+    unread_format,
     walk_files,
 )
 from streetvision.errors import UserError
@@ -222,13 +224,19 @@ def test_images_are_told_by_content_where_the_name_does_not(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("head", "kind"),
     [
-        (b"\xff\xd8\xff\xe0", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"RIFF\0\0\0\0WEBPVP8 ", "WebP"),
-        (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"BM\x36\0\0\0\0\0\0\0", "BMP"), (b"BMW is a car", None),
-        (b"\xff\xd8", None), (b"", None), (b"root:x:0:0:", None), (b"%!PS-Adobe", None),
+        (b"GIF89a", "GIF"), (b"\0\0\0\x1cftypavif", "AVIF"), (b"\0\0\0\x18ftypheix", "HEIC"),
+        (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), (b"\0\0\0\x0cJXL \r\n", "JPEG XL"), (b"ftypisom", None),
+        (b"", None), (b"root:x:0:0:", None), (b"%!PS-Adobe", None),
     ],
 )  # fmt: skip
-def test_formats_by_their_first_bytes(head: bytes, kind: str | None) -> None:
-    assert image_format(head) == kind
+def test_formats_that_are_not_read_have_a_name(head: bytes, kind: str | None) -> None:
+    assert unread_format(head) == kind
+
+
+def test_the_formats_that_are_said_to_be_read_are(tmp_path: Path) -> None:
+    for kind in READ_FORMATS.replace(" and", ",").split(", "):
+        Image.new("RGB", (20, 20)).save(tmp_path / kind, kind)
+        assert read_image(tmp_path / kind, 10**6, "that") != NOT_AN_IMAGE
 
 
 def test_only_the_bytes_of_images_are_kept(tmp_path: Path) -> None:
@@ -246,7 +254,7 @@ def test_a_sparse_file_is_refused_before_it_is_read(
 ) -> None:
     path = put(tmp_path / "sparse.jpg")
     os.truncate(path, 3 * 2**30)
-    monkeypatch.setattr(walk, "image_format", lambda _: pytest.fail("its first bytes were read"))
+    monkeypatch.setattr(walk, "is_image", lambda _: pytest.fail("its first bytes were read"))
     with pytest.raises(UserError, match=r"sparse\.jpg is larger than the bound"):
         walk.read_image(path, MAX_FILE_BYTES, "the bound")
 

@@ -199,7 +199,7 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
         (tmp_path / "set" / label).mkdir(parents=True)
         os.mkfifo(tmp_path / "set" / label / "x.jpg")
     with (
-        pytest.raises(UserError, match="holds no JPEG"),
+        pytest.raises(UserError, match="holds no image"),
         labelled_images(tmp_path / "set", PREPROCESSING),
     ):
         pass

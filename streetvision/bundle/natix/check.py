@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from streetvision.bundle.natix.install import CONFIG, NAME, install
 from streetvision.bundle.natix.stand_in import make_checkout
@@ -211,6 +211,9 @@ def malformed() -> dict[str, bytes]:
         "32 MB that are no image": payload(bytes(32_000_000)),
         "half a JPEG": payload(jpeg[: len(jpeg) // 2]),
         "a JPEG's header": payload(jpeg[:100]),
+        "one pixel": payload(encoded(half.crop((0, 0, 1, 1)), "PNG")),
+        "a line": payload(encoded(half.crop((0, 0, 224, 1)), "PNG")),
+        "a format that no validator sends": payload(encoded(half.crop((0, 0, 64, 64)), "GIF")),
         "144 megapixels": payload(encoded(half, "PNG")),
         "400 megapixels": payload(encoded(Image.new("1", (20_000, 20_000)), "PNG")),
     }
@@ -221,16 +224,17 @@ def unusual() -> dict[str, bytes]:
     image = Image.open(io.BytesIO(challenge_image(1)))
     turned = Image.Exif()
     turned[0x0112] = 6
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 1_500_000, zip=True)  # more than Pillow reads
     return {
         "grey": encoded(image.convert("L"), "JPEG"),
         "CMYK": encoded(image.convert("CMYK"), "JPEG"),
         "transparent": encoded(image.convert("RGBA"), "PNG"),
-        "palette": encoded(image.convert("P"), "GIF"),
-        "16-bit grey": encoded(Image.fromarray(np.full((9, 7), 40_000, np.uint16)), "PNG"),
+        "palette": encoded(image.convert("P"), "PNG"),
+        "16-bit grey": encoded(Image.fromarray(np.full((36, 28), 40_000, np.uint16)), "PNG"),
         "animated": encoded(image, "WEBP", save_all=True, append_images=[image.rotate(90)]),
         "EXIF-rotated": encoded(image, "JPEG", exif=turned),
-        "one pixel": encoded(image.crop((0, 0, 1, 1)), "PNG"),
-        "a line": encoded(image.crop((0, 0, 224, 1)), "PNG"),
+        "text beside the pixels": encoded(image, "PNG", pnginfo=text),
     }
 
 

@@ -11,8 +11,15 @@ image at a time; that project's tests hold both equal.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,20 +30,18 @@ import torch
 from base_miner.detectors import FeatureDetector
 from base_miner.registry import DETECTOR_REGISTRY
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import BmpImagePlugin, Image, ImageFile, TiffImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-MAX_PIXELS = 50_000_000  # a challenge has 50,000; without a limit a small file can fill the memory
+MAX_PIXELS = 50_000_000  # a camera's; a larger image is not answered
 Floats = NDArray[np.float64]
 State = dict[str, Tensor]
 PixelBox = tuple[int, int, int, int]
-UPRIGHT = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 
 
 @DETECTOR_REGISTRY.register_module(module_name="StreetVision")
@@ -69,8 +74,8 @@ class StreetVisionDetector(FeatureDetector):
             self.networks = networks(state, heads, self.model.head)
 
     def __call__(self, image: Image.Image) -> float:
-        """Return the probability in [0, 1] that the image shows roadwork; ValueError if it is too large."""
-        return deployed_probability(self.policy, self.logit(upright_rgb(image)))
+        """Return the probability in [0, 1] that the image shows roadwork; ValueError if it is unusable."""
+        return deployed_probability(self.policy, self.logit(upright_rgb(image, MAX_PIXELS)))
 
     @torch.inference_mode()
     def logit(self, image: Image.Image) -> float:
@@ -156,25 +161,742 @@ class Classifier(nn.Module):
 # --------------------------------------------------------------------------- image to model inputs
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return the image upright and in RGB: transparency on black, 16-bit grey by its high byte."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels are too many; {MAX_PIXELS:,} are allowed"
-        )
-    image.load()  # a PNG may have its EXIF block behind the pixels
+# ---- the same in streetvision/data/pixels.py and in the detector: from here
+
+MIN_SIDE_PX = 16
+# Bounds what is scaled so that its shorter side fits: the longer one grows with the aspect ratio.
+MAX_ASPECT = 10
+MAX_FILE_BYTES = 2**27
+# Segments of a JPEG, chunks of a PNG or WebP, strips of a TIFF.
+MAX_PARTS = 2**16
+MAX_SCANS = 500
+# What decoding may take on one core, estimated from the headers with the nanoseconds below.
+MAX_DECODE_SECONDS = 1.5
+# Nanoseconds of the slowest content found, of a byte before and after its decompression or a pixel.
+_JPEG_PIXEL_NS, _JPEG_BYTE_NS, _SCANS_BYTE_NS, _SCANS_BLOCK_NS = 12, 20, 90, 10
+_PNG_BYTE_NS, _TIFF_BYTE_NS, _BMP_BYTE_NS = 18, 12, 3
+_WEBP_PIXEL_NS, _WEBP_LOSSLESS_PIXEL_NS = 36, 68
+_ALPHA_PIXEL_NS = 12
+
+REASONS = (
+    "no image",  # no bytes at all
+    "not an image",  # none of the formats that are read
+    "truncated",
+    "corrupt",
+    "too many pixels",
+    "too small",
+    "too elongated",
+    "too costly",  # by MAX_FILE_BYTES, MAX_PARTS, MAX_SCANS or MAX_DECODE_SECONDS
+)
+
+# Of metadata no more is looked at in search of an orientation.
+_METADATA_BYTES = 2**16
+_EXIF = b"Exif\0\0"
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_END_OF_IMAGE = b"\xff\xd9"
+_MARKER = re.compile(rb"\xff([\x01-\xfe])")
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+# Pairs of bytes, each eight ones, that a decoder of several scans is given behind the last one.
+_PROBES = 72
+_NO_RESTART = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# TIFF tags that pixels follow from, and its compressions of bounded cost: none, LZW, Deflate, PackBits.
+_TIFF_TAGS = {
+    256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339,
+}  # fmt: skip
+_TIFF_COMPRESSIONS = {1, 5, 8, 32773, 32946}
+_TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+# EXIF orientation -> what makes the image upright, as in `PIL.ImageOps.exif_transpose`.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnusableImageError(ValueError):
+    """The bytes give no usable image; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ImageParts:
+    """An image file without metadata, and what its headers say.
+
+    Attributes
+    ----------
+    kind : name of the format in Pillow
+    data : a complete file of what pixels follow from
+    size : width and height as stored, pixels
+    orientation : EXIF orientation 1 to 8
+    nanoseconds : what decoding takes, about
+    scans : a JPEG of several scans, progressive or not
+    last_scan, least_last_scan : bytes of its last scan's data, and how many there must be at least
+    depth : bits of a PNG's sample
+    """
+
+    kind: str
+    data: bytes
+    size: tuple[int, int]
+    orientation: int
+    nanoseconds: float
+    scans: bool = False
+    last_scan: int = 0
+    least_last_scan: int = 0
+    depth: int = 8
+
+
+def image_parts(data: bytes, max_pixels: int) -> ImageParts:
+    """Take a file apart; the file's first bytes tell its format, not its name.
+
+    Raises
+    ------
+    UnusableImageError
+        With one of `REASONS`; nothing is decoded.
+    """
+    if not data:
+        raise UnusableImageError("no image")
+    if len(data) > MAX_FILE_BYTES:
+        raise UnusableImageError("too costly")
+    reader = _reader(data)
+    if reader is None:
+        raise UnusableImageError("not an image")
     try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # a damaged EXIF block is no reason not to answer
-        orientation = 1
+        parts = reader(data, max_pixels)
+    except UnusableImageError:
+        raise
+    except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
+        raise UnusableImageError("corrupt") from error
+    if parts.nanoseconds > MAX_DECODE_SECONDS * 1e9:
+        raise UnusableImageError("too costly")
+    return parts
+
+
+def is_image(data: bytes) -> bool:
+    """Whether the first bytes are those of a format that is read."""
+    return _reader(data) is not None
+
+
+def without_metadata(data: bytes) -> bytes:
+    """The same picture as a file without metadata but the orientation, its pixels untouched.
+
+    BMP and TIFF, which have no such form, become PNG at 8 bits a sample.
+
+    Raises
+    ------
+    UnusableImageError
+        Of files that are no image, damaged, too large or too costly.
+    """
+    parts = image_parts(data, MAX_FILE_BYTES)
+    if parts.kind in {"BMP", "TIFF"}:
+        buffer = io.BytesIO()
+        decode_upright(data, MAX_FILE_BYTES).save(buffer, "PNG")
+        return buffer.getvalue()
+    return parts.data if parts.orientation == 1 else _with_orientation(parts)
+
+
+def opened(parts: ImageParts) -> ImageFile.ImageFile:
+    """Give the parts to Pillow's reader of their format; `load_whole` decodes it."""
+    data = parts.data
+    if parts.kind == "JPEG" and not parts.scans:
+        # Without an end the decoder stops where data are missing; with one it would make them up. A
+        # few bytes more are what it looks ahead.
+        data = data[:-2] + bytes(8)
+    openers: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+        "JPEG": JpegImageFile,
+        "PNG": PngImageFile,
+        "WEBP": WebPImageFile,
+        "BMP": BmpImagePlugin.BmpImageFile,
+        "TIFF": TiffImagePlugin.TiffImageFile,
+    }
+    with decoding():
+        image = openers[parts.kind](io.BytesIO(data))
+    if image.size != parts.size:
+        raise UnusableImageError("corrupt")
+    if parts.kind == "BMP" and any(tile[0] != "raw" for tile in image.tile):
+        raise UnusableImageError("too costly")  # Pillow unpacks run lengths in Python
+    if parts.kind == "PNG":
+        _scale_transparency(image, parts.depth)
+    return image
+
+
+def load_whole(image: ImageFile.ImageFile, parts: ImageParts) -> None:
+    """Decode; UnusableImageError unless all of the picture is there."""
+    with decoding():
+        if parts.scans:
+            _load_scans(image, parts)
+        else:
+            image.load()
+
+
+def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode an image file at its own size, upright, in RGB.
+
+    Raises
+    ------
+    UnusableImageError
+        With one of `REASONS`.
+    """
+    parts = image_parts(data, max_pixels)
+    image = opened(parts)
+    load_whole(image, parts)
+    with decoding():
+        return turned(to_rgb(image), parts.orientation)
+
+
+def upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Turn an image of any mode upright, as its EXIF block says, and into RGB.
+
+    A file that Pillow has opened but not decoded is read again as `decode_upright` reads it, whatever
+    Pillow would make of it. Needs up to 30 bytes a pixel for a while, 4 for the result. Mode I is taken
+    as 16-bit grey, mode F as 0 to 255. The same object comes back if nothing is to be done.
+
+    Raises
+    ------
+    UnusableImageError
+        With one of `REASONS`.
+    """
+    if isinstance(image, ImageFile.ImageFile) and image.fp is not None:
+        data = _file_behind(image)
+        if not (image.decoderconfig or image.tell()):
+            return decode_upright(data, max_pixels)
+        image_parts(data, max_pixels)  # a scaled JPEG or a later frame: as the caller wants it
+    check_size(image.size, max_pixels)
+    with decoding():
+        image.load()
+        orientation = _orientation(image)
+        if orientation == 1 and image.mode == "RGB" and not image.has_transparency_data:
+            return image
+        return turned(to_rgb(image), orientation)
+
+
+def check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """UnusableImageError unless width and height are within the limits."""
+    if size[0] * size[1] > max_pixels:
+        raise UnusableImageError("too many pixels")
+    if min(size) < MIN_SIDE_PX:
+        raise UnusableImageError("too small")
+    if max(size) > MAX_ASPECT * min(size):
+        raise UnusableImageError("too elongated")
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn upright, and forget the orientation: whoever looks at the result shall not turn it again."""
+    if orientation not in _UPRIGHT:
+        return image
+    upright = image.transpose(_UPRIGHT[orientation])
+    oriented_by = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+    upright.info = {key: value for key, value in image.info.items() if key not in oriented_by}
+    return upright
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB; the same object where nothing is to be done.
+
+    Transparency lies on black, 16-bit grey keeps its high byte.
+    """
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+        # `convert` would clip 16-bit grey at 255 instead of scaling it.
+        values = np.asarray(image)
+        grey = np.clip(values, 0, 65535) >> 8
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            grey = np.where(values == clear, 0, grey)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(ground, image.convert("RGBA"))
-    image = image.convert("RGB")
-    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (0, 0, 0, 255))
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turn whatever a decoder raises on hostile bytes into a reason."""
+    try:
+        yield
+    except (MemoryError, UnusableImageError):
+        raise  # the first says something about this machine, not about the image
+    except Exception as error:
+        # Pillow tells data that end early from data that are wrong.
+        early = "truncated" in str(error).lower()
+        raise UnusableImageError("truncated" if early else "corrupt") from error
+
+
+def _file_behind(image: ImageFile.ImageFile) -> bytes:
+    """The bytes of the file that an image was opened from; its position stays."""
+    with decoding():
+        file: Any = image.fp
+        place = file.tell()
+        file.seek(0)
+        data: bytes = file.read(MAX_FILE_BYTES + 1)
+        file.seek(place)
+    return data
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where there is none or the EXIF block is damaged."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged EXIF block raises anything and is no reason to lose the image
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _scale_transparency(image: Image.Image, depth: int) -> None:
+    """Bring a PNG's transparent grey or colour from the file's depth to that of Pillow's pixels."""
+    clear = image.info.get("transparency")
+    if image.mode == "1" and isinstance(clear, int):
+        image.info["transparency"] = 255 if clear else 0
+    elif image.mode == "L" and isinstance(clear, int) and depth < 8:
+        image.info["transparency"] = clear * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and isinstance(clear, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def _reader(data: bytes) -> Callable[[bytes, int], ImageParts] | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return _jpeg_parts
+    if data.startswith(_PNG):
+        return _png_parts
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _webp_parts
+    if data.startswith((b"II*\0", b"MM\0*")):
+        return _tiff_parts
+    # A bitmap's header has one of few sizes; two letters alone begin many a text.
+    if data.startswith(b"BM") and data[14:18] in {
+        bytes([n, 0, 0, 0]) for n in (12, 40, 64, 108, 124)
+    }:
+        return _bmp_parts
+    return None
+
+
+def _bounded(count: int) -> None:
+    if count > MAX_PARTS:
+        raise UnusableImageError("too costly")
+
+
+class _Metadata:
+    """The first EXIF block and XMP packet of a file, where an orientation may stand."""
+
+    def __init__(self) -> None:
+        self.exif = self.xmp = b""
+
+    def note(self, exif: bytes = b"", xmp: bytes = b"") -> None:
+        """Take what is there, as far as an orientation stands in it."""
+        self.exif = self.exif or exif[:_METADATA_BYTES]
+        self.xmp = self.xmp or xmp[:_METADATA_BYTES]
+
+    def orientation(self) -> int:
+        """EXIF orientation 1 to 8; 1 where neither says one."""
+        order, _, entries = _directory(self.exif.removeprefix(_EXIF))
+        found = 0
+        for entry in entries:
+            if int.from_bytes(entry[:2], order) == 0x0112:
+                found = _short(entry, order)
+        match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', self.xmp)
+        if not found and match:
+            found = int(match[1])
+        return found if 1 <= found <= 8 else 1
+
+
+# JPEG: segments, each a marker, its length and content, and between them the data of scans.
+
+
+def _jpeg_parts(data: bytes, max_pixels: int) -> ImageParts:
+    kept, found, metadata = [data[:2]], _Jpeg(), _Metadata()
+    place, count, several = 2, 0, True
+    while several and (marker := _MARKER.search(data, place)):
+        count += 1
+        _bounded(count)
+        name, start = marker[1][0], marker.start()
+        if name == 0xD9 or (name == 0xD8 and found.scans):  # the end, or another picture follows
+            break
+        if name == 0x01 or 0xD0 <= name <= 0xD8:  # has no content
+            place = start + 2
+            continue
+        length = int.from_bytes(data[start + 2 : start + 4], "big")
+        place = start + 2 + length
+        if length < 2 or place > len(data):
+            break
+        content = data[start + 4 : place]
+        if not _says_nothing_of_pixels(name, content, metadata):
+            kept.append(data[start:place])
+            found.segment(name, content, max_pixels)
+        if name == 0xDA:
+            end = (_NO_RESTART if found.interval else _MARKER).search(data, place)
+            stop = end.start() if end else len(data)
+            found.scan(content, data[place:stop].rstrip(b"\xff"))
+            kept.append(found.entropy)
+            place, several = stop, found.several  # what follows a single scan is another picture
+    if not found.scans or (found.several and not found.whole()):
+        raise UnusableImageError("truncated")
+    return ImageParts(
+        "JPEG", b"".join([*kept, _END_OF_IMAGE]), found.size, metadata.orientation(),
+        found.nanoseconds(), found.several, len(found.entropy), found.least,
+    )  # fmt: skip
+
+
+def _says_nothing_of_pixels(name: int, content: bytes, metadata: _Metadata) -> bool:
+    """Whether a segment is a comment or an application's; EXIF and XMP are noted."""
+    if not (0xE0 <= name <= 0xEF or name == 0xFE):
+        return False
+    if name == 0xE1:
+        metadata.note(exif=content if content.startswith(_EXIF) else b"")
+        metadata.note(xmp=content if content.startswith(_XMP) else b"")
+    # By these two a decoder tells the colour space.
+    jfif = name == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14
+    return not (jfif or (name == 0xEE and content.startswith(b"Adobe") and len(content) >= 12))
+
+
+class _Jpeg:
+    """What the headers of a JPEG say so far."""
+
+    def __init__(self) -> None:
+        self.interval = 0  # MCUs between restarts, 0 for none
+        self.size = (0, 0)
+        self.progressive = self.several = False
+        # Blocks of each component.
+        self.components: dict[int, int] = {}
+        # Bits of a component's coefficients that are not there yet, DC and AC.
+        self.missing: dict[tuple[int, int], int] = {}
+        self.scans = self.blocks = self.bytes = self.least = 0
+        self.entropy = b""
+        self.restarts_missing = False
+
+    def segment(self, name: int, content: bytes, max_pixels: int) -> None:
+        """Read what is a frame's header or the length of a restart interval."""
+        if name == 0xDD:
+            self.interval = int.from_bytes(content[:2], "big")
+        if not 0xC0 <= name <= 0xCF or name in {0xC4, 0xC8, 0xCC}:
+            return
+        if self.components:
+            raise UnusableImageError("corrupt")
+        height, width = (int.from_bytes(content[i : i + 2], "big") for i in (1, 3))
+        self.size = (width, height)
+        check_size(self.size, max_pixels)
+        self.progressive = name in {0xC2, 0xCA}
+        fields = [content[i : i + 3] for i in range(6, 6 + 3 * content[5], 3)]
+        most = [max(field[1] >> 4 for field in fields), max(field[1] & 15 for field in fields)]
+        for field in fields:
+            sampling = (field[1] >> 4, field[1] & 15)
+            blocks = [-(-self.size[i] * sampling[i] // (8 * most[i])) for i in (0, 1)]
+            self.components[field[0]] = blocks[0] * blocks[1]
+            spans = range(64) if self.progressive else (0,)
+            self.missing |= {(field[0], k): 99 for k in spans}
+        self.mcus = -(-width // (8 * most[0])) * -(-height // (8 * most[1]))
+
+    def scan(self, content: bytes, entropy: bytes) -> None:
+        """Read a scan's header, and weigh it."""
+        shown = [content[i] for i in range(1, 1 + 2 * content[0], 2)]
+        if not shown or not self.components:
+            raise UnusableImageError("corrupt")
+        first, last, bits = content[-3:]
+        self.several = self.progressive or self.scans > 0 or len(shown) < len(self.components)
+        for component in shown:
+            self.blocks += self.components[component]
+            for k in range(first, min(last, 63) + 1) if self.progressive else (0,):
+                self.missing[component, k] = bits & 15 if self.progressive else 0
+        mcus = self.components[shown[0]] if len(shown) == 1 else self.mcus
+        self.scans += 1
+        self.bytes += len(entropy)
+        self.entropy = entropy
+        if self.scans > MAX_SCANS or self.nanoseconds() > MAX_DECODE_SECONDS * 1e9:
+            raise UnusableImageError("too costly")
+        self.restarts_missing = bool(self.interval) and (
+            len(_RESTART.findall(entropy)) < -(-mcus // self.interval) - 1
+        )
+        refined = self.progressive and first == 0 and bits >> 4 > 0  # a bit a block
+        self.least = mcus // 8 if refined else 0
+
+    def whole(self) -> bool:
+        """Whether nothing is missing before the last scan's data, nor a restart within them."""
+        return not self.restarts_missing and max(self.missing.values()) == 0
+
+    def nanoseconds(self) -> float:
+        """What decoding all that was read takes."""
+        cost = _JPEG_PIXEL_NS * self.size[0] * self.size[1]
+        if self.several:
+            return cost + _SCANS_BYTE_NS * self.bytes + _SCANS_BLOCK_NS * self.blocks
+        return cost + _JPEG_BYTE_NS * self.bytes
+
+
+def _load_scans(image: ImageFile.ImageFile, parts: ImageParts) -> None:
+    """Decode a JPEG of several scans; UnusableImageError unless the last one's data are all there.
+
+    Such a JPEG is decoded only when its end is seen, and then the decoder makes up what the last scan lacks.
+    Before the end it says how much it has taken: behind a whole scan it skips all that is no marker, within
+    one it takes bytes only for whole codes, and sixteen ones are none.
+    """
+    extents, arguments = image.tile[0][1], image.tile[0][3]
+    decoder = Image._getdecoder(image.mode, "jpeg", arguments, image.decoderconfig)
+    try:
+        image.load_prepare()
+        decoder.setimage(image.im, extents)
+        rest = parts.data[: -len(_END_OF_IMAGE)]
+        for probe in range(_PROBES):
+            taken, _ = decoder.decode(rest)
+            rest = rest[max(taken, 0) :]
+            # The first few complete what the decoder looks ahead.
+            if taken < 0 or (rest and probe > _PROBES // 3):
+                raise UnusableImageError("corrupt" if taken < 0 else "truncated")
+            rest += b"\xff\0"
+        if parts.last_scan < parts.least_last_scan:
+            raise UnusableImageError("truncated")
+        taken, failed = decoder.decode(rest + _END_OF_IMAGE)
+        if taken >= 0 or failed < 0:
+            raise UnusableImageError("corrupt")
+    finally:
+        decoder.cleanup()
+    image.tile = []
+    image.fp = None
+
+
+# PNG: chunks, each a length, a name, content and a checksum.
+
+
+def _png_parts(data: bytes, max_pixels: int) -> ImageParts:
+    header = data[len(_PNG) + 8 : len(_PNG) + 21]
+    if data[len(_PNG) + 4 : len(_PNG) + 8] != b"IHDR" or len(header) < 13:
+        raise UnusableImageError("truncated" if len(data) < len(_PNG) + 21 else "corrupt")
+    size = (int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big"))
+    check_size(size, max_pixels)
+    depth, samples = header[8], {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header[9]]
+    kept, metadata = [_PNG], _Metadata()
+    place, count, pixels, clear = len(_PNG), 0, False, samples in {2, 4}
+    while place + 8 <= len(data):
+        count += 1
+        _bounded(count)
+        length, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        stop = place + 12 + length
+        if name == b"IEND":
+            kept.append(_png_chunk(b"IEND", b""))
+            break
+        if name in {b"IHDR", b"PLTE", b"IDAT"}:
+            kept.append(data[place:stop])
+            pixels = pixels or name == b"IDAT"
+        elif name == b"tRNS" and not pixels:
+            chunk = data[place:stop]
+            if chunk == _png_chunk(name, chunk[8:-4]):
+                kept.append(chunk)
+                clear = True
+        else:
+            _note_png(name, data[place + 8 : min(stop - 4, place + _METADATA_BYTES)], metadata)
+        place = stop
+    if not pixels:
+        raise UnusableImageError("truncated")
+    nanoseconds = _PNG_BYTE_NS * samples * depth / 8 + _ALPHA_PIXEL_NS * clear
+    nanoseconds *= size[0] * size[1]
+    return ImageParts("PNG", b"".join(kept), size, metadata.orientation(), nanoseconds, depth=depth)
+
+
+def _note_png(name: bytes, content: bytes, metadata: _Metadata) -> None:
+    """Note EXIF and XMP of a chunk, which text may hold, too."""
+    if name == b"eXIf":
+        metadata.note(exif=content)
+    elif name in {b"tEXt", b"zTXt", b"iTXt"}:
+        if content.startswith(b"XML:com.adobe.xmp\0"):
+            metadata.note(xmp=_png_text(name, content))
+        elif content.startswith(b"Raw profile type exif\0"):
+            metadata.note(exif=_raw_profile(_png_text(name, content)))
+
+
+def _png_chunk(name: bytes, content: bytes) -> bytes:
+    check = zlib.crc32(name + content)
+    return b"".join([len(content).to_bytes(4, "big"), name, content, check.to_bytes(4, "big")])
+
+
+def _png_text(name: bytes, content: bytes) -> bytes:
+    """The text of a text chunk, of a compressed one the beginning."""
+    _, _, text = content.partition(b"\0")
+    packed = name == b"zTXt"
+    if name == b"iTXt":
+        packed = text[:1] == b"\1"
+        text = text[2:].split(b"\0", 2)[-1]  # behind the language and the translated keyword
+    elif packed:
+        text = text[1:]
+    try:
+        return zlib.decompressobj().decompress(text, _METADATA_BYTES) if packed else text
+    except zlib.error:
+        return b""
+
+
+def _raw_profile(text: bytes) -> bytes:
+    """EXIF as ImageMagick writes it into text: an empty line, "exif", the length, and hexadecimal digits."""
+    try:
+        return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
+    except ValueError:
+        return b""
+
+
+# WebP: chunks, each a name, a length and content, padded to an even length.
+
+
+def _webp_parts(data: bytes, max_pixels: int) -> ImageParts:
+    kept: list[bytes] = []
+    metadata = _Metadata()
+    size, extended, lossless, pixels = (0, 0), False, False, False
+    place, count = 12, 0
+    while place + 8 <= len(data):
+        name, length = (
+            data[place : place + 4],
+            int.from_bytes(data[place + 4 : place + 8], "little"),
+        )
+        start, stop = place + 8, place + 8 + length
+        count += 1
+        _bounded(count)
+        if count == 1:
+            extended = name == b"VP8X"
+            size = _webp_size(name, data[start : start + 10])
+            check_size(size, max_pixels)  # the decoder makes room for the canvas when it is opened
+        if name == b"EXIF":
+            metadata.note(exif=data[start : min(stop, start + _METADATA_BYTES)])
+        elif name == b"XMP ":
+            metadata.note(xmp=data[start : min(stop, start + _METADATA_BYTES)])
+        elif name in {b"VP8X", b"ANIM", b"ALPH", b"VP8 ", b"VP8L", b"ANMF"} and not pixels:
+            if stop > len(data):
+                raise UnusableImageError("truncated")
+            kept.append(data[place : stop + (length & 1)].ljust(8 + length + (length & 1), b"\0"))
+            pixels = name in {b"VP8 ", b"VP8L", b"ANMF"}  # of an animation the first frame
+            lossless = lossless or name in {b"ALPH", b"VP8L", b"ANMF"}
+        place = stop + (length & 1)
+        if pixels and not extended:
+            break
+    if not pixels:
+        raise UnusableImageError("truncated")
+    if extended:  # it says what follows: an animation or transparency may still
+        kept[0] = kept[0][:8] + bytes([kept[0][8] & 0x12]) + kept[0][9:]
+    cost = _WEBP_LOSSLESS_PIXEL_NS + _ALPHA_PIXEL_NS if lossless else _WEBP_PIXEL_NS
+    nanoseconds = float(cost * size[0] * size[1])
+    return ImageParts("WEBP", _riff(kept), size, metadata.orientation(), nanoseconds)
+
+
+def _webp_size(name: bytes, header: bytes) -> tuple[int, int]:
+    """Width and height by the first chunk."""
+
+    def number(start: int, stop: int) -> int:
+        return int.from_bytes(header[start:stop], "little")
+
+    if len(header) < 10 and not (name == b"VP8L" and len(header) >= 5):
+        raise UnusableImageError("truncated")
+    if name == b"VP8X":
+        return number(4, 7) + 1, number(7, 10) + 1
+    if name == b"VP8 ":
+        return number(6, 8) & 0x3FFF, number(8, 10) & 0x3FFF
+    if name == b"VP8L":
+        return (number(1, 5) & 0x3FFF) + 1, (number(1, 5) >> 14 & 0x3FFF) + 1
+    raise UnusableImageError("corrupt")
+
+
+def _riff(chunks: list[bytes]) -> bytes:
+    content = b"WEBP" + b"".join(chunks)
+    return b"RIFF" + len(content).to_bytes(4, "little") + content
+
+
+# TIFF: directories of tags; the first is the picture's. EXIF is a TIFF without pixels.
+
+
+def _directory(data: bytes) -> tuple[Any, int, list[bytes]]:
+    """Byte order, place and entries (12 bytes each) of the first directory; no entries if there is none."""
+    order: Any = {b"II": "little", b"MM": "big"}.get(data[:2])
+    if order is None:
+        return "little", 0, []
+    place = int.from_bytes(data[4:8], order)
+    count = int.from_bytes(data[place : place + 2], order)
+    entries = [data[i : i + 12] for i in range(place + 2, place + 2 + 12 * count, 12)]
+    return order, place, [entry for entry in entries if len(entry) == 12]
+
+
+def _short(entry: bytes, order: Any) -> int:
+    """An entry's single number of two or four bytes; 0 where it is of another type."""
+    size = {3: 2, 4: 4}.get(int.from_bytes(entry[2:4], order), 0)
+    return int.from_bytes(entry[8 : 8 + size], order)
+
+
+def _tiff_parts(data: bytes, max_pixels: int) -> ImageParts:
+    order, _, entries = _directory(data)
+    tags = {int.from_bytes(entry[:2], order): entry for entry in reversed(entries)}
+    value = {tag: _short(entry, order) for tag, entry in tags.items()}
+    if not {256, 257, 262}.issubset(tags):
+        raise UnusableImageError("truncated" if len(entries) < 3 else "corrupt")
+    size = (value[256], value[257])
+    check_size(size, max_pixels)
+    if value.get(259, 1) not in _TIFF_COMPRESSIONS:
+        raise UnusableImageError("not an image")
+    kept = [tags[tag] for tag in sorted(_TIFF_TAGS & set(tags))]
+    for entry in kept:
+        _bounded(int.from_bytes(entry[4:8], order))
+    samples = max(1, value.get(277, 1))
+    # One number of two bytes stands in the entry, several elsewhere.
+    bits = [max(1, value.get(258, 1))] if samples == 1 else [16]
+    nanoseconds = _TIFF_BYTE_NS * size[0] * size[1] * samples * max(bits) / 8
+    orientation = value.get(0x0112, 1)
+    # A directory of only these tags at the end, and none behind it.
+    place = len(data) + len(data) % 2
+    head = data[:4] + place.to_bytes(4, order) + data[8:].ljust(place - 8, b"\0")
+    listing = len(kept).to_bytes(2, order) + b"".join(kept) + bytes(4)
+    turn = orientation if 1 <= orientation <= 8 else 1
+    return ImageParts("TIFF", head + listing, size, turn, nanoseconds)
+
+
+def _bmp_parts(data: bytes, max_pixels: int) -> ImageParts:
+    wide = data[14] != 12
+    width, height = (
+        int.from_bytes(
+            data[18 + 4 * i : 22 + 4 * i] if wide else data[18 + 2 * i : 20 + 2 * i], "little"
+        )
+        for i in (0, 1)
+    )
+    size = (width, 2**32 - height if height >= 2**31 else height)  # negative: from the top down
+    check_size(size, max_pixels)
+    return ImageParts("BMP", data, size, 1, float(4 * _BMP_BYTE_NS * size[0] * size[1]))
+
+
+def _with_orientation(parts: ImageParts) -> bytes:
+    """The file with an EXIF block that holds nothing but the orientation."""
+    entry = b"".join(n.to_bytes(2, "big") for n in (0x0112, 3, 0, 1, parts.orientation, 0))
+    exif = b"MM\0*\0\0\0\x08\0\1" + entry + bytes(4)
+    data = parts.data
+    if parts.kind == "JPEG":
+        place = 2
+        if data[2:4] == b"\xff\xe0":  # JFIF comes first
+            place += 2 + int.from_bytes(data[4:6], "big")
+        segment = b"\xff\xe1" + (2 + len(_EXIF) + len(exif)).to_bytes(2, "big") + _EXIF + exif
+        return data[:place] + segment + data[place:]
+    if parts.kind == "PNG":
+        behind = len(_PNG) + 25  # its header
+        return data[:behind] + _png_chunk(b"eXIf", exif) + data[behind:]
+    # A WebP with EXIF is an extended one already.
+    chunks = data[12:20] + bytes([data[20] | 0x08]) + data[21:]
+    return _riff([chunks, b"EXIF" + len(exif).to_bytes(4, "little") + exif])
+
+
+# ---- the same in streetvision/data/pixels.py and in the detector: to here
+
+
+def tolerant(factory: Any, file: Any, name: str | bytes = "") -> Any:
+    """Open a file for `Image.open` without its metadata, where Pillow may find fault with that alone."""
+    if isinstance(file, io.BytesIO):
+        with suppress(UnusableImageError):
+            file = io.BytesIO(without_metadata(file.read()))
+        file.seek(0)
+    return factory(file, name)
+
+
+# A miner opens an image before it asks the detector.
+for kind in ("JPEG", "PNG", "WEBP"):
+    if kind in Image.OPEN:
+        opener, accepts = Image.OPEN[kind]
+        Image.register_open(kind, partial(tolerant, opener), accepts)
 
 
 def cut_views(
