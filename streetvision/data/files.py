@@ -27,11 +27,12 @@ from streetvision.data.pixels import MAX_FILE_BYTES
 from streetvision.data.positions import read_position
 from streetvision.data.values import key
 from streetvision.data.walk import (
+    IMAGE_SUFFIXES,
     TOO_LARGE,
     Finder,
     image_files,
-    images_beside,
     left_out_line,
+    names_at_top,
     read_image,
     sub_folders,
 )
@@ -130,9 +131,9 @@ def plan_folder(
     if unused:
         logger.warning("%s: folders not used: %s", place, ", ".join(map(escaped, unused)))
     found = image_files(folder, tuple(classes))
-    loose = images_beside(folder)
+    loose = names_at_top(folder, IMAGE_SUFFIXES)
     if loose:
-        found.left_out["images outside of the class folders"] += loose
+        found.left_out["images outside of the class folders"] += len(loose)
     entries = [
         _entry(folder, file, classes[file.partition("/")[0]], file.split("/")[1:-1])
         for file in found.files

@@ -230,12 +230,15 @@ def image_files(root: Path, below: Sequence[str] = ("",)) -> Walk:
     return Walk(images, left_out)
 
 
-def images_beside(folder: Path) -> int:
-    """How many files in a folder itself are called images."""
-    return sum(
-        name.lower().endswith(IMAGE_SUFFIXES) and not is_left_by_tools(name)
-        for name in os.listdir(folder)
-    )
+def names_at_top(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Names in a folder itself that end in one of these, in lower case; sorted."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise _unreadable(escaped(folder), error) from error
+    return [
+        name for name in names if name.lower().endswith(suffixes) and not is_left_by_tools(name)
+    ]
 
 
 def unread_format(head: bytes) -> str | None:

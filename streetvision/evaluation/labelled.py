@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from streetvision.data.parts import Plan
 from streetvision.data.prepare import prepare_whole
 from streetvision.data.store import Split, open_split
 from streetvision.data.transforms import Preprocessing
-from streetvision.data.walk import READ_FORMATS, is_left_by_tools, walk_files
+from streetvision.data.walk import READ_FORMATS, names_at_top, walk_files
 from streetvision.errors import UserError
 from streetvision.escaping import escaped
 from streetvision.params import CsvSource, Data, FolderSource
@@ -98,15 +97,14 @@ def _plan(data: Path, classes: ClassNames, *, unlabelled: bool) -> tuple[str, Pl
             f"{escaped(data)} is not a split (.arrow), Parquet, a CSV or a folder of class folders"
         )
     source = _class_folders(classes)
-    at_top = {kind: _at_top(data, kind) for kind in (PARQUET_SUFFIX, *CSV_SUFFIXES)}
-    if not at_top[PARQUET_SUFFIX] and has_classes(source, data, one=not unlabelled):
+    if not names_at_top(data, (PARQUET_SUFFIX,)) and has_classes(source, data, one=not unlabelled):
         return "folder", plan_folder(source, data, SHARD_IMAGES, one_class=True)
     parquet = _parquet_below(data)
     if parquet:
         return "parquet", plan_parquet("parquet", parquet, SHARD_IMAGES, classes)
     if unlabelled:
         return "images", plan_images("images", data, SHARD_IMAGES)
-    tables = [name for kind in CSV_SUFFIXES for name in at_top[kind]]
+    tables = names_at_top(data, CSV_SUFFIXES)
     if tables:
         raise UserError(
             f"{escaped(data)} has no folders of both classes; if {escaped(tables[0])} lists its images, "
@@ -123,15 +121,6 @@ def _class_folders(classes: ClassNames) -> FolderSource:
         positive_folders=list(classes.positive) or usual.positive_folders,
         negative_folders=list(classes.negative) or usual.negative_folders,
     )
-
-
-def _at_top(folder: Path, suffix: str) -> list[str]:
-    """Names of the files of this kind in a folder itself, sorted."""
-    return [
-        name
-        for name in sorted(os.listdir(folder))  # noqa: PTH208
-        if name.lower().endswith(suffix) and not is_left_by_tools(name)
-    ]
 
 
 def _parquet_below(folder: Path) -> list[Path]:
