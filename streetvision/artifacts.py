@@ -159,6 +159,10 @@ class ArtifactSchema:
 # --------------------------------------------------------------------------- atomic writes
 
 
+# Of a temporary file's name: it must not be too long where the file's own is not, in bytes.
+_NAME_START = 40
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
@@ -166,7 +170,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name[:_NAME_START]}.", suffix=".tmp"
+        )
         os.close(handle)
         temporary = Path(name)
         try:
@@ -200,7 +206,8 @@ def write_csv_atomic(path: Path, columns: Mapping[str, Iterable[Any]]) -> Path:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    return write_bytes_atomic(path, buffer.getvalue().encode())
+    # A name that is no UTF-8 does not lose the table; where names are read they are escaped already.
+    return write_bytes_atomic(path, buffer.getvalue().encode(errors="backslashreplace"))
 
 
 def json_text(document: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from streetvision.commands import bundles, changes, data, measuring, project
-from streetvision.errors import guarded
+from streetvision.errors import PrintableFormatter, guarded
 from streetvision.processes import keep_freed_memory
 
 
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in (project, bundles, measuring, changes, data):
         each.register(add)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     keep_freed_memory()
     return guarded(f"streetvision {options.command}", lambda: options.run(options))

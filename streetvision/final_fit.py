@@ -14,7 +14,6 @@ What needs data that the network has not seen comes from the folds of the cross-
 
 from __future__ import annotations
 
-import csv
 import logging
 import shutil
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from streetvision.artifacts import (
 )
 from streetvision.crossval import REPORT, divide, fingerprint, prepared
 from streetvision.crossval_report import LOGITS, MODELS
+from streetvision.data.csv_table import read_csv
 from streetvision.data.leave_out import held_out_units, mixed_groups, write_parts
 from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import Split, open_split, read_arrow
@@ -128,11 +128,10 @@ def _passes(path: Path) -> dict[str, Passes]:
     """The logits of what the folds held out, by condition."""
     from streetvision.decision.fitting import Passes
 
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; `crossval` makes it") from error
+    if not path.is_file():
+        raise UserError(f"{path} is missing; `crossval` makes it")
+    wanted = dict.fromkeys(("condition", "single", "fused", "label", "unit"), ())
+    rows = [row for _, row in read_csv(path, wanted).records()]
 
     def column(name: str, condition: str) -> list[str]:
         return [row[name] for row in rows if row["condition"] == condition]

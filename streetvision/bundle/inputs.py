@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,8 @@ from streetvision.data.decode import (
     decode_upright,
     upright_rgb,
 )
-from streetvision.errors import UserError
+from streetvision.data.walk import MAX_FILE_BYTES, read_image
+from streetvision.errors import UserError, escaped
 from streetvision.params import Data
 
 ImageInput = (
@@ -53,7 +53,7 @@ def upright_image(
         long as wide.
     """
     if isinstance(source, str | os.PathLike):
-        name = one_line(source)
+        name = escaped(source)
         if len(name) > _SHOWN_CHARACTERS:
             name = f"{name[:_SHOWN_CHARACTERS]}…"
     try:
@@ -62,7 +62,9 @@ def upright_image(
         if isinstance(source, np.ndarray):
             return upright_rgb(_from_array(source, name), max_pixels)
         if isinstance(source, str | os.PathLike):
-            return decode_upright(_read(source, max_pixels, name), max_pixels)
+            limit = min(_BYTES_A_PIXEL * max_pixels + 2**20, MAX_FILE_BYTES)
+            what = f"an image of {max_pixels:,} pixels can be"
+            return decode_upright(read_image(Path(source), limit, what, name), max_pixels)
         if isinstance(source, bytes | bytearray | memoryview):
             return decode_upright(bytes(source), max_pixels)
     except UnusableImageError as error:
@@ -70,11 +72,6 @@ def upright_image(
     raise UserError(
         f"{name} is a {type(source).__name__}; a PIL image, encoded bytes, a path or a uint8 array is needed"
     )
-
-
-def one_line(path: str | os.PathLike[str]) -> str:
-    """A path as text of one line that any terminal takes."""
-    return " ".join(os.fspath(path).encode("utf-8", "backslashreplace").decode().split())
 
 
 def _explained(error: UnusableImageError, max_pixels: int) -> str:
@@ -100,25 +97,3 @@ def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
     if array.size == 0:
         raise UserError(f"{name} is an empty array")
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _read(path: str | os.PathLike[str], max_pixels: int, name: str) -> bytes:
-    """The content of a regular file that is not larger than an image may be."""
-    limit = _BYTES_A_PIXEL * max_pixels + 2**20
-    try:
-        found = Path(path).stat()
-        if stat.S_ISDIR(found.st_mode):
-            raise UserError(f"{name} is a folder, not an image file")
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{name} is not a regular file")
-        with Path(path).open("rb") as file:
-            data = file.read(min(found.st_size, limit) + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"{name} does not exist") from error
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in the path
-        raise UserError(f"{name} is not a path: {error}") from error
-    if len(data) > limit:
-        raise UserError(f"{name} is larger than an image of {max_pixels:,} pixels can be")
-    return data

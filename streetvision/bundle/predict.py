@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import glob
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streetvision.artifacts import write_csv_atomic
 from streetvision.bundle.inputs import upright_image
-from streetvision.data.files import IMAGE_SUFFIXES
+from streetvision.data.walk import image_files, is_left_by_tools, left_out_line, walk_files
 from streetvision.decision.policy import DECISION_THRESHOLD
-from streetvision.errors import UserError
+from streetvision.errors import UserError, escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from streetvision.bundle.base import BasePredictor
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,50 @@ class Prediction:
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
-    """Files as they are; the JPEG, PNG and WebP files below folders, sorted; what globs match.
+    """Files as they are; the images below folders, as `image_files` finds them; what globs match.
 
     Each file once. A place where there is nothing stays in the list: reading it says what is wrong.
     """
     found: dict[Path, None] = {}
     for place in places:
         path = Path(place)
-        exists = path.exists() or not glob.has_magic(place)
-        matches = [path] if exists else sorted(map(Path, glob.glob(place, recursive=True)))  # noqa: PTH207
+        exists = os.path.lexists(path) or not glob.has_magic(place)
+        matches = [path] if exists else _matches(path)
         for match in matches or [path]:
-            inside = _images_below(match) if match.is_dir() else []
-            found.update(dict.fromkeys(inside or [match]))
+            found.update(dict.fromkeys(images_below(match) or [match]))
     return list(found)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images below a folder, none if it is no folder; logs what is left out."""
+    if not folder.is_dir():
+        return []
+    found = image_files(folder)
+    if found.left_out:
+        _log.warning("%s", left_out_line(escaped(folder), found.left_out))
+    return [folder / file for file in found.files]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob matches, sorted; `**` walks as everything else does, so that links in a circle end."""
+    if "**" not in pattern.parts:
+        found = sorted(map(Path, glob.glob(str(pattern))))  # noqa: PTH207
+        return [path for path in found if not is_left_by_tools(path.name)]
+    start = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    root, wanted = Path(*pattern.parts[:start]), pattern.parts[start:]
+    if not root.is_dir():
+        return []
+    return [root / file for file in walk_files(root).files if _fits(file.split("/"), wanted)]
+
+
+def _fits(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the names of a path fit a glob's; `**` is any number of folders, at the end all below."""
+    if not wanted:
+        return not names
+    if wanted[0] == "**":
+        rest = wanted[1:]
+        return not rest or any(_fits(names[start:], rest) for start in range(len(names)))
+    return bool(names) and fnmatchcase(names[0], wanted[0]) and _fits(names[1:], wanted[1:])
 
 
 def predict_files(predictor: BasePredictor, paths: Sequence[Path]) -> Iterator[Prediction]:
@@ -67,7 +103,7 @@ def write_predictions(predictions: Iterable[Prediction], path: Path) -> Path:
     """Write a CSV: path, probability, decision (1 is roadwork), error; the middle two or the last are empty."""
     rows = [
         (
-            str(each.path).encode("utf-8", "backslashreplace").decode(),
+            escaped(each.path),
             "" if each.probability is None else each.probability,
             "" if each.decision is None else each.decision,
             each.error,
@@ -88,14 +124,3 @@ def _readable(paths: Iterable[Path], max_pixels: int, errors: dict[Path, str]) -
             errors[path] = str(error)
             continue
         yield image
-
-
-def _images_below(folder: Path) -> list[Path]:
-    # `._x.jpg` is what macOS leaves beside x.jpg on foreign file systems.
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
-    )

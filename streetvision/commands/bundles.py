@@ -7,7 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from streetvision.commands.common import ALARM, Add, say
+from streetvision.commands.common import ALARM, Add, add_class_names, class_names, say
+from streetvision.errors import escaped
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,10 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("bundle", type=Path)
     evaluate.add_argument(
         "data", type=Path,
-        help="a split (.arrow), Parquet in the NATIX schema, a CSV (file,label,group), or a folder of classes",
+        help="a split (.arrow), Parquet in the NATIX schema or a folder of it, a CSV (file,label,group), or a "
+        "folder of classes",
     )  # fmt: skip
+    add_class_names(evaluate)
     evaluate.add_argument("--served-prior", type=float, default=0.5)
     evaluate.add_argument("--resamples", type=int, default=2000, help="group-bootstrap resamples")
     evaluate.add_argument("--mistakes", type=int, default=24, help="images in the contact sheet")
@@ -112,7 +115,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from streetvision.evaluation.labelled import labelled_images
 
     predictor = Predictor.load(options.bundle)
-    with labelled_images(options.data, predictor.config.preprocessing) as split:
+    preprocessing = predictor.config.preprocessing
+    with labelled_images(options.data, preprocessing, classes=class_names(options)) as split:
         evaluation = evaluate_split(
             predictor, split, options.served_prior,
             n_resamples=options.resamples, mistakes=options.mistakes, seed=options.seed,
@@ -124,7 +128,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from streetvision.bundle.engines import load_predictor
-    from streetvision.bundle.inputs import one_line
     from streetvision.bundle.predict import find_images, predict_files, write_predictions
     from streetvision.data.schema import CLASS_NAMES
     from streetvision.progress import progress
@@ -137,7 +140,7 @@ def _predict(options: argparse.Namespace) -> int:
         if each.error:
             log.warning("%s", each.error)
         elif options.csv is None:
-            say(f"{each.probability:.6f}\t{CLASS_NAMES[each.decision or 0]}\t{one_line(each.path)}")
+            say(f"{each.probability:.6f}\t{CLASS_NAMES[each.decision or 0]}\t{escaped(each.path)}")
     if options.csv is not None:
         write_predictions(done, options.csv)
     failed = sum(bool(each.error) for each in done)

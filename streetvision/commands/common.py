@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from streetvision.errors import printable_lines
+
+if TYPE_CHECKING:
+    from streetvision.data.labels import ClassNames
 
 # Name, what it runs, one line of help → its parser.
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
@@ -12,6 +18,24 @@ PARAMS = "params.yaml"
 ALARM = 3  # exit code of `replay`, `drift` and `leakage`
 
 
+def add_class_names(command: argparse.ArgumentParser) -> None:
+    """The options that `class_names` reads."""
+    for name, what in (("positive", "roadwork"), ("negative", "no roadwork")):
+        command.add_argument(
+            f"--{name}", action="append", default=[], metavar="NAME",
+            help=f"what {what} is called in the data: a class folder or a class name; may be repeated",
+        )  # fmt: skip
+
+
+def class_names(options: argparse.Namespace) -> ClassNames:
+    """What the user calls the classes."""
+    from streetvision.data.labels import ClassNames
+
+    return ClassNames(tuple(options.positive), tuple(options.negative))
+
+
 def say(text: str) -> None:
-    """Print a command's answer."""
-    sys.stdout.write(f"{text}\n")
+    """Print a command's answer, so that any terminal takes the names in it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    line = f"{printable_lines(text)}\n"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding))

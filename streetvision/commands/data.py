@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from streetvision.commands.common import ALARM, PARAMS, Add, say
+from streetvision.commands.common import ALARM, PARAMS, Add, add_class_names, class_names, say
 from streetvision.errors import UserError
 
 
@@ -36,6 +36,7 @@ def _reviewing_data(add: Add) -> None:
         "data", type=Path, nargs="?",
         help="what `evaluate` reads; default: what `embed` embedded, that is images that trained nothing",
     )  # fmt: skip
+    add_class_names(noise)
     noise.add_argument("--bundle", type=Path, help="for the features; default: models/bundle")
     noise.add_argument(
         "--predictions", type=Path,
@@ -88,8 +89,9 @@ def _label_noise(options: argparse.Namespace) -> None:
         raise UserError("--images must be at least 1")
     paths = ArtifactSchema(Path.cwd())
     doubts, sheet, remarks = judge_labels(
-        paths, options.data, options.bundle or paths.bundle, options.predictions, options.images
-    )
+        paths, options.data, options.bundle or paths.bundle, options.predictions, options.images,
+        class_names(options),
+    )  # fmt: skip
     written = [
         write_doubts(doubts, options.output / "label_noise.csv"),
         write_bytes_atomic(options.output / "label_noise.png", sheet),

@@ -1,21 +1,23 @@
-"""Sources that are image files: class folders, and a CSV that lists files."""
+"""Sources that are image files: class folders, a CSV that lists files, a folder of images without labels."""
 
 from __future__ import annotations
 
-import csv
 import logging
-import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
+from streetvision.data.csv_table import read_csv
 from streetvision.data.labels import ClassNames, LabelReader
 from streetvision.data.parts import (
     Plan,
     Row,
     context,
     extra_json,
+    file_stat,
     input_stat,
     known_columns,
     local_path,
@@ -23,20 +25,41 @@ from streetvision.data.parts import (
 )
 from streetvision.data.positions import read_position
 from streetvision.data.values import key
-from streetvision.errors import UserError
+from streetvision.data.walk import (
+    MAX_FILE_BYTES,
+    TOO_LARGE,
+    Finder,
+    image_files,
+    images_beside,
+    left_out_line,
+    read_image,
+    sub_folders,
+)
+from streetvision.errors import UserError, escaped
 from streetvision.params import CsvSource, FolderSource
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# What a column of file names is called in the wild.
+FILE_ALIASES = (
+    "file", "filename", "file_path", "path", "image", "image_path", "image_name", "image_file", "img",
+    "img_path",
+)  # fmt: skip
+
+
+class FileEntry(NamedTuple):
+    """An image file: where it is, what its source calls it, its other columns."""
+
+    path: str
+    name: str
+    columns: Row
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """Image files, each with its other columns; the files are relative to `folder`."""
+    """Image files, each with its other columns."""
 
-    folder: Path
-    entries: tuple[tuple[str, Row], ...]
+    entries: tuple[FileEntry, ...]
 
     @property
     def n_rows(self) -> int:
@@ -44,122 +67,149 @@ class FilePart:
         return len(self.entries)
 
     def read(self) -> Iterator[Row]:
-        """Read file after file; bytes that are no image pass, `prepare` sorts them out."""
-        for file, columns in self.entries:
-            path = self.folder / file
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from error
-            yield {**columns, "image": {"bytes": data, "path": file}}
+        """Read file after file; of one that is no image no content is taken, `prepare` sorts it out."""
+        for path, name, columns in self.entries:
+            data = read_image(Path(path), MAX_FILE_BYTES, TOO_LARGE)
+            yield {**columns, "image": {"bytes": data, "path": escaped(name)}}
 
 
 def _plan_files(
-    source: FolderSource | CsvSource,
-    folder: Path,
-    entries: Sequence[tuple[str, Row]],
-    shard_images: int,
-) -> list[FilePart]:
+    source: str, entries: Sequence[FileEntry], shard_images: int, left_out: Counter[str]
+) -> Plan:
     """Cut the entries into shards and give each row its id, the source's name and the file's."""
-    rows = [
-        (file, {**columns, "id": f"{source.name}/{file}", "source": source.name})
-        for file, columns in entries
-    ]
-    shards = slices(len(rows), shard_images)
-    return [FilePart(folder, tuple(rows[start:stop])) for start, stop in shards]
+    place = f'source "{source}"'
+    kept: list[FileEntry] = []
+    inputs = []
+    labels: dict[tuple[int, int], dict[int, str]] = {}  # of each real file
+    for path, name, columns in entries:
+        stat, real = file_stat(Path(path))
+        if stat[1] > MAX_FILE_BYTES:
+            left_out[f"larger than {TOO_LARGE}"] += 1
+            continue
+        inputs.append(stat)
+        if columns["label"] is not None:
+            labels.setdefault(real, {}).setdefault(columns["label"], name)
+        own = {"id": f"{source}/{escaped(name)}", "source": source}
+        kept.append(FileEntry(path, name, {**columns, **own}))
+    both = [names for names in labels.values() if len(names) > 1]
+    if both:
+        example = " and ".join(escaped(both[0][label]) for label in (1, 0))
+        logger.warning(
+            "%s: %d images are linked under both classes and kept with both labels: %s%s",
+            place, len(both), example, " and others" if len(both) > 1 else "",
+        )  # fmt: skip
+    if left_out:
+        logger.warning("%s", left_out_line(place, left_out))
+    shards = slices(len(kept), shard_images)
+    parts = [FilePart(tuple(kept[start:stop])) for start, stop in shards]
+    return Plan(parts, inputs, left_out.total())
 
 
-def plan_folder(source: FolderSource, local_root: Path, shard_images: int) -> Plan:
-    """Class sub-folders; the first folder below one, if any, is the group."""
+def plan_folder(
+    source: FolderSource, local_root: Path, shard_images: int, *, one_class: bool = False
+) -> Plan:
+    """Class sub-folders; the first folder below one, if any, is the group.
+
+    With `one_class` the folder of one class may be missing, if there is none that might be it.
+    """
     place = f'source "{source.name}"'
     folder = local_path(local_root, source.path, place)
     if not folder.is_dir():
-        raise UserError(f"{place}: folder {folder} is missing")
-    present = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    classes: dict[str, int] = {}
+        raise UserError(f"{place}: folder {escaped(folder)} is missing")
+    present = sub_folders(folder)
+    classes = _class_folders(source, present)
     for label, names in ((1, source.positive_folders), (0, source.negative_folders)):
-        chosen = next((name for name in names if name in present), None)
-        if chosen is None:
+        alone = one_class and len(present) == len(classes) == 1
+        if label not in classes.values() and not alone:
             raise UserError(
-                f"{place}: {folder} has no folder named {' or '.join(names)}; "
-                f"it has {', '.join(present) or 'no folders'}"
+                f"{place}: {escaped(folder)} has no folder named {' or '.join(map(escaped, names))}; "
+                f"it has {', '.join(map(escaped, present)) or 'no folders'}"
             )
-        classes[chosen] = label
-    unused = [name for name in present if name not in classes and not name.startswith(".")]
+    unused = [name for name in present if name not in classes]
     if unused:
-        logger.warning("%s: folders not used: %s", place, ", ".join(unused))
-    entries, ignored = [], 0
-    for name, label in classes.items():
-        for parent, _, files in os.walk(folder / name, followlinks=True):
-            inside = Path(parent).relative_to(folder)
-            group = key(inside.parts[1]) if len(inside.parts) > 1 else None
-            for file in files:
-                # `._x.jpg` is what macOS leaves beside x.jpg on foreign file systems.
-                if file.startswith(".") or not file.lower().endswith(IMAGE_SUFFIXES):
-                    ignored += 1
-                else:
-                    entries.append(((inside / file).as_posix(), {"label": label, "group": group}))
-    entries.sort(key=lambda entry: entry[0])
-    inputs = [input_stat(folder / file) for file, _ in entries]
-    return Plan(_plan_files(source, folder, entries, shard_images), inputs, ignored)
+        logger.warning("%s: folders not used: %s", place, ", ".join(map(escaped, unused)))
+    found = image_files(folder, tuple(classes))
+    loose = images_beside(folder)
+    if loose:
+        found.left_out["images outside of the class folders"] += loose
+    entries = [
+        _entry(folder, file, classes[file.partition("/")[0]], file.split("/")[1:-1])
+        for file in found.files
+    ]
+    return _plan_files(source.name, entries, shard_images, found.left_out)
+
+
+def has_classes(source: FolderSource, folder: Path, *, one: bool = False) -> bool:
+    """Whether a folder has a sub-folder of each class; with `one` that of one and no others will do."""
+    present = sub_folders(folder)
+    found = _class_folders(source, present)
+    return len(found) == 2 or (one and len(found) == len(present) == 1)
+
+
+def _class_folders(source: FolderSource, present: Sequence[str]) -> dict[str, int]:
+    """Label by folder: of each class the first of its names that is there."""
+    found = {}
+    for label, names in ((1, source.positive_folders), (0, source.negative_folders)):
+        spelled = [unicodedata.normalize("NFC", name) for name in present]
+        for name in names:
+            if unicodedata.normalize("NFC", name) in spelled:
+                found[present[spelled.index(unicodedata.normalize("NFC", name))]] = label
+                break
+    return found
+
+
+def plan_images(name: str, folder: Path, shard_images: int) -> Plan:
+    """All images below a folder, without labels (all 0); the first folder below it, if any, is the group."""
+    found = image_files(folder)
+    entries = [_entry(folder, file, 0, file.split("/")[:-1]) for file in found.files]
+    return _plan_files(name, entries, shard_images, found.left_out)
+
+
+def _entry(folder: Path, file: str, label: int, folders: Sequence[str]) -> FileEntry:
+    """An image, `folders` those that it lies in, the first of which is the group."""
+    name = escaped(folders[0]) if folders else None
+    group = key(name) or name  # a folder called "none" is a folder all the same
+    return FileEntry(f"{folder}/{file}", file, {"label": label, "group": group})
 
 
 def plan_csv(source: CsvSource, local_root: Path, shard_images: int) -> Plan:
-    """One row an image: file, label, and any of the context columns; the rest goes to `extra`."""
+    """One row an image: file, label, and any of the context columns; the rest goes to `extra`.
+
+    A file is looked for in the folder of images, beside the CSV and in a folder `images` there.
+    """
     place = f'source "{source.name}"'
     path = local_path(local_root, source.path, place)
     images = local_path(local_root, source.images, place)
-    entries: dict[str, Row] = {}
-    lines: dict[str, int] = {}
-    table = list(_read_csv(path, place))
+    table = read_csv(path, {"file": FILE_ALIASES, "label": ("labels",)})
+    beside = (path.parent, path.parent / "images", path.resolve().parent)
+    finder = Finder((images, *beside))
     classes = ClassNames(source.positive_classes, source.negative_classes)
-    labels = LabelReader.learn([(Counter(cells["label"] for _, cells in table), ())], classes)
-    for line, cells in table:
-        place = f"{path} line {line}"
+    labels = LabelReader.learn([(Counter(map(str.strip, table.column("label"))), ())], classes)
+    entries: list[FileEntry] = []
+    lines: dict[str, int] = {}
+    missing: list[tuple[int, str]] = []
+    for (line, cells), spelled in zip(table.records(), table.column("file"), strict=True):
+        place = f"{table.place} line {line}"
         if not cells["file"]:
             raise UserError(f"{place}: the column file is empty")
-        file = local_path(images, cells["file"], place).relative_to(images).as_posix()
-        if file in lines:
-            raise UserError(f"{place}: {file} is already in line {lines[file]}")
-        lines[file] = line
-        entries[file] = _csv_columns(cells, place, labels)
-    missing = [file for file in entries if not (images / file).is_file()]
+        name = PurePosixPath(cells["file"].replace("\\", "/")).as_posix()
+        wanted = local_path(images, name, place)
+        file = finder.find(spelled)
+        real = str(file or wanted)
+        if real in lines:
+            raise UserError(f"{place}: {escaped(name)} is already in line {lines[real]}")
+        lines[real] = line
+        if file is None:
+            missing.append((line, escaped(wanted)))
+        entries.append(FileEntry(real, name, _csv_columns(cells, place, labels)))
     if missing:
+        line, wanted_name = missing[0]
         raise UserError(
-            f"{path} line {lines[missing[0]]}: image {images / missing[0]} is missing "
+            f"{table.place} line {line}: image {wanted_name} is missing "
             f"({len(missing)} of {len(entries)} are)"
         )
-    inputs = [input_stat(path), *(input_stat(images / file) for file in entries)]
-    return Plan(_plan_files(source, images, list(entries.items()), shard_images), inputs)
-
-
-def _read_csv(path: Path, place: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield line number and cells by column; every row has every column."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            for required in ("file", "label"):
-                if required not in header:
-                    raise UserError(
-                        f"{path} has no column {required}; "
-                        f"its columns are {', '.join(header) or 'none'}"
-                    )
-            if len(set(header)) < len(header):
-                raise UserError(f"{path} names a column twice: {', '.join(header)}")
-            for cells in reader:
-                if len(cells) not in {0, len(header)}:
-                    raise UserError(
-                        f"{path} line {reader.line_num}: {len(cells)} cells, "
-                        f"but the header names {len(header)} columns"
-                    )
-                if cells:
-                    values = (cell.strip() for cell in cells)
-                    yield reader.line_num, dict(zip(header, values, strict=True))
-    except OSError as error:
-        raise UserError(f"{place}: cannot read {path}: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: {path} is not a UTF-8 CSV file: {error}") from error
+    plan = _plan_files(source.name, entries, shard_images, Counter())
+    return Plan(plan.parts, [input_stat(path), *plan.inputs], plan.ignored_files)
 
 
 def _csv_columns(cells: dict[str, str], place: str, labels: LabelReader) -> Row:

@@ -62,28 +62,46 @@ def ingest_sources(
         A source is missing, empty or not in its format; a worker was killed.
     """
     plans = [plan_source(s, local_root, shard_images=shard_images, seed=seed) for s in sources]
+    names = [source.name for source in sources]
+    key = _fingerprint(sources, plans, shard_images, seed)
+    return write_plans(names, plans, output, scratch, key, workers, progress)
+
+
+def write_plans(
+    names: Sequence[str],
+    plans: Sequence[Plan],
+    output: Path,
+    scratch: Path,
+    fingerprint: str,
+    workers: int,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write the shards of sources that are planned already; see `ingest_sources`.
+
+    Shards that are in `scratch` with the same `fingerprint` are taken as they are.
+    """
     shards = [
-        {f"{index:02d}-{s.name}-{number:05d}.parquet": part for number, part in enumerate(p.parts)}
-        for index, (s, p) in enumerate(zip(sources, plans, strict=True))
+        {f"{index:02d}-{name}-{number:05d}.parquet": part for number, part in enumerate(plan.parts)}
+        for index, (name, plan) in enumerate(zip(names, plans, strict=True))
     ]
     jobs = {name: part for parts in shards for name, part in parts.items()}
-    _keep_valid_shards(scratch, _fingerprint(sources, plans, shard_images, seed))
+    _keep_valid_shards(scratch, fingerprint)
     _write_shards(jobs, scratch, workers, progress)
 
     output.mkdir(parents=True, exist_ok=True)
     for stale in output.glob("*.parquet"):
         if stale.name not in jobs:
             stale.unlink()
-    for name in jobs:
-        (scratch / name).replace(output / name)
+    for file in jobs:
+        (scratch / file).replace(output / file)
     report: dict[str, Any] = {
-        source.name: {
+        name: {
             "rows": sum(part.n_rows for part in parts.values()),
             "shards": len(parts),
-            "bytes": sum((output / name).stat().st_size for name in parts),
+            "bytes": sum((output / file).stat().st_size for file in parts),
             "ignored_files": plan.ignored_files,
         }
-        for source, plan, parts in zip(sources, plans, shards, strict=True)
+        for name, plan, parts in zip(names, plans, shards, strict=True)
     }
     keys = ("rows", "shards", "bytes", "ignored_files")
     return {

@@ -55,7 +55,8 @@ from streetvision.data.parts import (
 from streetvision.data.positions import POSITION_COLUMNS, read_position
 from streetvision.data.schema import UNREAD_LABEL, UNREAD_POSITION
 from streetvision.data.values import EXACT_IN_FLOAT64, is_missing, key, text
-from streetvision.errors import UserError
+from streetvision.data.walk import walk_files
+from streetvision.errors import UserError, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +102,14 @@ class ParquetPart:
 
 
 def find_parquet(path: Path, place: str) -> list[Path]:
-    """Return the file itself, or all `*.parquet` below a folder in order of their paths."""
+    """Return the file itself, or all `*.parquet` below a folder in order of their paths, links followed."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{place}: {path} is missing")
-    found = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
+        raise UserError(f"{place}: {escaped(path)} is missing")
+    found = [path / file for file in walk_files(path).files if file.lower().endswith(".parquet")]
     if not found:
-        raise UserError(f"{place}: folder {path} holds no .parquet files")
+        raise UserError(f"{place}: folder {escaped(path)} holds no .parquet files")
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from streetvision.data.labels import denies_roadwork
 from streetvision.data.values import key, text
-from streetvision.errors import UserError
+from streetvision.errors import UserError, escaped
 
 Row = dict[str, Any]  # columns of RAW_SCHEMA; a missing one is null
 
@@ -80,11 +80,16 @@ def slices(n_rows: int, shard_rows: int) -> Iterator[tuple[int, int]]:
 
 def input_stat(path: Path) -> tuple[str, int, int]:
     """Path, bytes and modification time (ns): what tells an input from a changed one."""
+    return file_stat(path)[0]
+
+
+def file_stat(path: Path) -> tuple[tuple[str, int, int], tuple[int, int]]:
+    """The same, and device and number: which real file it is, whatever links lead to it."""
     try:
         stat = path.stat()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return str(path), stat.st_size, stat.st_mtime_ns
+        raise UserError(f"cannot read {escaped(path)}: {error.strerror}") from error
+    return (str(path), stat.st_size, stat.st_mtime_ns), (stat.st_dev, stat.st_ino)
 
 
 # --------------------------------------------------------------------------- columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from streetvision.bundle.predictor import Predictor
 
+log = logging.getLogger(__name__)
 # Upper bounds of the evidence's share of the image, and the names of the classes between them.
 EVIDENCE_BOUNDS = (0.0025, 0.01, 0.04)
 EVIDENCE_NAMES = ("below_0.25_percent", "0.25_to_1_percent", "1_to_4_percent", "above_4_percent")
@@ -44,30 +46,44 @@ def evaluate_split(
 ) -> Evaluation:
     """Score every image of `split` through the bundle and report at the served and the natural prior.
 
+    Of images of one class that is `one_class_report`, without the plots that need both.
+
     Raises
     ------
     UserError
-        One class only; `served_prior` outside (0, 1).
+        `served_prior` outside (0, 1).
     """
     from streetvision.evaluation import plots
-    from streetvision.evaluation.metrics import prior_weights
-    from streetvision.evaluation.report import evaluation_report
+    from streetvision.evaluation.metrics import check_prior, prior_weights
+    from streetvision.evaluation.report import evaluation_report, one_class_report
 
     labels = split.labels
-    weights = prior_weights(labels, served_prior)
+    one_class = len(set(labels.tolist())) == 1
+    check_prior(served_prior)
     images = in_threads(split.image, progress(range(len(split)), len(split), "scoring"))
     probabilities = predictor.probabilities(images)
     slices = {name: split.column(name) for name in ("source", "weather", "daytime")}
-    slices["evidence_size"] = evidence_size(split.evidence_area())
-    report = evaluation_report(
-        labels, probabilities, split.groups, slices, served_prior, seed, n_resamples,
-        against_all_negatives=["evidence_size"],
-    )  # fmt: skip
-    pictures = {
-        "roc.png": plots.plot_roc(labels, probabilities),
-        "precision_recall.png": plots.plot_precision_recall(labels, probabilities, served_prior),
+    sample = (labels, probabilities, split.groups, slices, served_prior, seed, n_resamples)
+    pictures = {}
+    if one_class:
+        report = one_class_report(*sample)
+        log.warning(
+            "all %d images are %s: %s is what can be said; MCC, ECE and curves need both classes",
+            len(labels), *(("roadwork", "recall") if labels[0] else ("none", "the false alarm rate")),
+        )  # fmt: skip
+    else:
+        slices["evidence_size"] = evidence_size(split.evidence_area())
+        report = evaluation_report(*sample, against_all_negatives=["evidence_size"])
+        weights = prior_weights(labels, served_prior)
+        pictures = {
+            "roc.png": plots.plot_roc(labels, probabilities),
+            "precision_recall.png": plots.plot_precision_recall(
+                labels, probabilities, served_prior
+            ),
+            "reliability.png": plots.plot_reliability(labels, probabilities, weights),
+        }
+    pictures |= {
         "confusion.png": plots.plot_confusion(**report["confusion"]),
-        "reliability.png": plots.plot_reliability(labels, probabilities, weights),
         "mistakes.png": _mistakes(split, probabilities, mistakes),
     }
     predictions = {

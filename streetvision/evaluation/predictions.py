@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streetvision.data.csv_table import parse_csv
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import Floats, Integers, check_sample
 
@@ -51,17 +50,12 @@ class Matching:
 
 def parse_predictions(text: str, origin: str) -> Predictions:
     """Read the content of `predictions.csv`; UserError names `origin` and what is wrong."""
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = next(reader, [])
-    missing = [name for name in _COLUMNS if name not in header]
-    if missing:
-        raise UserError(f"{origin} has no column {', '.join(missing)}")
-    rows = list(reader)
+    table = parse_csv(text, origin, dict.fromkeys(_COLUMNS, ()))
+    columns = {name: table.column(name) for name in _COLUMNS}
     try:
-        columns = {name: [row[header.index(name)] for row in rows] for name in _COLUMNS}
         labels = np.array([int(value) for value in columns["label"]])
         probabilities = np.array([float(value) for value in columns["probability"]])
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise UserError(f"{origin} is not a table of predictions: {error}") from error
     twice = [name for name, count in Counter(columns["id"]).items() if count > 1]
     if twice:

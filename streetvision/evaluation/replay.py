@@ -11,12 +11,12 @@ Other columns are ignored. Only challenges with a label enter the windows.
 
 from __future__ import annotations
 
-import csv
+import io
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from PIL import Image
 
 from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
 from streetvision.bundle.inputs import upright_image
-from streetvision.errors import UserError
+from streetvision.data.csv_table import decode_text, read_csv, read_table_file
+from streetvision.data.files import FILE_ALIASES
+from streetvision.data.walk import Finder
+from streetvision.errors import UserError, escaped
 from streetvision.evaluation.reward import (
     ACCURACY_WINDOW,
     MCC_WINDOW,
@@ -78,28 +81,27 @@ def read_log(path: Path) -> list[Challenge]:
     UserError
         Names the line that is wrong, and what is allowed; or no image or label is there at all.
     """
-    readers = {CSV_SUFFIX: _csv_rows, JSON_SUFFIX: _json_rows}
-    if path.suffix not in readers:
-        raise UserError(f"{path} is neither CSV ({CSV_SUFFIX}) nor JSON lines ({JSON_SUFFIX})")
-    try:
-        rows = list(readers[path.suffix](path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not UTF-8 text in that form: {error}") from error
-    challenges = [_challenge(row, path.parent, f"{path} line {line}") for line, row in rows]
-    missing = [
-        (line, challenge.image)
-        for (line, _), challenge in zip(rows, challenges, strict=True)
-        if not challenge.image.is_file()
-    ]
+    readers = {CSV_SUFFIX: _csv_rows, ".tsv": _csv_rows, JSON_SUFFIX: _json_rows}
+    place = escaped(path)
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{place} is neither CSV ({CSV_SUFFIX}) nor JSON lines ({JSON_SUFFIX})")
+    rows = list(readers[path.suffix.lower()](path))
+    finder = Finder((path.parent,))
+    challenges, missing = [], []
+    for line, row in rows:
+        challenge = _challenge(row, f"{place} line {line}")
+        found = finder.find(str(challenge.image))
+        if found is None:
+            missing.append((line, path.parent / challenge.image))
+        else:
+            challenges.append(replace(challenge, image=found))
     if missing:
         line, image = missing[0]
         raise UserError(
-            f"{path} line {line}: image {image} is missing ({len(missing)} of {len(rows)} are)"
+            f"{place} line {line}: image {escaped(image)} is missing ({len(missing)} of {len(rows)} are)"
         )
     if all(challenge.label is None for challenge in challenges):
-        raise UserError(f"{path} has no challenge with a label: there is nothing to measure")
+        raise UserError(f"{place} has no challenge with a label: there is nothing to measure")
     return challenges
 
 
@@ -217,7 +219,7 @@ def write_replay(
     from streetvision.evaluation.plots import plot_replay
 
     columns: dict[str, list[Any]] = {
-        "image": [str(challenge.image) for challenge in challenges],
+        "image": [escaped(challenge.image) for challenge in challenges],
         "label": [_cell(challenge.label) for challenge in challenges],
         "log": [_cell(challenge.prediction) for challenge in challenges],
         "bundle": bundle.tolist(),
@@ -248,36 +250,26 @@ def _cell(value: float | None) -> float | str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        header = reader.fieldnames or []
-        if "image" not in header:
-            raise UserError(
-                f"{path} has no column image; its columns are {', '.join(header) or 'none'}"
-            )
-        if len(set(header)) < len(header):
-            raise UserError(f"{path} names a column twice: {', '.join(header)}")
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(f"{path} line {reader.line_num}: not {len(header)} cells")
-            yield reader.line_num, row
+    table = read_csv(path, {"image": FILE_ALIASES}, {"prediction": (), "label": ()})
+    for (line, row), image in zip(table.records(), table.column("image"), strict=True):
+        yield line, {**row, "image": image}
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{path} line {line} is not JSON: {error}") from error
-            if not isinstance(row, dict) or "image" not in row:
-                raise UserError(f'{path} line {line} is no object with the key "image"')
-            yield line, row
+    place = escaped(path)
+    for line, text in enumerate(io.StringIO(decode_text(read_table_file(path), place)), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+            raise UserError(f"{place} line {line} is not JSON: {error}") from error
+        if not isinstance(row, dict) or "image" not in row:
+            raise UserError(f'{place} line {line} is no object with the key "image"')
+        yield line, row
 
 
-def _challenge(row: Mapping[str, Any], folder: Path, place: str) -> Challenge:
+def _challenge(row: Mapping[str, Any], place: str) -> Challenge:
     name = row["image"]
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{place}: image is {name!r}; the path of a file is needed")
@@ -293,7 +285,7 @@ def _challenge(row: Mapping[str, Any], folder: Path, place: str) -> Challenge:
             f"{place}: prediction is {given!r}; it must be a finite number, -1 for no answer, "
             "or empty if unknown"
         )
-    return Challenge(folder / name.strip(), prediction, labels[label])
+    return Challenge(Path(name), prediction, labels[label])
 
 
 def _number(value: Any) -> float | None:

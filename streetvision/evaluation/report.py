@@ -16,6 +16,7 @@ from streetvision.evaluation.metrics import (
     Floats,
     Integers,
     all_metrics,
+    check_prior,
     confusion,
     ece_noise_floor,
     prior_weights,
@@ -97,6 +98,47 @@ def evaluation_report(
         },
     }
     return _sorted(report)
+
+
+def one_class_report(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    groups: ArrayLike,
+    slices: Mapping[str, ArrayLike],
+    served_prior: float,
+    seed: int,
+    n_resamples: int,
+) -> dict[str, Any]:
+    """What can be said of images of one class: recall of roadwork, or false alarms of its absence.
+
+    Like `evaluation_report`; `mcc`, `ece`, `ece_detail`, `served` and `served_interval`, which need both
+    classes, are null. `natural` has recall and fnr, or fpr, with their intervals over groups, and
+    `mean_probability` is the mean of what the model says.
+    """
+    y, p, index = check_groups(labels, probabilities, groups)
+    rates = ("recall", "fnr") if y.all() else ("fpr",)
+    found = group_intervals(y, p, index, None, n_resamples, seed=seed, metrics=rates)
+    report = dict.fromkeys(("ece", "ece_detail", "mcc", "served", "served_interval"))
+    return _sorted(
+        report
+        | {
+            "confusion": confusion(y, p),
+            "interval_method": found[rates[0]].method,
+            "mean_probability": float(p.mean()),
+            "n": len(y),
+            "n_groups": int(index.max()) + 1,
+            "natural": {name: interval.value for name, interval in found.items()},
+            "natural_interval": _bounds(found),
+            "positive_share": float(y.mean()),
+            "served_prior": check_prior(served_prior),
+            "slices": {
+                safe_key(name): _slice(
+                    y, p, index, np.asarray(values), served_prior, against_all_negatives=False
+                )
+                for name, values in slices.items()
+            },
+        }
+    )
 
 
 def safe_key(value: object) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.artifacts import ArtifactSchema
-from streetvision.bundle.predict import find_images
 from streetvision.data.embeddings import Embeddings
 from streetvision.data.store import CONTRACT, Split, open_split, read_arrow
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import ViewScores, content_box
-from streetvision.errors import UserError
+from streetvision.errors import UserError, escaped
 from streetvision.evaluation.labelled import labelled_images
-from streetvision.params import FolderSource
 from streetvision.progress import progress
 
 if TYPE_CHECKING:
@@ -73,23 +69,8 @@ def open_images(
     UserError
         Nothing there, or no image.
     """
-    if not data.is_dir() or any(data.glob("*.parquet")) or _has_classes(data):
-        with labelled_images(data, preprocessing, side_px) as split:
-            yield split
-        return
-    files = [path.relative_to(data) for path in find_images([str(data)]) if path != data]
-    if not files:
-        raise UserError(f"{data} holds no JPEG, PNG or WebP file")
-    with tempfile.TemporaryDirectory(prefix="streetvision-") as name:
-        folder = Path(name)
-        (folder / "images").symlink_to(data.resolve())
-        with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "label", "group"])
-            for path in files:
-                writer.writerow([path.as_posix(), 0, path.parts[0] if len(path.parts) > 1 else ""])
-        with labelled_images(folder / "list.csv", preprocessing, side_px) as split:
-            yield split
+    with labelled_images(data, preprocessing, side_px, unlabelled=True) as split:
+        yield split
 
 
 def open_all(
@@ -104,7 +85,8 @@ def open_all(
     for path in places:
         split = stack.enter_context(open_images(path, preprocessing, side))
         side = side or stored_side(split)
-        found[str(path) if path.stem in found else path.stem] = split
+        name = escaped(path.stem)
+        found[escaped(path) if name in found else name] = split
     return found
 
 
@@ -115,13 +97,6 @@ def images_of(embeddings: Path, paths: ArtifactSchema) -> Split | None:
         if own and paths.split(name).is_file():
             return open_split("embed", name, paths.split(name))
     return None
-
-
-def _has_classes(folder: Path) -> bool:
-    """Whether there is a folder of each class, as the source `folder` wants them."""
-    source = FolderSource(kind="folder")
-    present = {path.name for path in folder.iterdir() if path.is_dir()}
-    return all(present & set(names) for names in (source.positive_folders, source.negative_folders))
 
 
 def score_images(predictor: Predictor, split: Split) -> Sample:
@@ -185,7 +160,11 @@ def look(image: Image, preprocessing: Preprocessing) -> tuple[float, ...]:
 
 def is_embeddings(path: Path) -> bool:
     """Whether a file holds what `embed` writes."""
-    return path.suffix == ".arrow" and "features" in read_arrow(path, "embed").column_names
+    return (
+        path.suffix.lower() == ".arrow"
+        and path.is_file()
+        and "features" in read_arrow(path, "embed").column_names
+    )
 
 
 def stored_side(split: Split) -> int:

@@ -7,7 +7,6 @@ have learned it by heart: the probabilities must come from outside of the image'
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.artifacts import write_csv_atomic
+from streetvision.data.csv_table import read_csv
 from streetvision.data.embeddings import read_embeddings
 from streetvision.errors import UserError
 
@@ -147,28 +147,22 @@ def read_predictions(path: Path) -> Labelled:
     UserError
         Names what is missing, or the line that is wrong.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV in UTF-8: {error}") from error
-    header = list(rows[0]) if rows else []
-    column = next((name for name in PROBABILITY_COLUMNS if name in header), None)
-    missing = [name for name in ("id", "group", "label") if name not in header]
-    if missing or column is None:
-        wanted = ", ".join(missing or [" or ".join(PROBABILITY_COLUMNS)])
-        raise UserError(f"{path} has no rows with a column {wanted}")
-    probability = []
-    for line, row in enumerate(rows, 2):
+    names = dict.fromkeys(("id", "group", "label"), ())
+    table = read_csv(path, names, dict.fromkeys(PROBABILITY_COLUMNS, ()))
+    column = next((name for name in PROBABILITY_COLUMNS if name in table.header), None)
+    if column is None or not table.rows:
+        wanted = " or ".join(PROBABILITY_COLUMNS)
+        raise UserError(f"{table.place} has no rows with a column {wanted}")
+    rows, probability = [], []
+    for line, row in table.records():
         value = _number(row[column])
         if row["label"] not in {"0", "1"} or not 0 <= value <= 1:
             raise UserError(
-                f"{path} row {line}: label must be 0 or 1 and {column} in [0, 1]; "
-                f"got {row['label']!r} and {row[column]!r}"
+                f"{table.place} line {line}: label must be 0 or 1 and {column} in [0, 1]; "
+                f"got {row['label'][:40]!r} and {row[column][:40]!r}"
             )
         probability.append(value)
+        rows.append(row)
     ids, groups = (np.array([row[name] for row in rows], dtype=object) for name in ("id", "group"))
     labels = np.array([int(row["label"]) for row in rows], dtype=np.int64)
     return Labelled(ids, groups, labels, np.array(probability))

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from streetvision.artifacts import ArtifactSchema
+from streetvision.data.labels import SURE_NAMES, ClassNames
 from streetvision.data.schema import SPLITS
 from streetvision.data.store import CONTRACT, Split, open_split
 from streetvision.evaluation.labelled import labelled_images
@@ -22,7 +23,12 @@ from streetvision.review.label_noise import (
 
 
 def judge_labels(
-    paths: ArtifactSchema, data: Path | None, bundle: Path, predictions: Path | None, count: int
+    paths: ArtifactSchema,
+    data: Path | None,
+    bundle: Path,
+    predictions: Path | None,
+    count: int,
+    classes: ClassNames = SURE_NAMES,
 ) -> tuple[Doubts, bytes, list[str]]:
     """Judge the labels of `data`, of `predictions`, or of what the project embedded.
 
@@ -38,6 +44,8 @@ def judge_labels(
         See `read_predictions`.
     count
         Pictures in the contact sheet.
+    classes
+        What they are called in the data.
 
     Returns
     -------
@@ -60,7 +68,8 @@ def judge_labels(
             from streetvision.bundle.predictor import Predictor
 
             predictor = Predictor.load(bundle)
-            split = stack.enter_context(labelled_images(data, predictor.config.preprocessing))
+            preprocessing = predictor.config.preprocessing
+            split = stack.enter_context(labelled_images(data, preprocessing, classes=classes))
             splits = [split]
             seen = own is None
             if own is None:

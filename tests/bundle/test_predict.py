@@ -72,7 +72,7 @@ def test_one_bad_file_does_not_stop_the_rest(photos: Path, trained: Trained) -> 
     errors = {each.path.name: each.error for each in found if each.error}
     assert set(errors) == {"05b.jpg", "99.webp", "missing.jpg", "empty"}
     assert errors["05b.jpg"].startswith(f"{photos}/05b.jpg: truncated")
-    assert errors["empty"] == f"{photos}/empty is a folder, not an image file"
+    assert errors["empty"] == f"{photos}/empty is a folder, not a file"
     for each in found:
         if each.error:
             assert each.probability is None
@@ -143,7 +143,7 @@ def test_names_that_are_no_text(trained: Trained, tmp_path: Path) -> None:
     predictor = Predictor.load(trained.bundle, "cpu")
     write_predictions(predict_files(predictor, find_images([str(tmp_path)])), out)
     with out.open(newline="") as file:
-        assert next(csv.DictReader(file))["path"] == f"{tmp_path}/street\\udcff\n1.png"
+        assert next(csv.DictReader(file))["path"] == rf"{tmp_path}/street\xff\n1.png"
     write_predictions([], out)
     assert out.read_text() == "path,probability,decision,error\n"
 

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from streetvision.data.files import plan_csv
-from streetvision.data.natix import find_columns, plan_parquet, translate
 from streetvision.data.labels import LabelReader
+from streetvision.data.natix import find_columns, plan_parquet, translate
 from streetvision.data.parts import slices
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.data.sources import plan_source
+from streetvision.data.walk import NOT_AN_IMAGE
 from streetvision.errors import UserError
 from streetvision.params import CsvSource, FolderSource, ParquetSource, SyntheticSource
 
@@ -99,7 +100,7 @@ def test_folder_takes_classes_groups_and_images(tmp_path):
     rows = rows_of(made)
     assert [row["id"] for row in rows] == sorted(f"f/{name}" for name in found)
     assert rows[1]["image"]["bytes"] == jpeg(1)
-    assert made.ignored_files == 2
+    assert made.ignored_files == 1  # the text; hidden files are none of anybody's
 
 
 def test_folder_needs_both_classes(tmp_path):
@@ -136,7 +137,7 @@ def test_missing_and_empty_sources_are_named(tmp_path):
     cases = [
         (FolderSource(kind="folder", path="nowhere"), "nowhere is missing"),
         (FolderSource(kind="folder", path="street"), 'source "folder" holds no images'),
-        (CsvSource(kind="csv", path="nowhere.csv"), "No such file"),
+        (CsvSource(kind="csv", path="nowhere.csv"), "nowhere.csv does not exist"),
         (CsvSource(kind="csv", path="empty.csv"), "holds no images"),
         (ParquetSource(kind="parquet", path="nowhere"), "nowhere is missing"),
         (ParquetSource(kind="parquet", path="hollow"), "holds no .parquet files"),
@@ -174,7 +175,7 @@ def test_csv_maps_known_columns_and_keeps_the_rest(tmp_path):
     assert (a["id"], a["source"], a["label"], a["group"]) == ("c/a.jpg", "c", 1, "berlin")
     assert (a["latitude"], a["longitude"], a["weather"]) == (52.5, 13.4, "rain")
     assert json.loads(a["extra"]) == {"licence": "CC0", "source": "dashcam"}
-    assert a["image"] == {"bytes": b"a.jpg", "path": "a.jpg"}
+    assert a["image"] == {"bytes": NOT_AN_IMAGE, "path": "a.jpg"}
     assert (b["id"], b["label"], b["group"], b["extra"]) == ("c/sub/b.jpg", 0, None, None)
     assert (b["latitude"], b["longitude"]) == (48.1, 11.6)
     assert c["label"] is None
@@ -197,8 +198,8 @@ def test_csv_maps_known_columns_and_keeps_the_rest(tmp_path):
         ("file,label\na.jpg,1\nx.jpg,0\ny.jpg,0\n", r"line 3: .*x.jpg is missing \(2 of 3 are\)"),
         ("file,label,gps\na.jpg,1,here\n", "line 2: .*not a latitude and a longitude"),
         ("file,label,latitude,longitude\na.jpg,1,91,0\n", "line 2: .*not a latitude"),
-        ('file,label\n"a.jpg,1\n', "not a UTF-8 CSV file"),
-        ("file,label\na\udcff.jpg,1\n", "not a UTF-8 CSV file"),
+        ('file,label\n"a.jpg,1\n', "line 2: .*is a quote not closed"),
+        ("file,label\na\udcff.jpg,1\n", "line 2 is not UTF-8 .byte 0xFF"),
     ],
 )
 def test_csv_mistakes_name_the_line(tmp_path, content, message):
@@ -262,7 +263,11 @@ def test_images_that_cannot_be_told_stay_and_nulls_stay_null(tmp_path):
         ("labels", ["Roadwork", "none", None, "NONE"], [1, 0, None, 0]),
         ("label", [b"Roadwork", b"None", None, b"1"], [1, 0, None, 1]),
         ("label", ["1", "0", "", "1.0"], [1, 0, None, 1]),
-        ("label", pa.array(["road work", "clear", None, "clear"]).dictionary_encode(), [1, 0, None, 0]),
+        (
+            "label",
+            pa.array(["road work", "clear", None, "clear"]).dictionary_encode(),
+            [1, 0, None, 0],
+        ),
         ("scene_description", ["cones", "", None, " "], [1, 0, 0, 0]),
         ("Scene Description", ["cones", "nan", "N/A", "None"], [1, 0, 0, 0]),
         ("sceneDescription", ["cones", "no roadwork", "No roadwork visible.", "-"], [1, 0, 0, 0]),

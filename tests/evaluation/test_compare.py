@@ -341,7 +341,7 @@ def test_predictions_are_read_whatever_their_columns_order() -> None:
         ("id,group,label\na,g,1\n", "here has no column probability"),
         (GOOD + "a,g,1,0.5\n", "here: id a is there more than once"),
         (GOOD + "c,g,1,x\n", "not a table of predictions"),
-        (GOOD + "c,g\n", "not a table of predictions"),
+        (GOOD + "c,g\n", "here line 4: 2 cells, but the header names 4 columns"),
         (GOOD + "c,g,2,0.5\n", "here: labels must be 0 or 1"),
         (GOOD + "c,g,1,nan\n", r"here: probabilities must lie in \[0, 1\]"),
         ("id,group,label,probability\n", "here: labels and probabilities must be two non-empty"),

@@ -365,7 +365,7 @@ def test_a_folder_without_labels_is_read_by_groups(
     (tmp_path / "new/alone.jpg").write_bytes(split.image_bytes(0)[:-200] + b"\xff\xd9")
     with open_images(tmp_path / "new", PREPROCESSING) as images:
         assert {str(name) for name in images.groups} >= {"drive1"}
-        assert {"csv/drive0/deep/0.jpg", "csv/drive1/deep/5.jpg"} <= set(images.ids)
+        assert {"images/drive0/deep/0.jpg", "images/drive1/deep/5.jpg"} <= set(images.ids)
 
 
 def test_a_sample_has_the_logits_that_the_policy_takes(
@@ -465,7 +465,7 @@ def test_mistakes_of_the_user(
     (project / "empty").mkdir()
     command = ["drift", str(trained.bundle)]
     for more, message in (
-        ([str(project / "empty")], "holds no JPEG, PNG or WebP file"),
+        ([str(project / "empty")], "holds no JPEG, PNG or WebP image"),
         ([str(project / "nowhere")], "does not exist"),
         ([str(fresh), "--alpha", "2"], "--alpha is 2; it must be between 0 and 1"),
         ([str(fresh), "--reference", "gone.arrow"], "gone.arrow is missing"),

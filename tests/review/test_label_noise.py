@@ -102,11 +102,11 @@ def test_one_class_has_no_doubts() -> None:
     ("text", "message"),
     [
         ("id,group,label\na,g,1\n", "has no rows with a column pipeline or probability"),
-        ("id,label,probability\na,1,0.5\n", "has no rows with a column group"),
-        ("", "has no rows with a column id, group, label"),
-        ("id,group,label,probability\na,g,2,0.5\n", "row 2: label must be 0 or 1"),
-        ("id,group,label,probability\na,g,1,0.5\nb,g,1,x\n", r"row 3: .* got '1' and 'x'"),
-        ("id,group,label,probability\na,g,1,nan\n", "row 2"),
+        ("id,label,probability\na,1,0.5\n", "has no column group"),
+        ("", "has no column id, group, label"),
+        ("id,group,label,probability\na,g,2,0.5\n", "line 2: label must be 0 or 1"),
+        ("id,group,label,probability\na,g,1,0.5\nb,g,1,x\n", r"line 3: .* got '1' and 'x'"),
+        ("id,group,label,probability\na,g,1,nan\n", "line 2"),
     ],
 )
 def test_predictions_that_are_wrong(text: str, message: str, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_any_data_can_be_compared(
     assert "LEAK: 2 pairs" in capsys.readouterr().out
     with (project / "report/leakage.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))[:2]
-    assert {row["second_id"] for row in rows} == {"csv/drive0/3.jpg", "csv/drive7/30.jpg"}
+    assert {row["second_id"] for row in rows} == {"images/drive0/3.jpg", "images/drive7/30.jpg"}
     assert {row["first_id"] for row in rows} == {"train-0003", "train-0030"}
     assert cli.main([*command, "--pairs", "0"]) == 2
     assert cli.main(["leakage", str(splits / "train.arrow"), "--bundle", str(trained.bundle)]) == 2
