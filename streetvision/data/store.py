@@ -161,7 +161,7 @@ def read_arrow(path: Path, made_by: str) -> pa.Table:
     try:
         # A pipe would never be read to its end.
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no file")
+            raise UserError(f"{path} is not a readable Arrow file: it is no regular file")
         with pa.memory_map(str(path)) as source:
             if source.read(8) != _MAGIC or source.read_at(6, source.size() - 6) != _MAGIC[:6]:
                 raise pa.ArrowInvalid("no Arrow file")
