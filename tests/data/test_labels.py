@@ -44,7 +44,9 @@ def test_names_of_classes(names, label):
     assert {name: class_label(name) for name in names} == dict.fromkeys(names, label)
 
 
-@given(st.sampled_from(POSITIVE + NEGATIVE), st.sampled_from(["{}", " {} ", "\t{}\n"]), st.booleans())
+@given(
+    st.sampled_from(POSITIVE + NEGATIVE), st.sampled_from(["{}", " {} ", "\t{}\n"]), st.booleans()
+)
 def test_case_and_blanks_do_not_matter(name, around, upper):
     assert class_label(around.format(name.upper() if upper else name.lower())) == class_label(name)
 
@@ -53,7 +55,9 @@ def learn(values, names=(), classes=ClassNames()):  # noqa: B008
     return LabelReader.learn([(values, names)], classes)
 
 
-@pytest.mark.parametrize("positive", [1, 1.0, True, "1", "1.0", "True", "true", Decimal(1), b"1", "+1", "yes"])
+@pytest.mark.parametrize(
+    "positive", [1, 1.0, True, "1", "1.0", "True", "true", Decimal(1), b"1", "+1", "yes"]
+)
 @pytest.mark.parametrize("negative", [0, 0.0, False, "0", "0.0", "False", Decimal(0), b"0", "no"])
 def test_zero_and_one_however_they_are_stored(positive, negative):
     labels = learn({positive: 5, negative: 3, None: 1, math.nan: 1, "nan": 1, "": 1, "N/A": 2})

@@ -41,9 +41,11 @@ def test_one_place_in_every_form(form):
 @pytest.mark.parametrize(
     "value",
     [
-        [52.5, 13.4], (52.5, 13.4), ["52,5", "13,4"], {"lat": 52.5, "lon": 13.4}, {"Latitude": 52.5, "Lng": 13.4},
+        [52.5, 13.4], (52.5, 13.4), ["52,5", "13,4"], {"lat": 52.5, "lon": 13.4}, {"Latitude": 52.5,
+        "Lng": 13.4},
         {"type": "Point", "coordinates": [13.4, 52.5]}, {"long": "13.4 E", "lat": "52.5 N"},
-        {"GPSLatitude": [52, 30, 0.0], "GPSLatitudeRef": "N", "GPSLongitude": [13, 24, 0], "GPSLongitudeRef": "E"},
+        {"GPSLatitude": [52, 30, 0.0], "GPSLatitudeRef": "N", "GPSLongitude": [13, 24, 0],
+        "GPSLongitudeRef": "E"},
     ],
 )  # fmt: skip
 def test_lists_and_structs(value):
@@ -67,8 +69,10 @@ def test_columns_of_their_own(latitude, longitude):
 
 @pytest.mark.parametrize(
     ("form", "place"),
-    [("33.8S, 151.2E", (-33.8, 151.2)), ("-33.8 -151.2", (-33.8, -151.2)), ("33°48'S 151°12'W", (-33.8, -151.2)),
-     ("-0:30, -0:15", (-0.5, -0.25)), ("POINT(-151.2 -33.8)", (-33.8, -151.2)), ("−33.8, 151.2", (-33.8, 151.2)),
+    [("33.8S, 151.2E", (-33.8, 151.2)), ("-33.8 -151.2", (-33.8, -151.2)), ("33°48'S 151°12'W", (-33.8,
+    -151.2)),
+     ("-0:30, -0:15", (-0.5, -0.25)), ("POINT(-151.2 -33.8)", (-33.8, -151.2)), ("−33.8, 151.2", (-33.8,
+     151.2)),
      ("90, -180", (90, -180)), ("0.5°S 0.25°W", (-0.5, -0.25)), ("-33.8-151.2/", (-33.8, -151.2))],
 )  # fmt: skip
 def test_signs(form, place):
@@ -91,8 +95,10 @@ def test_no_position_is_none(values):
     ["52.5", "a,b", "here", "91,0", "0,181", "1,2,3", "52.5 13.4 34", "52,5,13,4", "103.8, 1.35", "52.5N",
      "52.5O 13.4N", "52.5N 13.4N", "-52.5S, 13.4E", "5231.2N 01324.6E", "52°75'N 13°24'E", "52.5°30'N 13°E",
      "u33dc0", "9F4MGC22+22", "SRID=3857;POINT(1492000 6890000)", "POINT(13.4)", "MULTIPOINT(13.4 52.5)",
-     '{"x": 1, "y": 2}', '{"type": "LineString", "coordinates": [[1, 2], [3, 4]]}', "[[1, 2], [3, 4]]", "1e400, 2",
-     "[" * 900 + "1", "9" * 5000, "true, false", 52.5, True, [1, 2, 3], [52.5, None], {"lat": 52.5}, b"\xff\xfe"],
+     '{"x": 1, "y": 2}', '{"type": "LineString", "coordinates": [[1, 2], [3, 4]]}', "[[1, 2], [3, 4]]",
+     "1e400, 2",
+     "[" * 900 + "1", "9" * 5000, "true, false", 52.5, True, [1, 2, 3], [52.5, None], {"lat": 52.5},
+     b"\xff\xfe"],
 )  # fmt: skip
 def test_what_is_given_but_not_understood_is_said(gps):
     with pytest.raises(ValueError, match=r"."):
@@ -120,7 +126,14 @@ def sexagesimal(seconds: int, letters: str, form: str) -> str:
 
 @given(
     DEGREES,
-    st.sampled_from(["{d}°{m}'{s}\"{letter}", "{d} {m} {s} {letter}", "{letter}{d}:{m}:{s}", "{letter} {d}° {m}′ {s}″"]),
+    st.sampled_from(
+        [
+            "{d}°{m}'{s}\"{letter}",
+            "{d} {m} {s} {letter}",
+            "{letter}{d}:{m}:{s}",
+            "{letter} {d}° {m}′ {s}″",
+        ]
+    ),
     st.sampled_from([", ", " ", "; ", ","]),
     st.booleans(),
 )
@@ -133,7 +146,17 @@ def test_any_place_in_degrees_minutes_and_seconds(place, form, between, turned):
 @given(
     st.floats(-90, 90).map(lambda v: round(v, 6)),
     st.floats(-180, 180).map(lambda v: round(v, 6)),
-    st.sampled_from(["{0},{1}", "{0} {1}", "{0};{1}", "POINT ({1} {0})", "geo:{0},{1}", "lat={0}, lon={1}", "json"]),
+    st.sampled_from(
+        [
+            "{0},{1}",
+            "{0} {1}",
+            "{0};{1}",
+            "POINT ({1} {0})",
+            "geo:{0},{1}",
+            "lat={0}, lon={1}",
+            "json",
+        ]
+    ),
 )
 def test_any_place_in_decimal_degrees(latitude, longitude, form):
     text = json.dumps({"lat": latitude, "lon": longitude})
@@ -144,7 +167,9 @@ def test_any_place_in_decimal_degrees(latitude, longitude, form):
 
 ANYTHING = st.recursive(
     st.none() | st.floats() | st.text() | st.integers() | st.booleans() | st.binary(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
+    ),
     max_leaves=6,
 )
 

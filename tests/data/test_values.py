@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from streetvision.data.values import is_missing, key, stripped, text
 
 NOTHING = [
-    None, math.nan, "", " ", "\u200b", "\ufeff", "None", "none", "nan", "NaN", "NAN", "N/A", "n/a", "NA", "null",
+    None, math.nan, "", " ", "\u200b", "\ufeff", "None", "none", "nan", "NaN", "NAN", "N/A", "n/a", "NA",
+    "null",
     "NULL", "<NA>", "NaT", "-", "--", "–", " nan ", "#N/A",
 ]  # fmt: skip
 
@@ -26,7 +27,9 @@ def test_words_for_nothing(value):
     assert key(value) is None
 
 
-@pytest.mark.parametrize("value", ["Nantes", "no", "0", "None of them", "unknown", "nano", "-1", "a-b"])
+@pytest.mark.parametrize(
+    "value", ["Nantes", "no", "0", "None of them", "unknown", "nano", "-1", "a-b"]
+)
 def test_what_only_looks_like_nothing(value):
     assert text(value) == key(value) == value
 
@@ -44,7 +47,10 @@ def test_pandas_words_for_nothing_are_ours():
         ([0, 0.0, -0.0, "0"], "0"),
         ([10**16 // 2, 5e15, "5e+15"], str(5 * 10**15)),
         ([2.5, "2.5", Decimal("2.50")], "2.5"),
-        (["Zürich", unicodedata.normalize("NFD", "Zürich"), "\ufeffZürich", " Zürich\u00a0"], "Zürich"),
+        (
+            ["Zürich", unicodedata.normalize("NFD", "Zürich"), "\ufeffZürich", " Zürich\u00a0"],
+            "Zürich",
+        ),
         (["Bad  Ems", "Bad Ems", "Bad\u00a0Ems", "Bad\tEms"], "Bad Ems"),
         ([dt.date(2024, 5, 1), dt.datetime(2024, 5, 1), "2024-05-01"], "2024-05-01"),  # noqa: DTZ001
     ],
@@ -58,7 +64,9 @@ def test_names_that_differ_stay_apart():
     assert [key(name) for name in names] == names
 
 
-@pytest.mark.parametrize("value", [2.0**53, 1.2345678901234568e17, "1.2345678901234568e+17", -(2.0**60)])
+@pytest.mark.parametrize(
+    "value", [2.0**53, 1.2345678901234568e17, "1.2345678901234568e+17", -(2.0**60)]
+)
 def test_a_float_that_may_be_several_integers_is_refused(value):
     with pytest.raises(ValueError, match="too large for a floating number to be exact"):
         key(value)
