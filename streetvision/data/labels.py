@@ -184,8 +184,9 @@ class LabelReader:
     def unknown(self, value: object, names: Sequence[str] = ()) -> str | None:
         """How to show a value that is there but not understood; None of any other."""
         spelling = _spelled(value, names)
-        known = spelling is None or spelling in self.meaning or spelling not in self.counts
-        return None if known else self.shown[spelling]
+        if spelling is None or spelling in self.meaning or spelling not in self.counts:
+            return None
+        return self.shown[spelling]
 
     def check(self, place: str) -> None:
         """Refuse labels whose classes cannot be told; a few slips pass.
