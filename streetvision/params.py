@@ -78,6 +78,13 @@ class NamedClasses(Section):
     positive_classes: list[str] = []
     negative_classes: list[str] = []
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        both = sorted(set(self.positive_classes) & set(self.negative_classes))
+        if both:
+            raise ValueError(f"both in positive_classes and negative_classes: {', '.join(both)}")
+        return self
+
 
 class CsvSource(NamedClasses):
     """A CSV with columns file, label, group and any more; files are relative to `images`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -16,7 +17,7 @@ from streetvision import crossval
 from streetvision.artifacts import ArtifactSchema
 from streetvision.crossval_report import render
 from streetvision.data.leave_out import held_out_units
-from streetvision.data.store import SplitAccessError, open_split
+from streetvision.data.store import SplitAccessError, open_split, write_arrow
 from streetvision.errors import UserError
 from streetvision.models import training
 from streetvision.params import Params, check_params
@@ -288,6 +289,21 @@ def test_cities_are_held_out_in_parts_with_views_fused(
     assert len(logits) == 3 * len(rows)  # two distorted versions
     assert any(row["single"] != row["fused"] for row in logits)
     assert "fold 1 (3 groups)" in render(report)
+
+
+def test_a_city_has_one_name_in_every_shard(write_split: Any, tmp_path: Path) -> None:
+    """7 where a shard has integers, 7.0 where a missing value made them floating; "nan" is no city."""
+    path = write_split(tmp_path / "whole.arrow", 16, groups=8)
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    cities = ['{"city": 7}', '{"city": 7.0}', '{"city": "7"}', '{"city": "nan"}', None]
+    groups = table["group"].to_pylist()
+    extra = [cities[min(sorted(set(groups)).index(group), 4)] for group in groups]
+    columns = {name: table[name] for name in table.column_names}
+    write_arrow(path, columns | {"extra": pa.array(extra, pa.string())})
+    split = open_split("crossval", "whole", path)
+    found = dict(zip(groups, held_out_units(split, "city"), strict=True))
+    names = sorted(set(groups))
+    assert [found[name] for name in names] == ["7", "7", "7", *names[3:]]
 
 
 def test_what_is_held_out_must_be_whole_groups(write_split: Any, tmp_path: Path) -> None:

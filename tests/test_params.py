@@ -189,7 +189,10 @@ def test_fractions_and_source_names() -> None:
     [
         ({"kind": "csv"}, "data.sources.0.csv.path: Field required"),
         ({"kind": "csv", "path": "a", "imagez": "b"}, 'did you mean "images"?'),
-        ({"kind": "parquet", "path": "a", "repo_id": "b/c"}, "known: kind, name, path"),
+        (
+            {"kind": "parquet", "path": "a", "repo_id": "b/c"},
+            "known: positive_classes, negative_classes, kind, name",
+        ),
         ({"kind": "synthetic", "path": "a"}, "data.sources.0.synthetic.path"),
         ({"kind": "hub", "repo_id": "a", "revision": "0" * 40}, "data.sources.0.hub.repo_id"),
         ({"kind": "hub", "repo_id": "a/b", "revision": "main"}, "data.sources.0.hub.revision"),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from streetvision.data.store import Split, numbers, read_arrow, write_arrow
+from streetvision.data.store import Split, check_columns, numbers, read_arrow, write_arrow
 from streetvision.data.views import ViewScores
 from streetvision.errors import UserError
 
@@ -45,6 +45,27 @@ def challenge_id(image_id: str, repeat: int) -> str:
     return f"{image_id}#{repeat}"
 
 
+def _columns(width: int) -> dict[str, pa.DataType]:
+    """Columns of the file and their types; `width`: numbers of an image's features."""
+    return {
+        "id": pa.string(),
+        "group": pa.string(),
+        "drive": pa.string(),
+        "view": pa.string(),
+        "label": pa.int8(),
+        "logit": pa.float32(),
+        "content": pa.int64(),
+        "box": pa.list_(pa.float64(), 4),
+        "features": pa.list_(pa.float16(), width),
+    }
+
+
+def _list_size(table: pa.Table, name: str) -> int:
+    """Numbers of each list of a column, 0 if it has no such lists."""
+    kinds = [field.type for field in table.schema if field.name == name]
+    return next((kind.list_size for kind in kinds if pa.types.is_fixed_size_list(kind)), 0)
+
+
 def write_embeddings(
     path: Path, split: Split, views: tuple[str, ...], scores: ViewScores, repeats: int | None = None
 ) -> Path:
@@ -60,22 +81,25 @@ def write_embeddings(
         split = split.select(np.repeat(np.arange(len(split)), repeats))
         ids = np.array([challenge_id(str(name), k) for name in ids for k in range(repeats)], object)
 
-    def each(values: NDArray[np.generic], kind: pa.DataType) -> pa.Array:
-        return pa.array(np.repeat(values, count), kind)
+    kinds = _columns(width)
 
-    def lists(values: NDArray[np.generic], kind: pa.DataType) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), values.shape[-1])
+    def each(name: str, values: NDArray[np.generic]) -> pa.Array:
+        return pa.array(np.repeat(values, count), kinds[name])
+
+    def lists(name: str, values: NDArray[np.generic]) -> pa.Array:
+        flat = pa.array(values.ravel(), kinds[name].value_type)
+        return pa.FixedSizeListArray.from_arrays(flat, values.shape[-1])
 
     columns = {
-        "id": each(ids, pa.string()),
-        "group": each(split.groups, pa.string()),
-        "drive": each(split.column("drive"), pa.string()),
-        "view": pa.array(views * n, pa.string()),
-        "label": each(split.labels, pa.int8()),
-        "logit": pa.array(scores.logits.ravel().astype(np.float32), pa.float32()),
-        "content": pa.array(scores.content.ravel(), pa.int64()),
-        "box": lists(scores.boxes, pa.float64()),
-        "features": lists(scores.features.reshape(-1, width), pa.float16()),
+        "id": each("id", ids),
+        "group": each("group", split.groups),
+        "drive": each("drive", split.column("drive")),
+        "view": pa.array(views * n, kinds["view"]),
+        "label": each("label", split.labels),
+        "logit": pa.array(scores.logits.ravel().astype(np.float32), kinds["logit"]),
+        "content": pa.array(scores.content.ravel(), kinds["content"]),
+        "box": lists("box", scores.boxes),
+        "features": lists("features", scores.features.reshape(-1, width)),
     }
     return write_arrow(path, columns)
 
@@ -86,9 +110,16 @@ def read_embeddings(path: Path, *, features: bool = False) -> Embeddings:
     Raises
     ------
     UserError
-        The file is missing, or its images do not all have the same views.
+        The file is missing or broken, lacks a column, or its images do not all have the same views.
     """
     table = read_arrow(path, "embed")
+    kinds = _columns(_list_size(table, "features"))
+    fields = [
+        pa.field(name, kind, nullable=name == "drive")
+        for name, kind in kinds.items()
+        if features or name in table.column_names or name != "features"
+    ]
+    check_columns(table, pa.schema(fields), f"{path} holds no embeddings")
     names = np.array(table.column("view").to_pylist(), dtype=object)
     ids = np.array(table.column("id").to_pylist(), dtype=object)
     count = int(np.argmax(ids != ids[0])) or len(ids) if len(ids) else 1

@@ -221,7 +221,7 @@ def _csv_columns(cells: dict[str, str], place: str, labels: LabelReader) -> Row:
     if labels.unknown(values["label"]):
         raise UserError(f'{place}: label "{values["label"]:.60}": {labels.explain()}')
     try:
-        columns = {"label": labels.read(values["label"])} | context(values)
+        columns: Row = {"label": labels.read(values["label"])} | context(values)
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
     try:

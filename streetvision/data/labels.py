@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -165,7 +165,7 @@ class LabelReader:
             label = given.get(spelling, class_label(spelling))
             if label is not None:
                 meaning[spelling] = label
-        if _NONE in meaning and _NONE not in given:
+        if _NONE in meaning and _NONE not in given and _NONE not in declared:
             others = [other for other in counts if other != _NONE]
             no_names = all(_NO_NAME.fullmatch(other) for other in others)
             if others and (no_names or 0 in (meaning.get(other) for other in others)):
@@ -184,8 +184,9 @@ class LabelReader:
     def unknown(self, value: object, names: Sequence[str] = ()) -> str | None:
         """How to show a value that is there but not understood; None of any other."""
         spelling = _spelled(value, names)
-        known = spelling is None or spelling in self.meaning or spelling not in self.counts
-        return None if known else self.shown[spelling]
+        if spelling is None or spelling in self.meaning or spelling not in self.counts:
+            return None
+        return self.shown[spelling]
 
     def check(self, place: str) -> None:
         """Refuse labels whose classes cannot be told; a few slips pass.
@@ -218,3 +219,24 @@ class LabelReader:
         ]
         rows += [f"{len(known) - _MAX_SHOWN} more"] * (len(known) > _MAX_SHOWN)
         return f"cannot tell what the labels mean: {', '.join(rows)}; {_WAY_OUT}"
+
+
+def read_labels(values: Sequence[object], wrong: Callable[[int, str], str]) -> list[int | None]:
+    """Labels of a short table's column; None where one is missing.
+
+    `wrong` makes the error of the first that is not understood, of its row and of how to show it.
+
+    Raises
+    ------
+    UserError
+        Some are not understood.
+    """
+    # What JSON may nest is shown as text: it is no label.
+    plain = [
+        value if isinstance(value, str | int | float | None) else repr(value) for value in values
+    ]
+    labels = LabelReader.learn([(Counter(plain), ())])
+    for row, value in enumerate(plain):
+        if (shown := labels.unknown(value)) is not None:
+            raise UserError(wrong(row, shown))
+    return [labels.read(value) for value in plain]

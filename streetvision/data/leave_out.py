@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from streetvision.data.store import Split, write_arrow
+from streetvision.data.values import is_missing, key
 from streetvision.errors import UserError
 
 
@@ -39,11 +40,14 @@ def held_out_units(split: Split, column: str) -> NDArray[np.object_]:
     except KeyError:
         extra = [json.loads(text) if text else {} for text in split.column("extra")]
         values = np.array([each.get(column) for each in extra], dtype=object)
-    if all(value is None for value in values):
+    if all(is_missing(value) for value in values):
         raise UserError(f'--groups: the data have no column "{column}"')
     found: dict[str, str] = {}
     for group, value in zip(split.groups, values, strict=True):
-        name = str(group) if value is None else str(value)
+        try:
+            name = key(value) or str(group)
+        except ValueError as error:
+            raise UserError(f"--groups {column}: {error}") from error
         if found.setdefault(str(group), name) != name:
             raise UserError(
                 f'--groups {column}: the group {group} has both "{found[str(group)]}" and "{name}"; '

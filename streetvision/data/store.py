@@ -7,6 +7,7 @@ declare is refused; a test holds `CONTRACT` equal to the `deps` in `dvc.yaml`.
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from streetvision.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_MAGIC = b"ARROW1\0\0"
 Rows = Literal["all", "fit", "fusion"]
 
 
@@ -104,8 +106,13 @@ class Split:
         """The decoded RGB image of one row."""
         from PIL import Image as PILImage
 
-        with PILImage.open(io.BytesIO(self.image_bytes(row)), formats=("JPEG",)) as image:
-            return image.convert("RGB")
+        try:
+            with PILImage.open(io.BytesIO(self.image_bytes(row)), formats=("JPEG",)) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+            raise UserError(
+                f"{self.name}: the image {self.ids[row]} is damaged ({error}); rerun `prepare`"
+            ) from error
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Split:
         """The same split with only these rows, in this order."""
@@ -121,15 +128,15 @@ def open_split(stage: str, split: str, path: Path) -> Split:
     SplitAccessError
         The stage did not declare this split in `CONTRACT`.
     UserError
-        The file is missing, broken or empty.
+        The file is missing, broken, empty, or not in `SPLIT_SCHEMA`.
     """
     access = CONTRACT.get(stage, {}).get(split)
     if access is None:
         raise SplitAccessError(f"stage `{stage}` did not declare the split {split}")
     table = read_arrow(path, "prepare")
-    missing = sorted(set(SPLIT_SCHEMA.names) - set(table.column_names))
-    if missing:
-        raise UserError(f"{path} is not a split file: no columns {', '.join(missing)}")
+    check_columns(table, SPLIT_SCHEMA, f"{path} is not a split file")
+    if access.labels and not set(np.unique(numbers(table.column("label")))) <= {0, 1}:
+        raise UserError(f"{path} is not a split file: labels other than 0 and 1")
     rows = np.arange(len(table))
     if access.rows != "all":
         fusion = numbers(table.column("fusion").cast(pa.uint8()))
@@ -140,14 +147,91 @@ def open_split(stage: str, split: str, path: Path) -> Split:
 
 
 def read_arrow(path: Path, made_by: str) -> pa.Table:
-    """Memory-map an Arrow IPC file; `made_by` is the stage that writes it."""
+    """Memory-map an Arrow IPC file; `made_by` is the stage that writes it.
+
+    Every offset is checked before it is followed, since a user may hand in any file: unchecked ones reach
+    beyond the file. That reads offsets and texts, no image.
+
+    Raises
+    ------
+    UserError
+        The file is missing or no regular file, broken, or compressed: a kilobyte may unpack to gigabytes,
+        and no stage compresses.
+    """
     try:
+        # A pipe would never be read to its end.
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a readable Arrow file: it is no regular file")
         with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+            if source.read(8) != _MAGIC or source.read_at(6, source.size() - 6) != _MAGIC[:6]:
+                raise pa.ArrowInvalid("no Arrow file")
+            # The part before the footer is a stream; what is looked at is what is read.
+            if any(_is_compressed(message) for message in pa.ipc.MessageReader.open_stream(source)):
+                raise UserError(f"{path} is compressed; write it without compression")
+            source.seek(8)
+            table = pa.ipc.open_stream(source).read_all()
+            table.validate(full=True)
+            return table
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the stage `{made_by}` makes it") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable Arrow file; rerun `{made_by}`") from error
+
+
+def _is_compressed(message: Any) -> bool:
+    """Whether a message's buffers are compressed, by its flatbuffer: `compression` of `RecordBatch`.
+
+    https://github.com/apache/arrow/blob/main/format/Message.fbs; Arrow has verified the offsets.
+    """
+    data = message.metadata.to_pybytes()
+
+    def number(kind: str, at: int) -> int:
+        return int(struct.unpack_from(f"<{kind}", data, at)[0])
+
+    def field(table: int, index: int) -> int | None:
+        """Where a table's field lies, None where it has none."""
+        entries = table - number("i", table)
+        if 4 + 2 * index >= number("H", entries):
+            return None
+        offset = number("H", entries + 4 + 2 * index)
+        return table + offset if offset else None
+
+    def follow(at: int | None) -> int:
+        if at is None:
+            raise pa.ArrowInvalid("a message without a header")
+        return at + number("I", at)
+
+    if message.type not in {"record batch", "dictionary"}:
+        return False
+    body = follow(field(follow(0), 2))
+    if message.type == "dictionary":
+        body = follow(field(body, 1))
+    return field(body, 3) is not None
+
+
+def check_columns(table: pa.Table, schema: pa.Schema, complaint: str) -> None:
+    """Refuse a table that lacks columns of a schema, or has other types or nulls where it has none.
+
+    Raises
+    ------
+    UserError
+        Begins with `complaint`.
+    """
+    missing = sorted(set(schema.names) - set(table.column_names))
+    if missing:
+        raise UserError(f"{complaint}: no columns {', '.join(missing)}")
+    for field in schema:
+        if table.column_names.count(field.name) > 1:
+            raise UserError(f"{complaint}: two columns {field.name}")
+        column = table.column(field.name)
+        if column.type != field.type:
+            raise UserError(
+                f"{complaint}: column {field.name} is {column.type!s:.60}, not {field.type}"
+            )
+        lists = pa.types.is_fixed_size_list(field.type)
+        inside = any(chunk.flatten().null_count for chunk in column.chunks) if lists else False
+        if inside or (column.null_count and not field.nullable):
+            raise UserError(f"{complaint}: column {field.name} has missing values")
 
 
 def numbers(column: pa.ChunkedArray) -> NDArray[Any]:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.data.csv_table import parse_csv
+from streetvision.data.labels import read_labels
+from streetvision.data.values import key
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import Floats, Integers, check_sample
 
@@ -52,8 +54,18 @@ def parse_predictions(text: str, origin: str) -> Predictions:
     """Read the content of `predictions.csv`; UserError names `origin` and what is wrong."""
     table = parse_csv(text, origin, dict.fromkeys(_COLUMNS, ()))
     columns = {name: table.column(name) for name in _COLUMNS}
+    labels = read_labels(
+        columns["label"],
+        lambda _, shown: f"{origin}: labels must be 0 or 1, not {shown}",
+    )
+    if None in labels:
+        raise UserError(f"{origin}: labels must be 0 or 1, not empty")
     try:
-        labels = np.array([int(value) for value in columns["label"]], dtype=np.int64)
+        # Without a group an image is one by itself, as in `prepare`.
+        groups = [
+            key(group) or f"image:{name}"
+            for group, name in zip(columns["group"], columns["id"], strict=True)
+        ]
         probabilities = np.array([float(value) for value in columns["probability"]])
     except (ValueError, OverflowError) as error:
         raise UserError(f"{origin} is not a table of predictions: {error}") from error
@@ -61,10 +73,10 @@ def parse_predictions(text: str, origin: str) -> Predictions:
     if twice:
         raise UserError(f"{origin}: id {twice[0]} is there more than once")
     try:
-        y, p = check_sample(labels, probabilities)
+        y, p = check_sample(np.array(labels), probabilities)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
-    return Predictions(np.array(columns["id"]), np.array(columns["group"]), y, p)
+    return Predictions(np.array(columns["id"]), np.array(groups), y, p)
 
 
 def match_predictions(base: Predictions, head: Predictions) -> tuple[Matching, Integers, Integers]:

@@ -29,6 +29,7 @@ from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
 from streetvision.bundle.inputs import upright_image
 from streetvision.data.csv_table import decode_text, read_csv, read_table_file
 from streetvision.data.files import FILE_ALIASES
+from streetvision.data.labels import read_labels
 from streetvision.data.walk import Finder
 from streetvision.errors import UserError
 from streetvision.escaping import escaped
@@ -44,6 +45,7 @@ from streetvision.progress import progress
 Floats = NDArray[np.float64]
 COLUMNS = ("image", "prediction", "label")
 CSV_SUFFIX, JSON_SUFFIX = ".csv", ".jsonl"
+NO_LABEL = -1  # what the subnet sends where it does not know
 _log = logging.getLogger(__name__)
 
 
@@ -90,9 +92,16 @@ def read_log(path: Path) -> list[Challenge]:
         raise UserError(f"{place} is neither CSV ({CSV_SUFFIX}) nor JSON lines ({JSON_SUFFIX})")
     rows = list(readers[path.suffix.lower()](path))
     finder = Finder((path.parent,))
+    given = [row.get("label") for _, row in rows]
+    labels = read_labels(
+        [None if _number(label) == NO_LABEL else label for label in given],
+        lambda at, _: (
+            f"{place} line {rows[at][0]}: label is {given[at]!r}; it must be 0, 1, or empty or -1 if unknown"
+        ),
+    )
     challenges, missing = [], []
-    for line, row in rows:
-        challenge = _challenge(row, f"{place} line {line}")
+    for (line, row), label in zip(rows, labels, strict=True):
+        challenge = _challenge(row, label, f"{place} line {line}")
         found = finder.find(str(challenge.image))
         if found is None:
             missing.append((line, path.parent / challenge.image))
@@ -285,15 +294,10 @@ def _column(name: str) -> str:
     return name.strip().casefold()
 
 
-def _challenge(row: Mapping[str, Any], place: str) -> Challenge:
+def _challenge(row: Mapping[str, Any], label: int | None, place: str) -> Challenge:
     name = row["image"]
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{place}: image is {name!r}; the path of a file is needed")
-    labels: dict[Any, int | None] = {0: 0, 1: 1, -1: None, None: None}
-    given = row.get("label")
-    label = _number(given)
-    if label not in labels:
-        raise UserError(f"{place}: label is {given!r}; it must be 0, 1, or empty or -1 if unknown")
     given = row.get("prediction")
     prediction = _number(given)
     if prediction is not None and not math.isfinite(prediction):
@@ -301,7 +305,7 @@ def _challenge(row: Mapping[str, Any], place: str) -> Challenge:
             f"{place}: prediction is {given!r}; it must be a finite number, -1 for no answer, "
             "or empty if unknown"
         )
-    return Challenge(Path(name), prediction, labels[label])
+    return Challenge(Path(name), prediction, label)
 
 
 def _number(value: Any) -> float | None:

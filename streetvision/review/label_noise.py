@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from streetvision.artifacts import write_csv_atomic
 from streetvision.data.csv_table import read_csv
 from streetvision.data.embeddings import read_embeddings
+from streetvision.data.labels import read_labels
+from streetvision.data.values import key
 from streetvision.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,19 +155,33 @@ def read_predictions(path: Path) -> Labelled:
     if column is None or not table.rows:
         wanted = " or ".join(PROBABILITY_COLUMNS)
         raise UserError(f"{table.place} has no rows with a column {wanted}")
-    rows, probability = [], []
+    lines, rows = [], []
     for line, row in table.records():
-        value = _number(row[column])
-        if row["label"] not in {"0", "1"} or not 0 <= value <= 1:
-            raise UserError(
-                f"{table.place} line {line}: label must be 0 or 1 and {column} in [0, 1]; "
-                f"got {row['label'][:40]!r} and {row[column][:40]!r}"
-            )
-        probability.append(value)
+        lines.append(line)
         rows.append(row)
-    ids, groups = (np.array([row[name] for row in rows], dtype=object) for name in ("id", "group"))
-    labels = np.array([int(row["label"]) for row in rows], dtype=np.int64)
-    return Labelled(ids, groups, labels, np.array(probability))
+
+    def wrong(at: int, *_: str) -> str:
+        row = rows[at]
+        return (
+            f"{table.place} line {lines[at]}: label must be 0 or 1 and {column} in [0, 1]; "
+            f"got {row['label'][:40]!r} and {row[column][:40]!r}"
+        )
+
+    labels = read_labels([row["label"] for row in rows], wrong)
+    probability = [_number(row[column]) for row in rows]
+    for at, (label, value) in enumerate(zip(labels, probability, strict=True)):
+        if label is None or not 0 <= value <= 1:
+            raise UserError(wrong(at))
+    try:
+        groups = [key(row["group"]) or f"image:{row['id']}" for row in rows]
+    except ValueError as error:
+        raise UserError(f"{table.place}: group {error}") from error
+    return Labelled(
+        np.array([row["id"] for row in rows], dtype=object),
+        np.array(groups, dtype=object),
+        np.array(labels, dtype=np.int64),
+        np.array(probability),
+    )
 
 
 def write_doubts(doubts: Doubts, path: Path) -> Path:

@@ -137,9 +137,9 @@ def test_images_that_differ_in_their_views_are_refused(
             read_embeddings(broken)
 
 
-def test_a_group_without_drives_is_one_drive(tmp_path: Path) -> None:
+def two_groups() -> dict[str, pa.Array]:
     n = 4
-    columns = {
+    return {
         "id": pa.array([str(i) for i in range(n)]),
         "group": pa.array(["a", "a", "b", "b"]),
         "drive": pa.array([None, "1", None, "1"]),
@@ -149,8 +149,31 @@ def test_a_group_without_drives_is_one_drive(tmp_path: Path) -> None:
         "content": pa.array([1] * n),
         "box": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(4 * n)), 4),
     }
-    found = read_embeddings(write_arrow(tmp_path / "some.arrow", columns))
+
+
+def test_a_group_without_drives_is_one_drive(tmp_path: Path) -> None:
+    found = read_embeddings(write_arrow(tmp_path / "some.arrow", two_groups()))
     assert found.drives.tolist() == ["a", "a/1", "b", "b/1"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("label", pa.array(["1"] * 4), "column label is string, not int8"),
+        ("logit", pa.nulls(4, pa.float32()), "column logit has missing values"),
+        ("features", pa.array([[1.0]] * 4), "column features is list"),
+    ],
+)
+def test_a_file_that_holds_no_embeddings(
+    tmp_path: Path, column: str, values: pa.Array, message: str
+) -> None:
+    path = write_arrow(tmp_path / "x.arrow", two_groups() | {column: values})
+    with pytest.raises(UserError, match=f"x.arrow holds no embeddings: {message}"):
+        read_embeddings(path)
+    with pytest.raises(UserError, match="holds no embeddings: no columns features"):
+        read_embeddings(write_arrow(tmp_path / "y.arrow", two_groups()), features=True)
+    with pytest.raises(UserError, match="holds no embeddings: no columns box, content"):
+        read_embeddings(write_arrow(tmp_path / "z.arrow", {"id": pa.array(["a"])}))
 
 
 def test_a_missing_file_names_embed(tmp_path: Path) -> None:

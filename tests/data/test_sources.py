@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import unicodedata
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 from streetvision.data.files import plan_csv
 from streetvision.data.labels import LabelReader
@@ -402,15 +404,152 @@ def test_a_label_is_not_overruled_by_the_description(tmp_path):
     assert [(r["label"], r["scene_description"]) for r in rows] == [(None, "cones"), (0, "drums")]
 
 
-@pytest.mark.parametrize(
-    ("names", "labels"), [(["None", "Roadwork"], [0, 1]), (["Roadwork", "None"], [1, 0])]
-)
-def test_class_names_in_the_metadata_decide_what_a_number_means(tmp_path, names, labels):
-    features = {"label": {"names": names, "_type": "ClassLabel"}}
-    table = pa.table({"image": [b"x", b"y"], "label": [0, 1]})
+def labelled_table(names: object, labels: list, layout: str = "names") -> pa.Table:
+    """A table whose class names stand beside it, as versions of `datasets` and its cards write them."""
+    by_number = {str(number): name for number, name in enumerate(names)}
+    features = {
+        "names": {"label": {"names": names, "_type": "ClassLabel"}},
+        "numbers": {"label": {"names": by_number, "num_classes": 2, "_type": "ClassLabel"}},
+        "card": [{"name": "label", "dtype": {"class_label": {"names": by_number}}}],
+    }[layout]
+    table = pa.table({"image": [b"x"] * len(labels), "label": labels})
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    rows = parquet_rows(tmp_path, table.replace_schema_metadata(metadata))
+    return table.replace_schema_metadata(metadata)
+
+
+@pytest.mark.parametrize("layout", ["names", "numbers", "card"])
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["None", "Roadwork"], [0, 1]),
+        (["Roadwork", "None"], [1, 0]),
+        (["construction", "clear"], [1, 0]),
+    ],
+)
+def test_class_names_in_the_metadata_decide_what_a_number_means(tmp_path, names, labels, layout):
+    rows = parquet_rows(tmp_path, labelled_table(names, [0, 1], layout))
     assert [row["label"] for row in rows] == labels
+
+
+def test_class_names_that_are_not_sure_are_asked_for(tmp_path):
+    pq.write_table(labelled_table(["roadwork", "street"], [0, 1]), tmp_path / "x.parquet")
+    with pytest.raises(
+        UserError, match=r'x\.parquet: cannot tell .*"street" \(1 rows: not understood\)'
+    ):
+        plan(ParquetSource(kind="parquet", path="x.parquet"), tmp_path)
+    source = ParquetSource(kind="parquet", path="x.parquet", negative_classes=["Street"])
+    assert [row["label"] for row in rows_of(plan(source, tmp_path))] == [1, 0]
+    with pytest.raises(
+        ValidationError, match="both in positive_classes and negative_classes: street"
+    ):
+        ParquetSource(
+            kind="parquet", path="x", positive_classes=["street"], negative_classes=["street"]
+        )
+    source = make_csv(tmp_path, "file,label\na.jpg,barrier\nb.jpg,street\n", "a.jpg", "b.jpg")
+    with pytest.raises(UserError, match='line 2: label "barrier": cannot tell'):
+        plan(source, tmp_path)
+    names = {"positive_classes": ["barrier"], "negative_classes": ["street"]}
+    source = CsvSource(**source.model_dump() | names)
+    assert [row["label"] for row in rows_of(plan(source, tmp_path))] == [1, 0]
+
+
+def test_files_that_do_not_agree_on_what_0_means(tmp_path):
+    pq.write_table(labelled_table(["Roadwork", "None"], [0, 1]), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [b"y"] * 2, "label": [0, 1]}), tmp_path / "b.parquet")
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    with pytest.raises(
+        UserError, match=r"a\.parquet calls its labels Roadwork, None, .*b\.parquet does not say"
+    ):
+        plan_parquet("p", files, 10)
+    pq.write_table(labelled_table(["None", "Roadwork"], [0, 1]), tmp_path / "b.parquet")
+    assert [row["label"] for row in rows_of(plan_parquet("p", files, 10))] == [1, 0, 0, 1]
+
+
+# One site in shards of different types: whole numbers become floating where one is missing.
+SITES = [
+    pa.array([1, 2]), pa.array([1.0, None, 2.0]), pa.array(["1", "2.0", "nan", ""]), pa.array([b"1", b"2"]),
+    pa.array([Decimal("1.00"), Decimal(2)]), pa.array(["1", "2"]).dictionary_encode(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ["group", "drive"])
+def test_one_site_has_one_name_in_all_shards(tmp_path, column):
+    files = []
+    for number, sites in enumerate(SITES):
+        files.append(tmp_path / f"{number}.parquet")
+        columns = {"image": [b"x"] * len(sites), "label": [1] * len(sites), column: sites}
+        pq.write_table(pa.table(columns), files[-1])
+    rows = rows_of(plan_parquet("p", files, 100))
+    assert {row[column] for row in rows} == {"1", "2", None}
+    assert sum(row[column] is None for row in rows) == 3
+    times = [pa.array([np.datetime64("2024-05-01", unit)]) for unit in ("s", "us", "ns")]
+    for number, days in enumerate([pa.array([date(2024, 5, 1)]), *times, pa.array(["2024-05-01"])]):
+        pq.write_table(pa.table({"image": [b"x"], "label": [1], column: days}), files[number])
+    assert {row[column] for row in rows_of(plan_parquet("p", files[:5], 100))} == {"2024-05-01"}
+
+
+def test_names_have_one_spelling_in_every_source(tmp_path):
+    names = [unicodedata.normalize(form, "Zürich") for form in ("NFC", "NFD")]
+    put(tmp_path / f"f/roadwork/{names[0]}/a.jpg", jpeg(1))
+    put(tmp_path / f"f/none/{names[1]}/b.jpg", jpeg(2))
+    source = make_csv(
+        tmp_path, f"file,label,group\na.jpg,1,{names[0]}\nb.jpg,0,{names[1]}\n", "a.jpg", "b.jpg"
+    )
+    pq.write_table(
+        pa.table({"image": [b"x"] * 2, "label": [0, 1], "group": names}), tmp_path / "x.parquet"
+    )
+    for each in (
+        source, FolderSource(kind="folder", path="f"), ParquetSource(kind="parquet", path="x.parquet")
+    ):  # fmt: skip
+        assert [row["group"] for row in rows_of(plan(each, tmp_path))] == [names[0]] * 2
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.float16()])
+def test_ids_that_a_float_cannot_hold_are_refused(tmp_path, kind):
+    bound = {pa.float64(): 2.0**53, pa.float32(): 2.0**24, pa.float16(): 2.0**11}[kind]
+    for value, right in ((bound - 1, True), (bound, False)):
+        sites = pa.array(np.array([value, 1.0]).astype(kind.to_pandas_dtype()), kind)
+        table = pa.table({"image": [b"x"] * 2, "label": [0, 1], "group": sites})
+        pq.write_table(table, tmp_path / "x.parquet")
+        if right:
+            rows = rows_of(plan_parquet("p", [tmp_path / "x.parquet"], 10))
+            assert [row["group"] for row in rows] == [str(int(value)), "1"]
+        else:
+            with pytest.raises(UserError, match=r"x\.parquet: column group: .* too large"):
+                plan_parquet("p", [tmp_path / "x.parquet"], 10)
+
+
+def test_positions_that_are_not_understood_are_said_and_kept(tmp_path, caplog):
+    gps = ["52.5N, 13.4E", "u33dc0", None, "nan", "grid 33U"]
+    columns = {
+        "image": [b"x"] * 5,
+        "label": [1, 0] * 2 + [1],
+        "gps": gps,
+        "group": [None] * 4 + ["a"],
+    }
+    rows = parquet_rows(tmp_path, columns)
+    assert [row.get("latitude") for row in rows] == [52.5, None, None, None, None]
+    kept = [json.loads(row["extra"] or "{}").get("gps") for row in rows]
+    assert kept == [None, "u33dc0", None, None, "grid 33U"]
+    assert (
+        '2 of 5 positions are given but not understood, such as "u33dc0"; 1 of these' in caplog.text
+    )
+
+
+def test_columns_by_any_spelling_of_their_names(tmp_path):
+    columns = {"image": [b"x"], "Label": [1], "timeOfDay": ["night"], "GPSLatitude": ["33.8"]}
+    columns |= {"GPS Latitude-Ref": ["S"], "gps_longitude": [151.2], "Weather Condition": ["rain"]}
+    (row,) = parquet_rows(tmp_path, columns)
+    assert (row["latitude"], row["longitude"]) == (-33.8, 151.2)
+    assert (row["daytime"], row["weather"], row["extra"]) == ("night", "rain", None)
+    with pytest.raises(UserError, match="names a column twice: label, Label"):
+        parquet_rows(tmp_path, {"image": [b"x"], "label": [1], "Label": [0]})
+
+
+def test_text_that_is_not_utf8_is_one_line(tmp_path):
+    names = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    with pytest.raises(UserError, match=r"x\.parquet is damaged: .*utf-8"):
+        parquet_rows(tmp_path, {"image": [b"x"], "label": [1], "group": names})
 
 
 @pytest.mark.parametrize(

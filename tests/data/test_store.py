@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from streetvision.data import store
@@ -164,6 +168,105 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
     path = write_arrow(tmp_path / "other.arrow", {"id": pa.array(["a"]), "logit": pa.array([1.0])})
     with pytest.raises(UserError, match="not a split file: no columns daytime, drive"):
         open_split("evaluate", "val_test", path)
+
+
+def test_offsets_that_leave_the_file_are_not_followed(
+    tmp_path: Path, write_split: Callable[..., Path]
+) -> None:
+    path = write_split(tmp_path / "x.arrow", 12)
+    content = path.read_bytes()
+    table = pa.ipc.open_file(content).read_all()
+    for name in ("id", "image", "group", "weather", "extra"):
+        chunk = table.column(name).chunk(1)  # of the last two rows
+        ends = chunk.buffers()[1].to_pybytes()[:12]
+        at = content.rindex(ends) + 8
+        for end in (2**30, -(2**30), 2**31 - 1):
+            path.write_bytes(
+                content[:at] + end.to_bytes(4, "little", signed=True) + content[at + 4 :]
+            )
+            with pytest.raises(UserError, match="not a readable Arrow file"):
+                open_split("evaluate", "val_test", path)
+    path.write_bytes(content)
+    assert len(open_split("evaluate", "val_test", path)) == 12
+
+
+def test_compressed_files_are_refused_unread(tmp_path: Path) -> None:
+    table = pa.table(
+        {"image": [bytes(2**20)] * 50, "name": pa.array(["a", "b"] * 25).dictionary_encode()}
+    )
+    for codec in ("zstd", "lz4"):
+        options = pa.ipc.IpcWriteOptions(compression=codec)
+        for columns in (["image"], ["name"]):
+            chosen = table.select(columns)
+            with pa.ipc.new_file(tmp_path / "x.arrow", chosen.schema, options=options) as writer:
+                writer.write_table(chosen)
+            before = pa.total_allocated_bytes()
+            with pytest.raises(UserError, match=r"x\.arrow is compressed"):
+                read_arrow(tmp_path / "x.arrow", "prepare")
+            assert pa.total_allocated_bytes() - before < 2**20
+    assert read_arrow(write_arrow(tmp_path / "y.arrow", {"a": table["name"]}), "x")[
+        "a"
+    ].to_pylist() == (["a", "b"] * 25)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.arrow")
+    with pytest.raises(UserError, match="no regular file"):
+        open_split("evaluate", "val_test", tmp_path / "x.arrow")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("label", pa.array(["1"] * 4), "column label is string, not int8"),
+        ("label", pa.array([0, 1, 7, 1], pa.int8()), "labels other than 0 and 1"),
+        ("label", pa.array([0, 1, None, 1], pa.int8()), "column label has missing values"),
+        ("image", pa.array(["a"] * 4), "column image is string, not binary"),
+        ("group", pa.array(["a", None, "b", "c"]), "column group has missing values"),
+        (
+            "evidence_box",
+            pa.array([[0.1, None, 0.2, 0.3]] * 4, pa.list_(pa.float32(), 4)),
+            "has missing",
+        ),
+        ("fusion", pa.array([1, 0, 1, 0]), "column fusion is int64, not bool"),
+    ],
+)
+def test_a_split_file_of_other_types(
+    tmp_path: Path, write_split: Callable[..., Path], column: str, values: pa.Array, message: str
+) -> None:
+    table = read_arrow(write_split(tmp_path / "x.arrow", 4), "prepare")
+    columns = {name: table.column(name) for name in table.column_names}
+    path = write_arrow(tmp_path / "y.arrow", columns | {column: values})
+    with pytest.raises(UserError, match=message) as caught:
+        open_split("evaluate", "val_test", path)
+    assert str(caught.value).startswith(f"{path} is not a split file: ")
+
+
+def test_a_damaged_image_is_named(tmp_path: Path, write_split: Callable[..., Path]) -> None:
+    table = read_arrow(write_split(tmp_path / "x.arrow", 4), "prepare")
+    columns = {name: table.column(name) for name in table.column_names}
+    path = write_arrow(tmp_path / "y.arrow", columns | {"image": pa.array([b"no image"] * 4)})
+    split = open_split("evaluate", "val_test", path)
+    with pytest.raises(UserError, match="the image x-0002 is damaged"):
+        split.image(2)
+
+
+@given(data=st.binary(max_size=40), places=st.lists(st.integers(0, 10**6), max_size=6))
+def test_damage_anywhere_is_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, places: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "x.arrow"
+    table = pa.table(
+        {"id": ["a", None, "ccc"], "image": [b"1", b"22", b"333"], "box": [[1.0], [], [2.0, 3.0]]}
+    )
+    content = bytearray(
+        write_arrow(path, {name: table[name] for name in table.column_names}).read_bytes()
+    )
+    for place, byte in zip(places, data, strict=False):
+        content[place % len(content)] = byte
+    path.write_bytes(content)
+    with suppress(UserError):  # nothing else, and no crash
+        read_arrow(path, "prepare").to_pylist()
 
 
 def test_no_fusion_part_is_no_mistake(tmp_path: Path, write_split: Callable[..., Path]) -> None:

@@ -371,3 +371,10 @@ def test_predictions_are_read_whatever_their_columns_order() -> None:
 def test_a_broken_table_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_predictions(text, "here")
+
+
+def test_groups_of_a_table_are_read_as_those_of_a_source() -> None:
+    text = "id,group,label,probability\na,1.0,1.0,0.9\nb,1,True,0.2\nc,nan,0,0.5\nd,,0,0.5\n"
+    found = parse_predictions(text, "here")
+    assert found.groups.tolist() == ["1", "1", "image:c", "image:d"]
+    assert found.labels.tolist() == [1, 1, 0, 0]

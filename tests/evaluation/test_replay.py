@@ -113,9 +113,9 @@ def test_a_log_without_answers_says_so(folder: Path, caplog: pytest.LogCaptureFi
         ("image,label\na.png,1,2\n", "line 2: 3 cells, but the header names 2 columns"),
         ("image,label\n,1\n", "line 2: image is ''; the path of a file is needed"),
         ("image,label\na.png,1\nc.png,1\nd.png,1\n", r"line 3: image .*c\.png is missing \(2 of 3"),
-        ("image,label\na.png,yes\n", "line 2: label is 'yes'; it must be 0, 1, or empty or -1"),
+        ("image,label\na.png,maybe\n", "line 2: label is 'maybe'; it must be 0, 1, or empty or -1"),
         ("image,label\na.png,0.5\n", "line 2: label is '0.5'; it must be"),
-        ("image,label\na.png,nan\n", "line 2: label is 'nan'; it must be"),
+        ("image,label\na.png,inf\n", "line 2: label is 'inf'; it must be"),
         (
             "image,label,prediction\na.png,1,nan\n",
             "line 2: prediction is 'nan'; it must be a finite",
@@ -148,7 +148,7 @@ def test_a_csv_that_is_wrong(text: str, message: str, folder: Path) -> None:
         ('{"label": 1}', 'line 1 is no object with the key "image"'),
         ("[" * 100_000, "line 1 is not JSON"),
         ('{"image": 5, "label": 1}', "line 1: image is 5; the path of a file is needed"),
-        ('{"image": "a.png", "label": true}', "line 1: label is True; it must be 0, 1"),
+        ('{"image": "a.png", "label": "maybe"}', "line 1: label is 'maybe'; it must be 0, 1"),
         ('{"image": "a.png", "label": [1]}', r"line 1: label is \[1\]; it must be 0, 1"),
         ('{"image": "a.png", "label": 1, "prediction": NaN}', "line 1: prediction is nan"),
         ('{"image": "a.png", "label": 1, "prediction": {}}', "line 1: prediction is {}"),
@@ -161,6 +161,24 @@ def test_a_csv_that_is_wrong(text: str, message: str, folder: Path) -> None:
 def test_json_lines_that_are_wrong(text: str, message: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message):
         read_log(write(folder / "log.jsonl", text))
+
+
+def test_labels_of_a_log_are_read_as_those_of_a_source(folder: Path) -> None:
+    for given, label in [
+        ("Roadwork", 1),
+        ("1.0", 1),
+        ("True", 1),
+        ("yes", 1),
+        ("0.0", 0),
+        ("None", 0),
+    ]:
+        text = f"image,label\na.png,{given}\nb.png,\nb.png,-1.0\nb.png,nan\n"
+        assert [each.label for each in read_log(write(folder / "log.csv", text))] == [label] + [
+            None
+        ] * 3
+    # What `str` makes of a missing label is missing.
+    text = "image,label\na.png,1\na.png,0\nb.png,None\n"
+    assert [each.label for each in read_log(write(folder / "log.csv", text))] == [1, 0, None]
 
 
 def test_a_file_that_is_no_log(folder: Path) -> None:

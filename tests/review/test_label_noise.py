@@ -115,6 +115,16 @@ def test_predictions_that_are_wrong(text: str, message: str, tmp_path: Path) -> 
         read_predictions(tmp_path / "p.csv")
 
 
+def test_groups_and_labels_are_read_as_those_of_a_source(tmp_path: Path) -> None:
+    text = (
+        "id,group,label,probability\na,1.0,1.0,0.9\nb,1,Roadwork,0.8\nc,nan,None,0.1\nd,,no,0.2\n"
+    )
+    (tmp_path / "p.csv").write_text(text.replace("None", "no roadwork"))
+    found = read_predictions(tmp_path / "p.csv")
+    assert found.groups.tolist() == ["1", "1", "image:c", "image:d"]
+    assert found.labels.tolist() == [1, 1, 0, 0]
+
+
 def flipped(path: Path, write_split: Callable[..., Path], n: int, **more: Any) -> set[str]:
     """Write a split of plain scenes, one in twenty with the other class's label; returns their ids."""
     write_split(path, n, **more)
