@@ -33,6 +33,8 @@ MAX_PIXELS: int = Data().max_source_pixels
 # 16-bit RGBA without compression; a larger file is not read.
 _BYTES_A_PIXEL = 8
 _SHOWN_CHARACTERS = 200
+# Characters; a shorter text is a path, whatever it says in base64.
+_SHORTEST_PAYLOAD = 80
 
 
 def upright_image(
@@ -58,11 +60,11 @@ def upright_image(
         Not an image of these kinds; damaged, too large, smaller than 16 pixels or more than 10 times as
         long as wide.
     """
-    if isinstance(source, bytes | bytearray | memoryview | str):
-        given = source if isinstance(source, str) else bytes(source)
-        carried = given if isinstance(given, bytes) and is_image(given) else from_base64(given)
-        if not isinstance(source, str) or is_image(carried) or source[:5].lower() == "data:":
-            source = carried
+    if isinstance(source, bytes | bytearray | memoryview):
+        source = from_base64(bytes(source))
+    elif isinstance(source, str) and len(source) >= _SHORTEST_PAYLOAD:
+        carried = from_base64(source)
+        source = carried if is_image(carried) else source
     if isinstance(source, str | os.PathLike):
         name = escaped(source)
         if len(name) > _SHOWN_CHARACTERS:

@@ -21,7 +21,7 @@ def from_base64(data: bytes | str) -> bytes:
     Base64 may be broken into lines, in the URL-safe alphabet, without its padding, in quotes (also Python's
     `b'…'`) or the body of a data URL, percent-encoded or not. Anything else comes back as it is.
     """
-    given = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    given = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     body = given.strip()
     if quoted := _QUOTED.fullmatch(body):
         body = quoted[2].strip()

@@ -5,6 +5,9 @@ its parts only those are kept that pixels follow from (and the orientation, from
 So no text, colour profile, thumbnail or later frame can spoil an intact picture, take memory, or
 stay in what is stored. Sizes and costs follow from the headers and are checked before decoding.
 
+Pictures are turned upright as EXIF says, in training as in answers. A validator that drops EXIF without
+turning (`raw`) sends a picture sideways; without EXIF nothing here can tell, and it is answered as it is.
+
 The part between the two marked lines stands in the miner's detector, too, letter by letter (a test
 holds that): it needs Pillow, NumPy and Python 3.10, and nothing of this project.
 """

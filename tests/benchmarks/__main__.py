@@ -25,7 +25,7 @@ from tests.benchmarks.comparison import comparison
 from tests.benchmarks.data import prepare_memory
 from tests.benchmarks.gpu import gpu
 from tests.benchmarks.inference import inference, latency, shared
-from tests.benchmarks.limits import limits
+from tests.benchmarks.limits import fuzz, limits, payloads
 from tests.benchmarks.pipeline import dvc, repro, startup
 from tests.benchmarks.runner import Result, Table
 from tests.benchmarks.training import memory
@@ -34,7 +34,7 @@ from tests.benchmarks.training import memory
 TABLES = {
     "calibrators": calibrators, "comparison": comparison, "inference": inference, "latency": latency,
     "memory": memory, "shared": shared, "gpu": gpu, "prepare_memory": prepare_memory,
-    "limits": limits, "startup": startup, "dvc": dvc, "repro": repro,
+    "limits": limits, "payloads": payloads, "fuzz": fuzz, "startup": startup, "dvc": dvc, "repro": repro,
 }  # fmt: skip
 # Minutes of simulation each, about how right something is and not how fast.
 ON_REQUEST = ("calibrators", "comparison")

@@ -11,6 +11,7 @@ import runpy
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -28,6 +29,7 @@ from tests.benchmarks.data import (
     SIDE,
     one_thread,
     photograph,
+    picture,
     prepare_stage,
     training_inputs,
     write_raw,
@@ -42,6 +44,7 @@ from tests.benchmarks.inference import (
 from tests.benchmarks.inference import SIDE as INPUT
 from tests.benchmarks.runner import Table, seconds
 from tests.benchmarks.training import bench_splits, fit
+from tests.data.odd_images import encode
 
 # Step → the functions that it is, by file and name, or as cProfile names what is not Python. None of a
 # table's functions may call another one of it.
@@ -79,12 +82,107 @@ PRODUCTS = (
     (4 * WIDTH, WIDTH),
 ) * 12  # of its blocks
 RUNS = 5
+PAYLOADS, FUZZ_SECONDS = 10_000, 60
 TRAINED, MATRIX = 512, 1024
 
 
 def limits() -> list[Table]:
     """A table for each bar that is missed."""
     return [_prepare(), _access(), _training(), _prediction()]
+
+
+def payloads() -> list[Table]:
+    """Payloads of all kinds through an installed detector: its memory, and the slowest answer."""
+    from streetvision.bundle.natix.check import (
+        challenge_image,
+        malformed,
+        payload,
+        running_miner,
+        unusual,
+    )
+    from streetvision.bundle.natix.install import install
+    from streetvision.bundle.natix.stand_in import make_checkout
+    from tests.bundle.natix.test_detector import random_bundle
+    from tests.data.odd_images import bombs, rare_modes, spoilt_metadata
+
+    images = [(f"challenge {seed}", challenge_image(seed)) for seed in range(200)]
+    images += [(name, data) for name, *_, data in spoilt_metadata()]
+    images += [(name, data) for name, data, _ in rare_modes()]
+    images += [*unusual().items(), *bombs(), *large_images()]
+    sent = [(name, payload(data)) for name, data in images] + list(malformed().items())
+    # What takes more than a megabyte is not sent thousands of times: it would only be read.
+    small = [pair for pair in sent if len(pair[1]) < 2**20]
+    order = np.random.default_rng(0).permutation(np.arange(PAYLOADS) % len(small))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        bundle = random_bundle(folder / "made", 0).bundle
+        checkout = make_checkout(folder / "checkout")
+        install(bundle, checkout)
+        with running_miner(checkout) as miner:
+            found = {}
+            for name, data in sent:
+                answer = miner.ask(data)
+                found[name] = (answer.seconds, answer.prediction)
+            memory = [answer.peak_mib]
+            for number in order.tolist():
+                name, data = small[number]
+                answer = miner.ask(data)
+                found[name] = max(found[name], (answer.seconds, answer.prediction))
+                memory.append(answer.peak_mib)
+    slowest = sorted(found.items(), key=lambda pair: -pair[1][0])[:8]
+    rows = [[name, f"{t:.3f} s", "none" if p < 0 else f"{p:.3f}"] for name, (t, p) in slowest]
+    middle = memory[len(memory) // 2]
+    title = (
+        f"{PAYLOADS:,} payloads of {len(sent)} kinds through the detector: the slowest (reach: below 2 s); "
+        f"peak memory when each kind was sent once {memory[0]:,} MiB, half way {middle:,}, "
+        f"at the end {memory[-1]:,} (reach: flat)"
+    )
+    return [Table(title, ["payload", "longest", "answer"], rows)]
+
+
+def large_images() -> list[tuple[str, bytes]]:
+    """The largest of their kind that are decoded."""
+    shown = picture(0, (4000, 3000))
+    return [
+        (f"{kind} of 12 megapixels {options or ''}", encode(shown, kind, **options))
+        for kind, options in (
+            ("JPEG", {"quality": 95}), ("JPEG", {"quality": 90, "progressive": True}),
+            ("PNG", {"compress_level": 1}), ("WEBP", {"quality": 80, "method": 0}),
+            ("WEBP", {"lossless": True, "quality": 0, "method": 0}), ("TIFF", {"compression": "tiff_lzw"}),
+            ("BMP", {}),
+        )
+    ]  # fmt: skip
+
+
+def fuzz() -> list[Table]:
+    """Mutations of images and payloads, a minute each: whatever comes is a picture or one line, and soon."""
+    from tests.fuzz.fuzz_bundle import attempt, seeds
+
+    rng = np.random.default_rng()
+    rows = []
+    for target in ("image", "payload"):
+        tried, pictures, slowest, stop = 0, 0, 0.0, time.monotonic() + FUZZ_SECONDS
+        originals = seeds(target)
+        while time.monotonic() < stop:
+            data = bytearray(originals[tried % len(originals)])
+            for place in rng.integers(0, len(data), int(rng.integers(1, 9))).tolist():
+                change = rng.integers(4)
+                if change == 0:
+                    data[place : place + int(rng.integers(1, 30))] = b""
+                elif change == 1:
+                    data[place:place] = data[: int(rng.integers(1, 200))]
+                else:
+                    data[place : place + 1] = rng.bytes(1)
+                if not data:
+                    break
+            start = time.perf_counter()
+            pictures += attempt(target, bytes(data)) == ""
+            slowest = max(slowest, time.perf_counter() - start)
+            tried += 1
+        rows.append([target, f"{tried:,}", f"{pictures:,}", f"{slowest:.3f} s"])
+    return [
+        Table("Mutated inputs, a minute each", ["target", "tried", "pictures", "slowest"], rows)
+    ]
 
 
 def shares(work: Callable[[], object], steps: Steps) -> dict[str, float]:

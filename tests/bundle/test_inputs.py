@@ -67,6 +67,7 @@ def test_every_kind_of_source_gets_the_same_answer(predictor: Predictor, tmp_pat
     opaque = np.dstack([array, np.full(array.shape[:2], 255, np.uint8)])
     sources: list[Any] = [
         data, bytearray(data), memoryview(data), path, str(path), array, opaque, image.convert("RGBA"),
+        base64.b64encode(data), base64.urlsafe_b64encode(data).decode().rstrip("="),
         np.asfortranarray(array), array[::-1][::-1], Image.open(path), encode(image, "WEBP", lossless=True),
     ]  # fmt: skip
     assert [predictor(source) for source in sources] == [expected] * len(sources)
@@ -121,9 +122,9 @@ def test_the_limit_is_that_of_ingest() -> None:
         (3.5, "image is a float;"),
         ([[0, 1]], "image is a list;"),
         (b"", "image: no image; there are no bytes"),
-        (b"<svg/>", "image: not an image; JPEG, PNG and WebP files are read"),
+        (b"<svg/>", "image: not an image; JPEG, PNG, WebP, BMP and TIFF files are read"),
         (encode(picture(), "GIF"), "image: not an image;"),
-        (base64.b64encode(encode(picture())), "image: not an image;"),
+        (base64.b64encode(encode(picture(), "GIF")), "image: not an image;"),
         (encode(picture())[:1000], "image: truncated; "),
         (picture(15, 40), "image: too small; each side needs at least 16 pixels"),
         (Image.new("RGB", (0, 5)), "image: too small;"),

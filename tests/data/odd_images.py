@@ -140,7 +140,11 @@ def spoilt_metadata() -> Iterator[tuple[str, bytes, bytes]]:
         yield f"jpeg half the end lost {options}", whole, whole[:-1]
     for options in ({"quality": 80}, {"lossless": True}):
         whole = encode(image, "WEBP", **options)
-        spoilt = (webp_chunk(b"EXIF", b"II*\0\xff\xff\xff\xff"), webp_chunk(b"XMP ", b"<" * 99_999), webp_chunk(b"odd!", b"x"))  # fmt: skip
+        spoilt = (
+            webp_chunk(b"EXIF", b"II*\0\xff\xff\xff\xff"),
+            webp_chunk(b"XMP ", b"<" * 99_999),
+            webp_chunk(b"odd!", b"x"),
+        )
         profile = webp_chunk(b"ICCP", b"garbage")
         yield f"webp {options}", whole, in_webp(whole, image.size, 0x2C, profile, b"".join(spoilt))
         yield (
@@ -153,7 +157,8 @@ def spoilt_metadata() -> Iterator[tuple[str, bytes, bytes]]:
     whole = encode(image, "PNG")
     yield "png end lost", whole, whole[:-12]
     yield "png end damaged", whole, whole[:-2]
-    yield "png damaged transparency", whole, in_png(whole, png_chunk(b"tRNS", b"\0" * 6, damaged=True), behind=False)  # fmt: skip
+    clear = png_chunk(b"tRNS", bytes(6), damaged=True)
+    yield "png damaged transparency", whole, in_png(whole, clear, behind=False)
     yield (
         "png text cut off",
         whole,

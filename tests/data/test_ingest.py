@@ -6,18 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from streetvision.data import ingest
 from streetvision.data.ingest import ingest_sources, write_shard
+from streetvision.data.pixels import decode_upright
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.errors import UserError
 from streetvision.params import CsvSource, ParquetSource, SyntheticSource
 from streetvision.progress import no_progress
+from tests.data.odd_images import encode, picture
 
 SYNTHETIC = SyntheticSource(kind="synthetic", images=22, cities=5, width_px=64, height_px=64)
 CSV = CsvSource(kind="csv", name="photos", path="labels.csv")
@@ -221,3 +227,30 @@ def test_row_groups_are_bounded_in_rows_and_bytes(tmp_path, monkeypatch):
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     assert sizes == [250, 250, 103, 3, 1]
     assert [len(v["bytes"]) for v in file.read()["image"].to_pylist()] == [1] * 600 + [400] * 7
+
+
+def test_raw_images_keep_no_metadata(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0110] = "SERIAL-4711"
+    exif[0x0112] = 6
+    exif.get_ifd(0x8825)[1] = "SERIAL-N"
+    given = {kind: encode(picture(), kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")}
+    given["broken"] = b"no image"
+
+    class Images:
+        n_rows = len(given)
+
+        def read(self) -> Iterator[dict[str, Any]]:
+            for name, data in given.items():
+                yield {"id": name, "source": "s", "image": {"bytes": data, "path": None}}
+
+    write_shard(Images(), tmp_path / "a.parquet")
+    rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    for row in rows:
+        before, after = given[row["id"]], row["image"]["bytes"]
+        assert b"SERIAL" not in after
+        if row["id"] == "broken":
+            assert after == before
+        else:
+            assert b"SERIAL" in before
+            assert np.array_equal(decode_upright(after, 10**6), decode_upright(before, 10**6))

@@ -44,6 +44,32 @@ def bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(columns[-1]) + 1, int(rows[0]), int(rows[-1]) + 1
 
 
+def cubic(values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+    """A row resized to `length` by Keys' cubic convolution with a = -1/2, widened where it shrinks (1981)."""
+    scale = len(values) / length
+    support = max(scale, 1.0)
+    places = np.arange(len(values)) + 0.5
+    found = []
+    for i in range(length):
+        x = np.abs(places - (i + 0.5) * scale) / support
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+        found.append((weights * values).sum() / weights.sum())
+    return np.clip(found, 0, 255)
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "crop"])
+@pytest.mark.parametrize("length", [16, 32, 96, 160])
+def test_resizing_is_bicubic(fit: Any, length: int) -> None:
+    row = np.random.default_rng(length).integers(0, 256, 64).astype(float)
+    image = Image.fromarray(np.tile(row.astype(np.uint8)[None, :, None], (64, 1, 3)))
+    made = replace(BASE, height=length, width=length, fit=fit).apply(image)
+    expected = cubic(row, length)
+    assert np.abs(made[length // 2, :, 0] - expected).max() <= 1
+    linear = image.resize((length, length), Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(linear)[length // 2, :, 0] - expected).max() > 5, "any filter would do"
+
+
 @settings(max_examples=150, deadline=None)
 @given(sizes, sizes, st.integers(16, 96), st.integers(16, 96), st.booleans())
 def test_letterbox_keeps_all_and_its_proportions(

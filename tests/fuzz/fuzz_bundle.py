@@ -1,13 +1,15 @@
 """Fuzzing with coverage: `python tests/fuzz/fuzz_bundle.py TARGET [CORPUS] [-max_total_time=60 …]`.
 
-Targets: `image` (the bytes of an image file), `manifest` (of bundle.json) and `archive` (of the tar within
-bundle.tar.gz). Anything but a result or a `UserError` of one line is a finding; atheris stops there and keeps
-the input. Needs `pip install atheris`; without it the script says so and ends well, so that it can stand in a
-list of checks. What follows the target goes to libFuzzer: https://llvm.org/docs/LibFuzzer.html#options
+Targets: `image` (the bytes of an image file), `payload` (text that may carry one), `manifest` (of bundle.json)
+and `archive` (of the tar within bundle.tar.gz). Anything but a result or a `UserError` of one line is a finding;
+atheris stops there and keeps the input. Needs `pip install atheris`; without it the script says so and ends
+well, so that it can stand in a list of checks. What follows the target goes to libFuzzer:
+https://llvm.org/docs/LibFuzzer.html#options
 """
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import sys
@@ -28,6 +30,19 @@ def image(data: bytes) -> None:
     found = upright_image(data, MAX_PIXELS)
     if found.mode != "RGB" or found.width * found.height > MAX_PIXELS:
         raise AssertionError(f"{found.mode} {found.size}")
+    from streetvision.data.pixels import decode_upright, is_image, without_metadata
+
+    if is_image(data):  # and no base64 of one
+        kept = decode_upright(without_metadata(data), MAX_PIXELS)
+        if kept.tobytes() != found.tobytes():
+            raise AssertionError("without metadata it is another picture")
+
+
+def payload(data: bytes) -> None:
+    """Text that may carry an image: base64 or a data URL."""
+    from streetvision.bundle.inputs import upright_image
+
+    upright_image(b"data:" + data, MAX_PIXELS)
 
 
 def manifest(data: bytes) -> None:
@@ -63,7 +78,7 @@ def archive(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    "image": image, "manifest": manifest, "archive": archive,
+    "image": image, "payload": payload, "manifest": manifest, "archive": archive,
 }  # fmt: skip
 
 
@@ -82,19 +97,24 @@ def seeds(target: str) -> list[bytes]:
     """Something for the fuzzer to start from."""
     from PIL import Image
 
-    if target == "image":
+    if target in {"image", "payload"}:
         pictures = []
-        for mode, kind in (
-            ("RGB", "JPEG"),
-            ("CMYK", "JPEG"),
-            ("P", "PNG"),
-            ("LA", "PNG"),
-            ("RGB", "WEBP"),
+        for mode, kind, options in (
+            ("RGB", "JPEG", {}),
+            ("RGB", "JPEG", {"progressive": True}),
+            ("CMYK", "JPEG", {}),
+            ("P", "PNG", {}),
+            ("LA", "PNG", {}),
+            ("RGB", "WEBP", {}),
+            ("RGB", "BMP", {}),
+            ("RGB", "TIFF", {"compression": "tiff_lzw"}),
         ):
             buffer = io.BytesIO()
-            Image.linear_gradient("L").resize((24, 20)).convert(mode).save(buffer, kind)
+            Image.linear_gradient("L").resize((24, 20)).convert(mode).save(buffer, kind, **options)
             pictures.append(buffer.getvalue())
-        return pictures
+        if target == "image":
+            return pictures
+        return [b"image/png;base64," + base64.b64encode(each) for each in pictures]
     bundle = _empty_bundle()
     return [bundle] if target == "manifest" else [_tar(bundle)]
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,11 @@ from PIL import Image
 from streetvision.artifacts import write_bytes_atomic, write_json_atomic
 from streetvision.bundle.export import export_bundle
 from streetvision.bundle.natix import miner
+from streetvision.bundle.natix.check import payload, running_miner
 from streetvision.bundle.natix.install import CONFIG, DETECTOR, DETECTORS, install
 from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.bundle.predictor import Predictor
+from streetvision.data import pixels
 from streetvision.data.decode import decode_image
 from streetvision.data.transforms import Preprocessing
 from streetvision.decision.abstention import Abstention
@@ -35,11 +38,13 @@ from streetvision.decision.ensemble import TIERS
 from streetvision.decision.hard_images import HardImages
 from streetvision.decision.pickling import dump_policy_pickle
 from streetvision.decision.policy import Policy, scrc_document
+from streetvision.errors import UserError
 from streetvision.models.backbone import resolve
 from streetvision.models.classifier import ClassifierConfig, save_classifier
 from streetvision.models.fusion import TRAINED, UNTRAINED, Fusion, FusionConfig, save_fusion
 from streetvision.models.fusion_networks import build_network, freeze_head
 from streetvision.params import Cvfm, ViewGrid
+from tests.data.odd_images import bombs, in_png, png_chunk, rare_modes, spoilt_metadata
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -273,7 +278,61 @@ def test_every_mode_and_orientation(tmp_path: Path, trained: Trained) -> None:
     assert len(np.unique(np.round(expected, 7))) >= 15, "the files must not all look alike"
 
 
+def test_odd_and_hostile_files_get_the_predictors_answers(tmp_path: Path, trained: Trained) -> None:
+    """Through a miner's own reading: what is spoilt, rare or a bomb."""
+    checkout = make_checkout(tmp_path)
+    install(trained.bundle, checkout)
+    predictor = Predictor.load(trained.bundle, "cpu")
+    sent = [(name, data) for name, *_, data in spoilt_metadata()]
+    sent += [(name, data) for name, data, _ in rare_modes()]
+    whole = {name: predictor(data) for name, data, _ in spoilt_metadata()}
+    served_ones = 0
+    with running_miner(checkout, MINER_PYTHON) as miner:
+        miner.ask(payload(sent[0][1]))
+        for name, data in [*sent, *bombs()]:
+            try:
+                expected = predictor(data)
+            except UserError:
+                expected = -1.0
+            answer = miner.ask(payload(data))
+            assert answer.prediction == pytest.approx(expected, abs=TOLERANCE), (name, answer.error)
+            assert answer.seconds < 2, name
+            served_ones += expected >= 0
+            if name in whole:
+                assert expected == whole[name], name
+    assert served_ones == len(sent)
+
+
+def test_an_image_that_is_only_opened_is_read_by_the_detectors_rules(
+    tmp_path: Path, trained: Trained
+) -> None:
+    """Opened from a path, as not by a miner: text behind the pixels is no reason, another format is one."""
+    image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    image.save(tmp_path / "plain.png")
+    plain = (tmp_path / "plain.png").read_bytes()
+    chunk = png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 1_500_000))
+    (tmp_path / "text.png").write_bytes(in_png(plain, chunk, behind=True))
+    image.save(tmp_path / "a.gif")
+    checkout = make_checkout(tmp_path / "checkout")
+    install(trained.bundle, checkout)
+    cases = [(CONFIG, [tmp_path / name]) for name in ("plain.png", "text.png", "a.gif")]
+    found = served(checkout, cases)
+    assert found[0] == found[1]
+    assert found[2] == "UnusableImageError: not an image"
+
+
 # --------------------------------------------------------------------------- the file itself
+
+
+def test_pixels_are_read_by_the_same_text() -> None:
+    texts = []
+    for file in (SOURCE, Path(pixels.__file__)):
+        _, begin, rest = file.read_text().partition("# ---- the same in ")
+        text, end, _ = rest.partition(": to here\n")
+        assert begin
+        assert end
+        texts.append(text)
+    assert texts[0] == texts[1], "copy the marked part of data/pixels.py into the detector"
 
 
 def test_the_file_needs_nothing_else_and_is_python_3_10() -> None:
@@ -289,6 +348,25 @@ def test_the_file_needs_nothing_else_and_is_python_3_10() -> None:
     assert third_party == {"base_miner", "torch", "timm", "numpy", "PIL", "safetensors"}
     # The subnet's torch has no safetensors in it, and in a pickle there may be code.
     assert "torch.load" not in SOURCE.read_text()
+
+
+def test_changed_fusion_weights_are_not_served(tmp_path: Path) -> None:
+    seed = len(UNTRAINED)  # of the first mode that has weights
+    case = random_bundle(tmp_path / "made", seed)
+    assert case.mode in TRAINED
+    checkout = make_checkout(tmp_path / "checkout")
+    install(case.bundle, checkout)
+    (weights,) = (checkout / DETECTORS / "weights").iterdir()
+    name = json.loads((weights / "bundle.json").read_text())["cvfm_weights"]
+    path = weights / name
+    intact = path.read_bytes()
+    assert served(checkout, [(CONFIG, [])]) == [[]]
+    path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))  # still a file of weights
+    (error,) = served(checkout, [(CONFIG, [])])
+    assert f"{name} was changed (SHA-256 differs): run `natix install` again" in error
+    path.unlink()
+    (error,) = served(checkout, [(CONFIG, [])])
+    assert error.startswith("FileNotFoundError")
 
 
 def test_a_changed_or_missing_file_is_not_served(tmp_path: Path, trained: Trained) -> None:
