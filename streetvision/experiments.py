@@ -1,4 +1,4 @@
-"""DVC experiments, commits and the working tree as runs: what was set, what came out, and whether that belongs together."""
+"""DVC experiments, commits and the working tree as runs: what was set, what came out, do both fit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from streetvision import git
 from streetvision.documents import mapping_in, read_json, read_yaml
 from streetvision.errors import UserError
+from streetvision.escaping import shortened
 from streetvision.params import Params
 from streetvision.presets import merge, preset_changes, preset_names, value
 
@@ -52,8 +53,8 @@ class Run:
         others = len(self.changed) - 1
         more = f" ({others} more {'differ' if others > 1 else 'differs'})" if others else ""
         return (
-            f"of other parameters than {PARAMS}: {key} was {json.dumps(then)} and is {json.dumps(now)}"
-            f"{more}; `dvc repro` there makes them anew"
+            f"of other parameters than {PARAMS}: {shortened(key)} was {shortened(json.dumps(then))} and is "
+            f"{shortened(json.dumps(now))}{more}; `dvc repro` there makes them anew"
         )
 
 
@@ -67,10 +68,11 @@ def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
     """
     if not (root / ".dvc").is_dir():
         raise UserError(f"{root} is no DVC project; run this in the project's folder")
-    if revisions:
-        commits = {name: git.commit_of(root, name) for name in revisions}
-    else:
-        commits = git.experiments(root)
+    commits = (
+        {name: git.commit_of(root, name) for name in revisions}
+        if revisions
+        else git.experiments(root)
+    )
     return [_run(name, commit, _reader(root, commit)) for name, commit in commits.items()]
 
 

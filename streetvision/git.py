@@ -99,7 +99,8 @@ def files(
     answer, place = _batch(root, "--batch", request), 0
     for pair, size in sizes.items():
         start = answer.index(b"\n", place) + 1
-        found[pair], place = answer[start : start + size], start + size + 1
+        place = start + size + 1
+        found[pair] = answer[start : place - 1]
     return found
 
 

@@ -70,7 +70,7 @@ def test_markdown_shows_the_text_and_makes_nothing_of_it(name: str) -> None:
     wanted = terminal(name).strip()
     for before, after in (("x ", " y"), ("| a |\n| --- |\n| x ", " y |"), ("## x ", " y")):
         shown = render(f"{before}{markdown(name)}{after}")
-        tags = {tag for tag in re.findall(r"</?(\w+)", shown)}
+        tags = set(re.findall(r"</?(\w+)", shown))
         assert tags <= {"p", "table", "thead", "tbody", "tr", "th", "td", "h2"}, shown
         text = html.unescape(re.sub(r"<[^>]*>", "", shown)).replace("\u200b", "")
         assert wanted.replace("\u200b", "") in text or " ".join(wanted.split()) in " ".join(
@@ -138,8 +138,13 @@ def test_a_caption_is_no_formula_and_does_not_fail() -> None:
     image = np.zeros((32, 32, 3), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        odd = [plot_mistakes([image], [text], text) for text in
-               (r"$\frac{$", r"$\undefined$", "$x$", r"\$x\$", "x" * 300, "\x1b[1m\x00", "東京\u202e", "a\nb" * 90)]  # fmt: skip
+        odd = [
+            plot_mistakes([image], [text], text)
+            for text in (
+                r"$\frac{$", r"$\undefined$", "$x$", r"\$x\$", "x" * 300, "\x1b[1m\x00", "東京\u202e",
+                "a\nb" * 90,
+            )
+        ]  # fmt: skip
     assert len(set(odd)) == len(odd)
     assert plot_mistakes([image], ["$x$"]) != plot_mistakes([image], ["x"])
     assert caption("\x1b" * 100, 20) == caption("\x1b" * 100, 20)[:20]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision import escaping
 from streetvision.errors import UserError
+from streetvision.escaping import shortened, terminal
 from streetvision.evaluation.compare_report import markdown_table, text_table
 from streetvision.experiments import TEST_METRICS, Run
 
@@ -269,16 +272,28 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
     runs = sum(each.score.n for each in summary.configurations)
     end = "highest" if summary.highest else "lowest"
     draw = markdown_table if markdown else text_table
+    escape = escaping.markdown if markdown else terminal
+
+    def shown(text: str) -> str:
+        return escape(shortened(text))
+
     rows = [
-        [*map(as_text, c.params.values()), str(c.score.n), str(c.score), " ".join(c.experiments)]
+        [
+            *(shown(as_text(value)) for value in c.params.values()),
+            *(str(c.score.n), str(c.score), " ".join(map(shown, c.experiments))),
+        ]
         for c in summary.configurations
     ]
+    chosen = ", ".join(f"{shown(k)}={shown(as_text(v))}" for k, v in best.params.items())
     lines = [
-        f"{summary.metric}, the {end} is best: {n} configurations, {runs} runs over {summary.seeds}",
+        (
+            f"{shown(summary.metric)}, the {end} is best: {n} configurations, {runs} runs over "
+            f"{shown(summary.seeds)}"
+        ),
         "",
-        draw([*best.params, "seeds", "mean ± sd", "experiments"], rows),
+        draw([*map(shown, best.params), "seeds", "mean ± sd", "experiments"], rows),
         "",
-        f"best: {_named(best.params)}, {best.score}",
+        f"best: {chosen or 'the only one'}, {best.score}",
     ]
     if n > 1 and summary.corrected is None:
         lines.append(
@@ -292,8 +307,8 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
         )
     if summary.reported is None:
         lines.append(
-            f"VAL_TEST of the best is not known, as `evaluate` did not run in {best.experiments[0]}: "
-            f"dvc exp apply {best.experiments[0]} && dvc repro"
+            f"VAL_TEST of the best is not known, as `evaluate` did not run in {shown(best.experiments[0])}: "
+            f"dvc exp apply {shown(shlex.quote(best.experiments[0]))} && dvc repro"
         )
     else:
         lines.append(f"VAL_TEST of the best, {REPORTED}: {summary.reported}")
@@ -323,10 +338,6 @@ def columns(summary: Summary) -> dict[str, list[Any]]:
 def as_text(value: Any) -> str:
     """A parameter's value as one would write it."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _named(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={as_text(value)}" for name, value in params.items()) or "the only one"
 
 
 def _paragraphs(lines: Sequence[str]) -> list[str]:

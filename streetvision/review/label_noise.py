@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from streetvision.artifacts import write_csv_atomic
 from streetvision.data.embeddings import read_embeddings
 from streetvision.errors import UserError
-from streetvision.escaping import from_csv_cell
+from streetvision.escaping import from_csv_cell, shortened, terminal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -229,7 +229,9 @@ def describe(doubts: Doubts) -> list[str]:
     worst = Counter(given.groups[issue].tolist()).most_common(3)
     sizes = Counter(given.groups.tolist())
     if worst:
-        groups = ", ".join(f"{name} ({count} of {sizes[name]})" for name, count in worst)
+        groups = ", ".join(
+            f"{terminal(shortened(name))} ({count} of {sizes[name]})" for name, count in worst
+        )
         lines.append(f"most in: {groups}")
     lines.append(
         "A doubt is a reason to look, not a mistake found: hard images are among them. Nothing was changed."

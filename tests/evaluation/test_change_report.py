@@ -150,7 +150,7 @@ def test_commits_in_a_clone_without_the_data(reported: Project, run: Run, tmp_pa
     monkeypatch.chdir(clone.root)
     assert run("report", "HEAD~", "--output", "elsewhere")[0] == 0
     text = (clone / "elsewhere/report.md").read_text()
-    assert "### working tree against HEAD~" in text
+    assert r"### working tree against HEAD\~" in text
     assert "Note: data/splits/val_test.arrow is not here" in text
     assert "Times are not known" in text
     assert rows(text)["train.rate"] == ["0.5", "0.75"]
