@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from streetvision import git
+from streetvision import git, repro
 from streetvision.artifacts import ArtifactSchema
 from streetvision.artifacts import run_log as logged
 from streetvision.errors import UserError
@@ -138,9 +138,28 @@ def test_a_shallow_clone_says_so(project: Project, tmp_path: Path) -> None:
     assert stage_seconds(tmp_path / "shallow", log, run.commit) == {}
 
 
-def test_without_git(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def failing_dvc(
+    command: list[str], real: Any = subprocess.run, **rest: Any
+) -> subprocess.CompletedProcess[Any]:
+    """Git runs, DVC says that there is no repository."""
+    if "dvc" in command:
+        return subprocess.CompletedProcess(command, 251)
+    found: subprocess.CompletedProcess[Any] = real(command, **rest)
+    return found
+
+
+def test_without_git(
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     shutil.rmtree(project / ".git")
     assert working_tree(project.root).params == {"seed": 2}
+    with caplog.at_level("WARNING"):
+        monkeypatch.setattr(repro.subprocess, "run", failing_dvc)
+        assert repro.reproduce(project.root, None) == 251
+    assert "git init" in caplog.text
     for revisions in (["HEAD"], []):
         with pytest.raises(UserError, match=r"in no Git repository.*ZIP.*git clone.*git init"):
             finished(project.root, revisions)
@@ -265,6 +284,18 @@ def test_no_remote_of_a_revision_is_asked(project: Project) -> None:
             assert Revision(project.root, rev).run.params == {"seed": 4}
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_what_would_have_dvc_ask_elsewhere(project: Project) -> None:
+    assert not git.asks_elsewhere(project.root, "HEAD~")
+    commit(project, 3, **{".dvc/config": "[core]\n    remote = far\n"})
+    assert git.asks_elsewhere(project.root, "HEAD~")
+    project.git("checkout", "--quiet", "-b", "import", "HEAD~")
+    commit(project, 4, **{"data/x.dvc": {"deps": [{"repo": {"url": "http://x"}}]}})
+    project.git("checkout", "--quiet", "-f", "HEAD~")
+    assert git.asks_elsewhere(project.root, "import")
+    assert git.asks_elsewhere(project.root, "main")
+    assert not git.asks_elsewhere(project.root, "import~")
 
 
 def test_programs_that_a_repository_names_are_not_run(project: Project, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,37 @@ def test_an_experiment_that_stopped_early_is_marked(reported: Project, run: Run)
         in text
     )
     assert "results of main~" not in text
+
+
+@pytest.mark.slow
+def test_dvcs_page_is_left_out_where_a_revision_names_another_server(
+    reported: Project, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, ran = subprocess.run, []
+
+    def spying(command: list[str], **rest: Any) -> Any:
+        if "dvc" in command:
+            ran.append(command[command.index("dvc") :])
+            return subprocess.CompletedProcess(command, 0)
+        return real(command, **rest)
+
+    monkeypatch.setattr(subprocess, "run", spying)
+    assert run("report", "--plots", "--", "main", "wider")[0] == 0
+    assert run("report", "--plots", "main")[0] == 0
+    start = ["dvc", "plots", "diff", "--out", "report/plots", "--"]
+    assert ran == [[*start, "main", "wider"], [*start, "main"]]
+    reported.git("checkout", "--quiet", "-b", "theirs")
+    (reported / ".dvc/config").write_text(
+        "[core]\n    remote = r\n['remote \"r\"']\n    url = http://x\n"
+    )
+    reported.commit()
+    reported.git("checkout", "--quiet", "main")
+    code, shown, said = run("report", "--plots", "theirs")
+    assert (code, shown) == (0, "report/report.md\n")
+    assert (
+        "`dvc plots diff` is left out: it reads theirs with that revision's own .dvc/config" in said
+    )
+    assert len(ran) == 2
 
 
 @pytest.mark.slow

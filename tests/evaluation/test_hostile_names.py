@@ -1,4 +1,4 @@
-"""Revisions, parameters, groups and metrics with names of an attacker's choice, in what is printed and written."""
+"""Revisions, parameters, groups and metrics with names of an attacker's choice, in all that is shown."""
 
 from __future__ import annotations
 
