@@ -148,7 +148,7 @@ def check_repository(root: Path) -> None:
     if "not a git repository" in said:
         raise UserError(
             f"{root} is in no Git repository, which DVC and all that compares revisions need (a ZIP download "
-            "has none): `git clone` the project, or make this folder one with `git init`, `git add .` and a commit"
+            "has none): `git clone` the project, or make this folder one with `git init` and a first commit"
         )
     raise UserError(f"Git cannot read {root}: {said}")
 
