@@ -66,7 +66,7 @@ def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
     UserError
         No Git repository with DVC; a revision is unknown or holds no pipeline; what it holds is broken.
     """
-    if not (root / ".dvc").is_dir():
+    if not any((root / name).exists() for name in (".dvc", PIPELINE)):
         raise UserError(f"{root} is no DVC project; run this in the project's folder")
     commits = (
         {name: git.commit_of(root, name) for name in revisions}

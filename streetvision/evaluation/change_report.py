@@ -21,7 +21,7 @@ from streetvision.evaluation.gates import Timing
 from streetvision.evaluation.metrics import Floats
 from streetvision.evaluation.predictions import match_predictions
 from streetvision.evaluation.revisions import Review, Revision, contact_sheet, review
-from streetvision.evaluation.sweep_summary import as_text
+from streetvision.evaluation.sweep_summary import as_text, is_number
 from streetvision.experiments import TEST_METRICS, stage_seconds
 
 _COST = {
@@ -99,13 +99,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Values:
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         found[name] = {"old": before, "new": after}
-        if _is_number(before) and _is_number(after):
+        if is_number(before) and is_number(after):
             found[name] |= {"diff": after - before}
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _pictures(found: Review, made: ChangeReport) -> list[str]:

@@ -161,7 +161,8 @@ def review(base: Revision, head: Revision, seed: int = 0) -> Review:
         )
     notes += [note for each in dict.fromkeys((base, head)) for note in each.notes()]
     if priors[0] != priors[1]:
-        notes.append(f"the served prior was {priors[0]} in {base}; both are taken at {priors[1]}")
+        before = shortened(str(priors[0]))
+        notes.append(f"the served prior was {before} in {base}; both are taken at {priors[1]}")
     return Review(base, head, comparison, images, tuple(notes))
 
 

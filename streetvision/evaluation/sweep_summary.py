@@ -41,6 +41,7 @@ LOWEST_IS_BEST = (
     "fpr",
 )
 _DRAWS = 20_000
+_LARGEST = 1e100  # its square is a number, too
 # May not change a result (params.yaml), so they make no other configuration.
 _NO_AXIS = ("hardware.", "gates.")
 
@@ -132,9 +133,12 @@ def summarise(
     unknown = [run.name for run in runs if seeds not in run.params]
     if unknown:
         raise UserError(f'{unknown[0]} has no parameter "{seeds}"; name one that is in params.yaml')
-    used = [run for run in runs if name in run.metrics and path not in run.outdated]
+    used = [run for run in runs if is_number(run.metrics.get(name)) and path not in run.outdated]
     if not used:
         raise UserError(f"no experiment has run the stage that writes {path}")
+    huge = [run.name for run in used if abs(run.metrics[name]) > _LARGEST]
+    if huge:
+        raise UserError(f"{shortened(name)} of {shortened(huge[0])} is beyond {_LARGEST:g}")
     axes = _varied([run.params for run in used], seeds)
     cells: dict[str, list[Run]] = {}
     for run in used:
@@ -159,7 +163,7 @@ def summarise(
         run.metrics[REPORTED]
         for run in used
         if run.name in best
-        and REPORTED in run.metrics
+        and is_number(run.metrics.get(REPORTED))
         and REPORTED.partition(":")[0] not in run.outdated
     ]
     return Summary(
@@ -221,12 +225,7 @@ def _configuration(
 
 def _resolve(metric: str, runs: Sequence[Run]) -> str:
     """The one metric that is called this, with or without its file."""
-    known = {
-        name: None
-        for run in runs
-        for name, value in run.metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    known = {name: None for run in runs for name, value in run.metrics.items() if is_number(value)}
     found = [name for name in known if metric in {name, name.partition(":")[2]}]
     if len(found) == 1:
         return found[0]
@@ -333,6 +332,11 @@ def columns(summary: Summary) -> dict[str, list[Any]]:
     ]
     names = ["rank", *summary.best.params, summary.seeds, summary.metric, "experiment"]
     return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a metric is one, neither a text nor a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def as_text(value: Any) -> str:
