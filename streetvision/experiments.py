@@ -13,8 +13,7 @@ from streetvision import git
 from streetvision.documents import mapping_in, read_json, read_yaml
 from streetvision.errors import UserError
 from streetvision.escaping import shortened
-from streetvision.params import Params
-from streetvision.presets import merge, preset_changes, preset_names, value
+from streetvision.presets import load_preset, preset_changes, preset_names, value
 
 # The metrics of the stages that read VAL_TEST: for the report, never for a choice.
 TEST_METRICS = ("metrics/evaluation.json", "metrics/challenge.json")
@@ -238,13 +237,11 @@ def _changed_params(
 def _preset_of(lock: Mapping[str, _Locked]) -> str | None:
     """The preset whose values all stages ran with: `repro --preset` puts `params.yaml` back afterwards."""
     locked = [item for entry in lock.values() for item in entry.params.items()]
-    defaults = Params().model_dump(mode="json")
     for name in preset_names():
-        document = merge(defaults, preset_changes(name))
+        document, written = load_preset(name, Path()).model_dump(mode="json"), preset_changes(name)
         # Paths to places outside the project are absolute in a run, and of its machine.
         if all(
-            found == (wanted := value(document, key))
-            or (isinstance(wanted, str) and wanted.startswith("../"))
+            found == value(document, key) or str(value(written, key)).startswith("../")
             for key, found in locked
         ):
             return name

@@ -19,8 +19,8 @@ from streetvision.errors import UserError
 from streetvision.evaluation.revisions import Revision
 from streetvision.experiments import finished, stage_seconds, working_tree
 from streetvision.params import Params
-from streetvision.presets import preset_changes, value
-from tests.pipeline.project import Project
+from streetvision.presets import load_preset, preset_changes, value
+from tests.pipeline.project import REPOSITORY, Project
 
 STAGES = {
     "train": {"cmd": "true", "metrics": [{"metrics/train.json": {"cache": False}}]},
@@ -312,12 +312,16 @@ def test_programs_that_a_repository_names_are_not_run(project: Project, tmp_path
 def preset_lock(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`dvc.lock` after a run with a preset, and `params.yaml` put back."""
     defaults = Params().model_dump(mode="json")
-    changes = preset_changes(name)
-    keys = ("seed", "data.sources", "data.local_root", "train.backbone", "train.epochs")
-    params = {
-        key: value(changes, key) if value(changes, key) is not None else value(defaults, key)
-        for key in keys
-    }
+    given = load_preset(name, REPOSITORY).model_dump(mode="json")
+    keys = (
+        "seed",
+        "data.sources",
+        "data.local_root",
+        "train.backbone",
+        "train.epochs",
+        "views.grid",
+    )
+    params = {key: value(given, key) for key in keys}
     outs = [{"path": "models/x", "md5": "1"}]
     return {
         "stages": {
@@ -338,6 +342,9 @@ def test_a_run_with_a_preset_counts_and_is_named(project: Project) -> None:
     assert revision.notes() == [
         "the results of HEAD are those of the preset smoke, not of its params.yaml"
     ]
+    for name in ("photos", "natix-gpu"):
+        commit(project, 4, **{"dvc.lock": preset_lock(name)[0], "params.yaml": defaults})
+        assert finished(project.root, ["HEAD"])[0].preset == name
     # The path of the photographs is that of the machine it ran on.
     lock, _ = preset_lock("photos")
     lock["stages"]["train"]["params"]["params.yaml"]["data.local_root"] = "/home/somebody/photos"
