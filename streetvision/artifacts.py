@@ -11,10 +11,10 @@ import io
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -160,10 +160,6 @@ class ArtifactSchema:
 # --------------------------------------------------------------------------- atomic writes
 
 
-# Of a temporary file's name: it must not be too long where the file's own is not, in bytes.
-_NAME_START = 40
-
-
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
@@ -171,22 +167,29 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name[:_NAME_START]}.", suffix=".tmp"
-        )
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _temporary(path)
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def _temporary(path: Path) -> Path:
+    """A new, empty file beside `path`, with the permissions that the user's umask leaves."""
+    while True:
+        # The name of a file may be as long as a name may be.
+        found = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+        try:
+            os.close(os.open(found, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            continue
+        return found
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> Path:

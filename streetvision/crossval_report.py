@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import Split
+from streetvision.escaping import markdown, shortened
 from streetvision.params import Params
 
 # What is compared: on images as they are, the same distorted as the validator does; the baseline as they are.
@@ -122,7 +123,8 @@ def render(report: dict[str, Any]) -> str:
         "| held out | images | positives | MCC, pipeline | MCC, distorted | MCC, baseline |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in report["by_fold"].items():
+    for part, row in report["by_fold"].items():
+        name = markdown(shortened(part))
         groups = "" if row["groups"] == 1 else f" ({row['groups']} groups)"
         cells = " | ".join(f"{row[model]:.3f}" for model in MODELS)
         lines.append(f"| {name}{groups} | {row['images']} | {row['positives']} | {cells} |")

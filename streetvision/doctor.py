@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from streetvision.errors import UserError
+from streetvision.git import check_repository
+
 
 @dataclass(frozen=True)
 class Check:
@@ -28,11 +31,21 @@ def run_checks(root: Path) -> list[Check]:
     checks.append(_gpu())
     git = shutil.which("git")
     checks.append(Check("git", git or "missing", git is not None))
+    if git is not None:
+        checks.append(_repository(root))
     inside = (root / "dvc.yaml").is_file() and (root / ".dvc").is_dir()
     checks.append(Check("DVC project", str(root) if inside else "not in this folder", inside))
     free = shutil.disk_usage(root).free / 2**30
     checks.append(Check("free disk", f"{free:.0f} GiB", free > 2))
     return checks
+
+
+def _repository(root: Path) -> Check:
+    try:
+        check_repository(root)
+    except UserError as error:
+        return Check("Git repository", str(error), None)
+    return Check("Git repository", "yes", ok=True)
 
 
 def _requirements() -> list[str]:

@@ -38,9 +38,10 @@ def guarded(program: str, main: Callable[[], int | None]) -> int:
 
 
 class _Lines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        """As others do, without orders to the terminal."""
-        return terminal(super().format(record), keep="\n\t")
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """Without orders to the terminal; our own messages are one line, a library's may be a table."""
+        ours = record.name.startswith(("streetvision", "stages"))
+        return terminal(super().formatMessage(record), keep="" if ours else "\n\t")
 
 
 def log_to_terminal(level: int, form: str) -> None:

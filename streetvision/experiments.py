@@ -1,4 +1,4 @@
-"""DVC experiments, commits and the working tree as runs: what was set, what came out, and whether that belongs together."""
+"""DVC experiments, commits and the working tree as runs: what was set, what came out, do both fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from streetvision import git
 from streetvision.documents import mapping_in, read_json, read_yaml
 from streetvision.errors import UserError
-from streetvision.params import Params
-from streetvision.presets import merge, preset_changes, preset_names, value
+from streetvision.escaping import shortened
+from streetvision.presets import load_preset, preset_changes, preset_names, value
 
 # The metrics of the stages that read VAL_TEST: for the report, never for a choice.
 TEST_METRICS = ("metrics/evaluation.json", "metrics/challenge.json")
@@ -52,8 +52,8 @@ class Run:
         others = len(self.changed) - 1
         more = f" ({others} more {'differ' if others > 1 else 'differs'})" if others else ""
         return (
-            f"of other parameters than {PARAMS}: {key} was {json.dumps(then)} and is {json.dumps(now)}"
-            f"{more}; `dvc repro` there makes them anew"
+            f"of other parameters than {PARAMS}: {shortened(key)} was {shortened(json.dumps(then))} and is "
+            f"{shortened(json.dumps(now))}{more}; `dvc repro` there makes them anew"
         )
 
 
@@ -65,12 +65,13 @@ def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
     UserError
         No Git repository with DVC; a revision is unknown or holds no pipeline; what it holds is broken.
     """
-    if not (root / ".dvc").is_dir():
+    if not any((root / name).exists() for name in (".dvc", PIPELINE)):
         raise UserError(f"{root} is no DVC project; run this in the project's folder")
-    if revisions:
-        commits = {name: git.commit_of(root, name) for name in revisions}
-    else:
-        commits = git.experiments(root)
+    commits = (
+        {name: git.commit_of(root, name) for name in revisions}
+        if revisions
+        else git.experiments(root)
+    )
     return [_run(name, commit, _reader(root, commit)) for name, commit in commits.items()]
 
 
@@ -236,13 +237,11 @@ def _changed_params(
 def _preset_of(lock: Mapping[str, _Locked]) -> str | None:
     """The preset whose values all stages ran with: `repro --preset` puts `params.yaml` back afterwards."""
     locked = [item for entry in lock.values() for item in entry.params.items()]
-    defaults = Params().model_dump(mode="json")
     for name in preset_names():
-        document = merge(defaults, preset_changes(name))
+        document, written = load_preset(name, Path()).model_dump(mode="json"), preset_changes(name)
         # Paths to places outside the project are absolute in a run, and of its machine.
         if all(
-            found == (wanted := value(document, key))
-            or (isinstance(wanted, str) and wanted.startswith("../"))
+            found == value(document, key) or str(value(written, key)).startswith("../")
             for key, found in locked
         ):
             return name

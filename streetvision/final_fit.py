@@ -38,6 +38,7 @@ from streetvision.data.leave_out import held_out_units, mixed_groups, write_part
 from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import Split, open_split, read_arrow
 from streetvision.errors import UserError
+from streetvision.escaping import markdown
 from streetvision.evidence.data import Fold
 from streetvision.imports import code_sha256
 from streetvision.params import Params
@@ -233,7 +234,7 @@ _CARD = """\
 
 **Nothing below was measured of this bundle itself**: no group was held out of its training. The numbers are \
 those of a cross-validation of the same recipe (`crossval.json`, fingerprint `{fingerprint}`): {groups} \
-groups (`{column}`) were held out in {folds} parts, each by a network that saw nothing of them. MCC and ROC \
+groups ({column}) were held out in {folds} parts, each by a network that saw nothing of them. MCC and ROC \
 AUC are at the data's own share of roadwork, the log loss at the served one, {prior:g}.
 
 | | images as they are | distorted as the validator does | logistic regression on frozen features |
@@ -264,7 +265,7 @@ def card(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
     return _CARD.format(
         fingerprint=found["crossval_fingerprint"][:12], groups=found["groups"],
-        column=found["held_out"], folds=len(report["by_fold"]),
+        column=markdown(found["held_out"]), folds=len(report["by_fold"]),
         pooled=" | ".join(map(pooled, models)),
         means=" | ".join(f"{m['mcc_mean']:.3f} ± {m['mcc_std']:.3f}" for m in models),
         auc=" | ".join(f"{m['roc_auc']:.3f}" for m in models),

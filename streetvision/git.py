@@ -99,7 +99,8 @@ def files(
     answer, place = _batch(root, "--batch", request), 0
     for pair, size in sizes.items():
         start = answer.index(b"\n", place) + 1
-        found[pair], place = answer[start : start + size], start + size + 1
+        place = start + size + 1
+        found[pair] = answer[start : place - 1]
     return found
 
 
@@ -146,9 +147,8 @@ def check_repository(root: Path) -> None:
     said = done.stderr.decode(errors="replace").strip()
     if "not a git repository" in said:
         raise UserError(
-            f"{root} is in no Git repository, and revisions are read from one (a ZIP download has none): "
-            "`git clone` the project, or make this folder a repository with `git init`, `git add .` and "
-            "`git commit`"
+            f"{root} is in no Git repository, which DVC and all that compares revisions need (a ZIP download "
+            "has none): `git clone` the project, or make this folder one with `git init` and a first commit"
         )
     raise UserError(f"Git cannot read {root}: {said}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from streetvision import git
 from streetvision.artifacts import exclusive, write_bytes_atomic
 from streetvision.errors import UserError
 from streetvision.presets import load_preset
@@ -27,7 +28,13 @@ def reproduce(root: Path, preset: str | None) -> int:
     command = [sys.executable, "-m", "dvc", "repro"]
     busy = "another `repro` is running in this folder; wait for it or stop it"
     with exclusive(root / ".streetvision/repro.lock", busy), preset_params(root, preset):
-        return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+        code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    if code:
+        try:
+            git.check_repository(root)
+        except UserError as error:
+            log.warning("%s", error)
+    return code
 
 
 @contextmanager

@@ -109,8 +109,25 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -
     assert write_atomic(path, write) == path
     assert path.read_bytes() == b"new"
     assert path.stat().st_ino != before
-    assert path.stat().st_mode & 0o777 == 0o644
     assert names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_that_the_umask_leaves(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        path = write_bytes_atomic(tmp_path / "file", b"new")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
+    path = write_bytes_atomic(tmp_path / ("ä" * 120 + ".csv"), b"new")
+    assert path.read_bytes() == b"new"
+    with pytest.raises(UserError, match="File name too long"):
+        write_bytes_atomic(tmp_path / ("x" * 300), b"new")
+    assert names(tmp_path) == [path.name]
 
 
 def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

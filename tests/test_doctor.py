@@ -22,6 +22,13 @@ def test_this_machine_can_run_the_project(repository: Path) -> None:
     assert {"hypothesis [dev]", "huggingface_hub [hub]", "GPU", "free disk"} <= set(checks)
 
 
+def test_a_folder_without_git_says_what_to_do(tmp_path: Path, repository: Path) -> None:
+    assert by_name(repository)["Git repository"] == Check("Git repository", "yes", ok=True)
+    found = by_name(tmp_path)["Git repository"]
+    assert found.ok is None
+    assert "`git clone` the project, or make this folder one with `git init`" in found.found
+
+
 def test_elsewhere_there_is_no_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
     monkeypatch.setattr(doctor, "_requirements", lambda: ["torch>=999; extra == 'x'"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from streetvision import cli
 from streetvision.artifacts import write_csv_atomic
-from streetvision.errors import UserError, guarded
+from streetvision.commands.common import say
+from streetvision.errors import UserError, guarded, log_to_terminal
 from streetvision.escaping import caption, csv_cell, from_csv_cell, markdown, shortened, terminal
 from streetvision.evaluation.plots import plot_mistakes
 from streetvision.evaluation.predictions import parse_predictions
@@ -53,6 +56,32 @@ def test_an_error_is_one_line_without_orders(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "program: error: no \\x1b]0;title\\x07file x y \\udcff\n"
 
 
+def test_a_log_line_holds_no_orders_and_is_one(capfd: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        log_to_terminal(logging.INFO, "ingest: %(message)s")
+        logging.getLogger("streetvision.x").warning("no %s", "\x1b[2J\nforged: line\udcff")
+        logging.getLogger("lightning").warning("a\n\tb\x1b")
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    assert capfd.readouterr().err == (
+        "ingest: no \\x1b[2J\\nforged: line\\udcff\ningest: a\n\tb\\x1b\n"
+    )
+
+
+def test_an_answer_keeps_its_layout_only(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\tb\nc\x1b[31m\u202e\udcff")
+    assert capsys.readouterr().out == "a\tb\nc\\x1b[31m\\u202e\\udcff\n"
+
+
+def test_a_wrong_command_line_is_shown_without_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["preset", "smoke", "--\x1b]0;x\x07"])
+    assert "\\x1b]0;x\\x07" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------- Markdown
 
 
@@ -70,7 +99,7 @@ def test_markdown_shows_the_text_and_makes_nothing_of_it(name: str) -> None:
     wanted = terminal(name).strip()
     for before, after in (("x ", " y"), ("| a |\n| --- |\n| x ", " y |"), ("## x ", " y")):
         shown = render(f"{before}{markdown(name)}{after}")
-        tags = {tag for tag in re.findall(r"</?(\w+)", shown)}
+        tags = set(re.findall(r"</?(\w+)", shown))
         assert tags <= {"p", "table", "thead", "tbody", "tr", "th", "td", "h2"}, shown
         text = html.unescape(re.sub(r"<[^>]*>", "", shown)).replace("\u200b", "")
         assert wanted.replace("\u200b", "") in text or " ".join(wanted.split()) in " ".join(
@@ -138,8 +167,13 @@ def test_a_caption_is_no_formula_and_does_not_fail() -> None:
     image = np.zeros((32, 32, 3), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        odd = [plot_mistakes([image], [text], text) for text in
-               (r"$\frac{$", r"$\undefined$", "$x$", r"\$x\$", "x" * 300, "\x1b[1m\x00", "東京\u202e", "a\nb" * 90)]  # fmt: skip
+        odd = [
+            plot_mistakes([image], [text], text)
+            for text in (
+                r"$\frac{$", r"$\undefined$", "$x$", r"\$x\$", "x" * 300, "\x1b[1m\x00", "東京\u202e",
+                "a\nb" * 90,
+            )
+        ]  # fmt: skip
     assert len(set(odd)) == len(odd)
     assert plot_mistakes([image], ["$x$"]) != plot_mistakes([image], ["x"])
     assert caption("\x1b" * 100, 20) == caption("\x1b" * 100, 20)[:20]

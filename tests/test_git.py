@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-from streetvision import git
+from streetvision import git, repro
 from streetvision.artifacts import ArtifactSchema
 from streetvision.artifacts import run_log as logged
 from streetvision.errors import UserError
 from streetvision.evaluation.revisions import Revision
 from streetvision.experiments import finished, stage_seconds, working_tree
 from streetvision.params import Params
-from streetvision.presets import preset_changes, value
-from tests.pipeline.project import Project
+from streetvision.presets import load_preset, preset_changes, value
+from tests.pipeline.project import REPOSITORY, Project
 
 STAGES = {
     "train": {"cmd": "true", "metrics": [{"metrics/train.json": {"cache": False}}]},
@@ -138,9 +138,28 @@ def test_a_shallow_clone_says_so(project: Project, tmp_path: Path) -> None:
     assert stage_seconds(tmp_path / "shallow", log, run.commit) == {}
 
 
-def test_without_git(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def failing_dvc(
+    command: list[str], real: Any = subprocess.run, **rest: Any
+) -> subprocess.CompletedProcess[Any]:
+    """Git runs, DVC says that there is no repository."""
+    if "dvc" in command:
+        return subprocess.CompletedProcess(command, 251)
+    found: subprocess.CompletedProcess[Any] = real(command, **rest)
+    return found
+
+
+def test_without_git(
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     shutil.rmtree(project / ".git")
     assert working_tree(project.root).params == {"seed": 2}
+    with caplog.at_level("WARNING"):
+        monkeypatch.setattr(repro.subprocess, "run", failing_dvc)
+        assert repro.reproduce(project.root, None) == 251
+    assert "git init" in caplog.text
     for revisions in (["HEAD"], []):
         with pytest.raises(UserError, match=r"in no Git repository.*ZIP.*git clone.*git init"):
             finished(project.root, revisions)
@@ -267,6 +286,18 @@ def test_no_remote_of_a_revision_is_asked(project: Project) -> None:
             server.accept()
 
 
+def test_what_would_have_dvc_ask_elsewhere(project: Project) -> None:
+    assert not git.asks_elsewhere(project.root, "HEAD~")
+    commit(project, 3, **{".dvc/config": "[core]\n    remote = far\n"})
+    assert git.asks_elsewhere(project.root, "HEAD~")
+    project.git("checkout", "--quiet", "-b", "import", "HEAD~")
+    commit(project, 4, **{"data/x.dvc": {"deps": [{"repo": {"url": "http://x"}}]}})
+    project.git("checkout", "--quiet", "-f", "HEAD~")
+    assert git.asks_elsewhere(project.root, "import")
+    assert git.asks_elsewhere(project.root, "main")
+    assert not git.asks_elsewhere(project.root, "import~")
+
+
 def test_programs_that_a_repository_names_are_not_run(project: Project, tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
@@ -281,12 +312,16 @@ def test_programs_that_a_repository_names_are_not_run(project: Project, tmp_path
 def preset_lock(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`dvc.lock` after a run with a preset, and `params.yaml` put back."""
     defaults = Params().model_dump(mode="json")
-    changes = preset_changes(name)
-    keys = ("seed", "data.sources", "data.local_root", "train.backbone", "train.epochs")
-    params = {
-        key: value(changes, key) if value(changes, key) is not None else value(defaults, key)
-        for key in keys
-    }
+    given = load_preset(name, REPOSITORY).model_dump(mode="json")
+    keys = (
+        "seed",
+        "data.sources",
+        "data.local_root",
+        "train.backbone",
+        "train.epochs",
+        "views.grid",
+    )
+    params = {key: value(given, key) for key in keys}
     outs = [{"path": "models/x", "md5": "1"}]
     return {
         "stages": {
@@ -307,6 +342,9 @@ def test_a_run_with_a_preset_counts_and_is_named(project: Project) -> None:
     assert revision.notes() == [
         "the results of HEAD are those of the preset smoke, not of its params.yaml"
     ]
+    for name in ("photos", "natix-gpu"):
+        commit(project, 4, **{"dvc.lock": preset_lock(name)[0], "params.yaml": defaults})
+        assert finished(project.root, ["HEAD"])[0].preset == name
     # The path of the photographs is that of the machine it ran on.
     lock, _ = preset_lock("photos")
     lock["stages"]["train"]["params"]["params.yaml"]["data.local_root"] = "/home/somebody/photos"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streetvision.escaping import markdown
+
 if TYPE_CHECKING:
     from streetvision.bundle.publish import Submission
 
@@ -52,8 +54,8 @@ def hub_card(submission: Submission, facts: Facts) -> str:
     answer = "the probability that it shows roadwork; above 0.5, strictly, is roadwork"
     sections = [
         _metadata(facts),
-        f"# {submission.name}\n\n{submission.description}",
-        f"Version {submission.version}. One answer per image: {answer}.",
+        f"# {markdown(submission.name)}\n\n{markdown(submission.description)}",
+        f"Version {markdown(submission.version)}. One answer per image: {answer}.",
         f"## Results\n\n{_results(facts)}",
         f"## Expected pay\n\n{_challenge(facts)}",
         f"## Limits\n\n{_limits(facts)}",
@@ -112,13 +114,13 @@ def _challenge(facts: Facts) -> str:
 
 def _limits(facts: Facts) -> str:
     sources = ", ".join(
-        f"{name} ({each['images']:,} images, {each['positives']:,} of roadwork)"
+        f"{markdown(name)} ({each['images']:,} images, {each['positives']:,} of roadwork)"
         for name, each in sorted(facts.sources.items())
     )
     fit = facts.document["classifier"]["preprocessing"]
     limits = [f"Trained, calibrated and tested on: {sources}. It says nothing about other images."]
     if facts.challenge is not None and "unmeasured" in facts.challenge:
-        limits.append(str(facts.challenge["unmeasured"]))
+        limits.append(markdown(str(facts.challenge["unmeasured"])))
     limits.append(
         f"An image is seen at {fit['width']} × {fit['height']} pixels; what is smaller than a few of these is "
         "not seen."
@@ -141,11 +143,12 @@ def _limits(facts: Facts) -> str:
 def _licences(submission: Submission, facts: Facts) -> str:
     recorded = ""
     if facts.recorded_licence:
-        recorded = f" (timm records {facts.recorded_licence} for pretrained weights of that name)"
+        recorded = f" (timm records {markdown(facts.recorded_licence)} for pretrained weights of that name)"
+    data = ", ".join(map(markdown, sorted(facts.sources)))
     return "\n".join(
         [
-            f"- Backbone {facts.backbone}: {submission.backbone_licence}{recorded}.",
-            f"- Training data ({', '.join(sorted(facts.sources))}): {submission.data_licence}.",
+            f"- Backbone {markdown(facts.backbone)}: {markdown(submission.backbone_licence)}{recorded}.",
+            f"- Training data ({data}): {markdown(submission.data_licence)}.",
             "- The code that made it, StreetVision: Apache-2.0.",
         ]
     )

@@ -15,11 +15,13 @@ import numpy as np
 
 from streetvision.artifacts import ArtifactSchema
 from streetvision.errors import UserError
+from streetvision.escaping import caption, markdown, shortened
 from streetvision.evaluation.compare_report import changes_table, markdown_report, markdown_table
 from streetvision.evaluation.gates import Timing
+from streetvision.evaluation.metrics import Floats
 from streetvision.evaluation.predictions import match_predictions
 from streetvision.evaluation.revisions import Review, Revision, contact_sheet, review
-from streetvision.evaluation.sweep_summary import as_text
+from streetvision.evaluation.sweep_summary import as_text, is_number
 from streetvision.experiments import TEST_METRICS, stage_seconds
 
 _COST = {
@@ -31,8 +33,9 @@ _COST = {
     "metrics/export.json:bytes": "bytes of the bundle",
 }
 _MOST_ROWS = 25  # more are folded away
+_LEGEND = 30  # characters of a name in a picture, or of a number
 _SIDES = ["base", "head", "change"]
-Values = dict[str, Mapping[str, Any]]  # old, new and, of numbers, diff, by `file:name`
+Values = dict[str, dict[str, Any]]  # old, new and, of numbers, diff, by `file:name`
 
 
 @dataclass
@@ -62,17 +65,21 @@ def change_report(
     parts = ["# What this change does", "## Is it real?"]
     for run in runs:
         if run.outdated:
-            files = ", ".join(sorted(run.outdated))
+            files = ", ".join(map(shortened, sorted(run.outdated)))
+            name = markdown(shortened(run.name))
             parts.append(
-                f"**Not all results of {run.name} belong together:** {files} and what belongs to them are "
-                f"{run.why_outdated()}."
+                f"**Not all results of {name} belong together:** {markdown(files)} and "
+                f"what belongs to them are {markdown(run.why_outdated())}."
             )
     metrics = _differences(base.run.metrics, head.run.metrics)
     params = _differences(base.run.params, head.run.params)
     try:
         found = review(base, head)
     except UserError as error:
-        parts += [f"### {head} against {base}", f"**Predictions cannot be compared:** {error}."]
+        parts += [
+            f"### {markdown(f'{head} against {base}')}",
+            f"**Predictions cannot be compared:** {markdown(str(error))}.",
+        ]
     else:
         parts.append(markdown_report(found).strip())
         parts += _pictures(found, made)
@@ -90,14 +97,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Values:
     """What either side has, by name in alphabetical order, with the difference of numbers."""
     found: Values = {}
     for name in sorted({*old, *new}):
-        sides = {"old": old.get(name), "new": new.get(name)}
-        numbers = [each for each in sides.values() if _is_number(each)]
-        found[name] = sides | ({"diff": numbers[1] - numbers[0]} if len(numbers) == 2 else {})
+        before, after = old.get(name), new.get(name)
+        found[name] = {"old": before, "new": after}
+        if is_number(before) and is_number(after):
+            found[name] |= {"diff": after - before}
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _pictures(found: Review, made: ChangeReport) -> list[str]:
@@ -135,25 +139,34 @@ def _sweep_curves(base: Revision, head: Revision, made: ChangeReport) -> list[st
     for name, revision in zip(_names(base, head), (base, head), strict=True):
         text = revision.read(path)
         if text is None:
-            missing.append(f"{revision} has no {path.relative_to(base.root)}.")
+            missing.append(f"{markdown(str(revision))} has no {path.relative_to(base.root)}.")
             continue
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        curves[name] = [
-            np.array([float(row[name]) for row in rows]) for name in ("threshold", "mcc")
-        ]
+        curves[name] = _curve(text, f"{path.relative_to(base.root)} of {revision}")
     if not curves:
         return missing
     made.pictures["mcc_curve.png"] = review_plots.overlay_mcc_curves(curves)
     return ["## MCC over the threshold, VAL_CALIB", *missing, _shown("mcc_curve.png")]
 
 
+def _curve(text: str, origin: str) -> list[Floats]:
+    """Thresholds [T] and MCC [T] of a `threshold_sweep.csv`."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        found = [np.array([float(row[name]) for row in rows]) for name in ("threshold", "mcc")]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{origin} is no table of thresholds and MCC: {error}") from error
+    if not rows or not np.isfinite(found).all():
+        raise UserError(f"{origin} is no table of thresholds and MCC")
+    return found
+
+
 def _names(base: Revision, head: Revision) -> tuple[str, str]:
-    return f"base {base}", f"head {head}"
+    return f"base {caption(str(base), _LEGEND)}", f"head {caption(str(head), _LEGEND)}"
 
 
 def _params_table(params: Values) -> list[str]:
     rows = [
-        [name, *(_cell(each[side]) for side in ("old", "new"))]
+        [markdown(shortened(name)), *(_cell(each[side]) for side in ("old", "new"))]
         for name, each in params.items()
         if each["old"] != each["new"]
     ]
@@ -168,8 +181,8 @@ def _metrics_tables(metrics: Values) -> list[str]:
         if (name.startswith(TEST_METRICS) and "." not in name.partition(":")[2])
         or ":val_select." in name
     }
-    rest = [_row(name, each) for name, each in changed.items() if name not in first]
-    parts = _table(["metric", *_SIDES], [_row(*item) for item in first.items()], "None differs.")
+    rest = _rows({name: each for name, each in changed.items() if name not in first})
+    parts = _table(["metric", *_SIDES], _rows(first), "None differs.")
     if rest:
         parts += _folded(f"{len(rest)} more", ["metric", *_SIDES], rest)
     return parts
@@ -199,6 +212,10 @@ def _pairs(name: str, base: Mapping[str, float], head: Mapping[str, float]) -> l
     return rows
 
 
+def _rows(metrics: Values) -> list[list[str]]:
+    return [_row(markdown(shortened(name)), each) for name, each in metrics.items()]
+
+
 def _row(name: str, value: Mapping[str, Any]) -> list[str]:
     change = value.get("diff")
     sign = "" if change is None else f"{'+' if change >= 0 else '−'}{_value(abs(change))}"
@@ -207,14 +224,14 @@ def _row(name: str, value: Mapping[str, Any]) -> list[str]:
 
 def _value(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:,.4f}" if abs(value) < 1000 else shortened(f"{value:,.0f}", _LEGEND)
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
+        return shortened(f"{value:,}", _LEGEND)
     return _cell(value)
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else as_text(value).replace("|", "\\|")
+    return "–" if value is None else markdown(shortened(as_text(value)))
 
 
 def _table(header: list[str], rows: list[list[str]], nothing: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from streetvision.escaping import markdown, shortened, terminal
 from streetvision.evaluation.bootstrap import BOOTSTRAP, JACKKNIFE, Interval
 from streetvision.evaluation.compare import Comparison
 from streetvision.evaluation.report import safe_key
@@ -23,12 +24,12 @@ Rows = Sequence[Sequence[str]]
 
 def text_report(found: Review) -> str:
     """The comparison for a terminal."""
-    return _report(found, text_table, lambda title: title, "")
+    return _report(found, text_table, lambda title: title, "", terminal)
 
 
 def markdown_report(found: Review) -> str:
     """The comparison in Markdown, as for a pull request."""
-    return _report(found, markdown_table, lambda title: f"### {title}", "- ")
+    return _report(found, markdown_table, lambda title: f"### {title}", "- ", markdown)
 
 
 def json_report(found: Review) -> dict[str, Any]:
@@ -95,11 +96,11 @@ def metric_rows(comparison: Comparison) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def slice_rows(comparison: Comparison) -> list[list[str]]:
+def slice_rows(comparison: Comparison, escape: Callable[[str], str]) -> list[list[str]]:
     """One row a slice: name, images and groups, MCC of both, difference, interval, p and Holm's p."""
     return [
         [
-            f"{each.name} {each.value}", f"{each.n:,} in {each.n_groups}", *(
+            escape(shortened(f"{each.name} {each.value}")), f"{each.n:,} in {each.n_groups}", *(
                 "" if value is None else f"{value:.3f}" for value in (each.base, each.head)
             ),
             "" if each.delta is None else f"{each.delta.value:+.3f}",
@@ -146,16 +147,17 @@ def _report(
     table: Callable[[Sequence[str], Rows], str],
     heading: Callable[[str], str],
     bullet: str,
+    escape: Callable[[str], str],
 ) -> str:
     comparison = found.comparison
     mcc = comparison.differences["mcc"].delta
     parts = [
-        heading(f"{found.head} against {found.base}"),
+        heading(escape(f"{found.head} against {found.base}")),
         (
             f"{comparison.n:,} test images in {comparison.n_groups:,} groups, {comparison.n_positive:,} with "
             f"roadwork; metrics as if {100 * comparison.served_prior:g} % of the served images had it."
         ),
-        *(f"Note: {note}." for note in found.notes),
+        *(f"Note: {escape(note)}." for note in found.notes),
         table(
             ["metric", "base", "head", "difference", "95 % interval", "verdict"],
             metric_rows(comparison),
@@ -182,7 +184,7 @@ def _report(
                     "p",
                     "Holm",
                 ],
-                slice_rows(comparison),
+                slice_rows(comparison, escape),
             ),
         ]
     return "\n\n".join(parts) + "\n"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from streetvision.artifacts import ArtifactSchema
 from streetvision.errors import UserError
+from streetvision.escaping import shortened
 from streetvision.evaluation.bootstrap import Interval
 from streetvision.evaluation.compare_report import NAMES, text_table
 from streetvision.evaluation.paired import LEVEL, groups_needed
@@ -185,5 +186,5 @@ def _changed_gates(gates: Gates, found: Review) -> list[str]:
     for name, limit in gates.model_dump().items():
         before = found.base.parameter("gates", name)
         if before is not None and before != limit:
-            notes.append(f"{name} was {before:g} in {found.base}")
+            notes.append(f"{name} was {shortened(str(before))} in {found.base}")
     return notes

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streetvision.escaping import caption
 from streetvision.evaluation.metrics import (
     N_BINS,
     Floats,
@@ -56,7 +57,7 @@ def plot_parallel_coordinates(summary: Summary) -> Figure:
         ax.errorbar(place_of_bar, end, yerr=reach[rank] / scale, color=colour, fmt="o", capsize=3)
     for x, place in enumerate(places):
         for key, y in place.items():
-            ax.text(x + 0.03, y + 0.02, as_text(json.loads(key)), fontsize=9)
+            ax.text(x + 0.03, y + 0.02, caption(as_text(json.loads(key)), 24), fontsize=9)
     for value in np.linspace(low, high, 5):
         ax.text(
             len(axes) + 0.02 * len(means) + 0.05,
@@ -66,7 +67,8 @@ def plot_parallel_coordinates(summary: Summary) -> Figure:
             va="center",
         )
     ax.vlines(range(len(axes) + 1), 0, 1, color="black", linewidth=1, zorder=0)
-    ax.set_xticks(range(len(axes) + 1), [*axes, summary.metric.replace(":", ":\n")])
+    metric = "\n".join(caption(part, 40) for part in summary.metric.split(":"))
+    ax.set_xticks(range(len(axes) + 1), [*(caption(axis, 30) for axis in axes), metric])
     ax.set_xlim(-0.1, len(axes) + 0.45)
     ax.set_yticks([])
     ax.grid(visible=False)

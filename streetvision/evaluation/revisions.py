@@ -10,6 +10,7 @@ from streetvision import git
 from streetvision.artifacts import ArtifactSchema
 from streetvision.data.store import Split, open_split
 from streetvision.errors import UserError
+from streetvision.escaping import shortened
 from streetvision.evaluation.compare import Comparison, compare_predictions
 from streetvision.evaluation.evaluate import evidence_size
 from streetvision.evaluation.metrics import check_prior
@@ -28,7 +29,7 @@ class Revision:
     rev: str | None
 
     def __str__(self) -> str:
-        return "working tree" if self.rev is None else self.rev
+        return "working tree" if self.rev is None else shortened(self.rev)
 
     @cached_property
     def run(self) -> Run:
@@ -153,14 +154,15 @@ def review(base: Revision, head: Revision, seed: int = 0) -> Review:
             f"compared are the {comparison.n:,} that both have with one label",
         )
     if matching.conflicts:
-        shown = ", ".join(matching.conflicts[:5])
+        shown = ", ".join(map(shortened, matching.conflicts[:5]))
         notes.insert(
             1,
             f"{len(matching.conflicts):,} images have another label in each and are left out: {shown}",
         )
     notes += [note for each in dict.fromkeys((base, head)) for note in each.notes()]
     if priors[0] != priors[1]:
-        notes.append(f"the served prior was {priors[0]} in {base}; both are taken at {priors[1]}")
+        before = shortened(str(priors[0]))
+        notes.append(f"the served prior was {before} in {base}; both are taken at {priors[1]}")
     return Review(base, head, comparison, images, tuple(notes))
 
 

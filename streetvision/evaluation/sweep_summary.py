@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision import escaping
 from streetvision.errors import UserError
+from streetvision.escaping import shortened, terminal
 from streetvision.evaluation.compare_report import markdown_table, text_table
 from streetvision.experiments import TEST_METRICS, Run
 
@@ -38,6 +41,7 @@ LOWEST_IS_BEST = (
     "fpr",
 )
 _DRAWS = 20_000
+_LARGEST = 1e100  # its square is a number, too
 # May not change a result (params.yaml), so they make no other configuration.
 _NO_AXIS = ("hardware.", "gates.")
 
@@ -129,9 +133,12 @@ def summarise(
     unknown = [run.name for run in runs if seeds not in run.params]
     if unknown:
         raise UserError(f'{unknown[0]} has no parameter "{seeds}"; name one that is in params.yaml')
-    used = [run for run in runs if name in run.metrics and path not in run.outdated]
+    used = [run for run in runs if is_number(run.metrics.get(name)) and path not in run.outdated]
     if not used:
         raise UserError(f"no experiment has run the stage that writes {path}")
+    huge = [run.name for run in used if abs(run.metrics[name]) > _LARGEST]
+    if huge:
+        raise UserError(f"{shortened(name)} of {shortened(huge[0])} is beyond {_LARGEST:g}")
     axes = _varied([run.params for run in used], seeds)
     cells: dict[str, list[Run]] = {}
     for run in used:
@@ -156,7 +163,7 @@ def summarise(
         run.metrics[REPORTED]
         for run in used
         if run.name in best
-        and REPORTED in run.metrics
+        and is_number(run.metrics.get(REPORTED))
         and REPORTED.partition(":")[0] not in run.outdated
     ]
     return Summary(
@@ -218,12 +225,7 @@ def _configuration(
 
 def _resolve(metric: str, runs: Sequence[Run]) -> str:
     """The one metric that is called this, with or without its file."""
-    known = {
-        name: None
-        for run in runs
-        for name, value in run.metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    known = {name: None for run in runs for name, value in run.metrics.items() if is_number(value)}
     found = [name for name in known if metric in {name, name.partition(":")[2]}]
     if len(found) == 1:
         return found[0]
@@ -269,16 +271,28 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
     runs = sum(each.score.n for each in summary.configurations)
     end = "highest" if summary.highest else "lowest"
     draw = markdown_table if markdown else text_table
+    escape = escaping.markdown if markdown else terminal
+
+    def shown(text: str) -> str:
+        return escape(shortened(text))
+
     rows = [
-        [*map(as_text, c.params.values()), str(c.score.n), str(c.score), " ".join(c.experiments)]
+        [
+            *(shown(as_text(value)) for value in c.params.values()),
+            *(str(c.score.n), str(c.score), " ".join(map(shown, c.experiments))),
+        ]
         for c in summary.configurations
     ]
+    chosen = ", ".join(f"{shown(k)}={shown(as_text(v))}" for k, v in best.params.items())
     lines = [
-        f"{summary.metric}, the {end} is best: {n} configurations, {runs} runs over {summary.seeds}",
+        (
+            f"{shown(summary.metric)}, the {end} is best: {n} configurations, {runs} runs over "
+            f"{shown(summary.seeds)}"
+        ),
         "",
-        draw([*best.params, "seeds", "mean ± sd", "experiments"], rows),
+        draw([*map(shown, best.params), "seeds", "mean ± sd", "experiments"], rows),
         "",
-        f"best: {_named(best.params)}, {best.score}",
+        f"best: {chosen or 'the only one'}, {best.score}",
     ]
     if n > 1 and summary.corrected is None:
         lines.append(
@@ -292,8 +306,8 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
         )
     if summary.reported is None:
         lines.append(
-            f"VAL_TEST of the best is not known, as `evaluate` did not run in {best.experiments[0]}: "
-            f"dvc exp apply {best.experiments[0]} && dvc repro"
+            f"VAL_TEST of the best is not known, as `evaluate` did not run in {shown(best.experiments[0])}: "
+            f"dvc exp apply {shown(shlex.quote(best.experiments[0]))} && dvc repro"
         )
     else:
         lines.append(f"VAL_TEST of the best, {REPORTED}: {summary.reported}")
@@ -320,13 +334,14 @@ def columns(summary: Summary) -> dict[str, list[Any]]:
     return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
 
+def is_number(value: Any) -> bool:
+    """Whether a metric is one, neither a text nor a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def as_text(value: Any) -> str:
     """A parameter's value as one would write it."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _named(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={as_text(value)}" for name, value in params.items()) or "the only one"
 
 
 def _paragraphs(lines: Sequence[str]) -> list[str]:

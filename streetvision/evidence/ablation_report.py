@@ -13,6 +13,7 @@ import numpy as np
 from streetvision.artifacts import library_versions, write_bytes_atomic
 from streetvision.data.schema import CONDITIONS
 from streetvision.errors import UserError
+from streetvision.escaping import markdown, shortened
 from streetvision.evidence.ablation import Candidate, Climb, Outcome
 from streetvision.evidence.ablation_runs import Job
 from streetvision.evidence.data import PARTS, counts
@@ -75,7 +76,7 @@ def choices_table(climb: Climb, lines: Lines) -> list[str]:
                     outcome.rung, candidate.name, candidate.change,
                     f"{_METRICS[outcome.metric]}, {outcome.split.upper()}",
                     _before(outcome, candidate) if gain is not None else "",
-                    f"failed: {failed}" if failed else gain_text(gain), error, carried,
+                    f"failed: {markdown(shortened(failed))}" if failed else gain_text(gain), error, carried,
                 ]
             )  # fmt: skip
     return table(rows)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from streetvision.artifacts import library_versions, write_bytes_atomic
+from streetvision.escaping import markdown, shortened
 from streetvision.evaluation.bootstrap import Interval, statistic_intervals
 from streetvision.evaluation.metrics import (
     METRIC_RANGES,
@@ -139,7 +140,7 @@ def variants_table(table: Table) -> list[str]:
 def _cells(table: Table, variant: Variant) -> list[str]:
     error = table.error(variant.name)
     if error is not None:
-        return [f"failed: {error}", *[""] * (len(COLUMNS) - 3)]
+        return [f"failed: {markdown(shortened(error))}", *[""] * (len(COLUMNS) - 3)]
     if not table.complete(variant.name):
         runs = table.of(variant.name)
         return [

@@ -23,6 +23,7 @@ from streetvision.data.embeddings import read_embeddings
 from streetvision.data.labels import read_labels
 from streetvision.data.values import key
 from streetvision.errors import UserError
+from streetvision.escaping import shortened, terminal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -237,7 +238,9 @@ def describe(doubts: Doubts) -> list[str]:
     worst = Counter(given.groups[issue].tolist()).most_common(3)
     sizes = Counter(given.groups.tolist())
     if worst:
-        groups = ", ".join(f"{name} ({count} of {sizes[name]})" for name, count in worst)
+        groups = ", ".join(
+            f"{terminal(shortened(name))} ({count} of {sizes[name]})" for name, count in worst
+        )
         lines.append(f"most in: {groups}")
     lines.append(
         "A doubt is a reason to look, not a mistake found: hard images are among them. Nothing was changed."

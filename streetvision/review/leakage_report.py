@@ -10,6 +10,7 @@ import numpy as np
 
 from streetvision.artifacts import write_csv_atomic
 from streetvision.data.store import Split
+from streetvision.escaping import caption, shortened, terminal
 from streetvision.evaluation.plots import plot_mistakes
 from streetvision.review.images import groups_known
 from streetvision.review.leakage import MAX_EXPECTED, MIN_BASELINE, Floats, Leakage
@@ -41,7 +42,7 @@ def contact_sheet(found: Leakage, images: Sequence[Split], count: int) -> bytes:
             pictures.append(images[split].image(row))
             seen = found.splits[split]
             captions.append(
-                f"{rank}{' LEAK' if pair.leak else ''}: {seen.name}\n{str(seen.groups[row])[-26:]}\n"
+                f"{rank}{' LEAK' if pair.leak else ''}: {seen.name}\n{caption(str(seen.groups[row]), 26)}\n"
                 f"ratio {pair.ratio:.2f}, {pair.hash_bits} bits"
             )
     return plot_mistakes(pictures, captions, "The nearest pairs across splits")
@@ -49,7 +50,7 @@ def contact_sheet(found: Leakage, images: Sequence[Split], count: int) -> bytes:
 
 def describe(found: Leakage) -> list[str]:
     """What was found, in lines; the ratio is that of the nearest neighbour's distance to the next group's."""
-    names = [split.name for split in found.splits]
+    names = [terminal(shortened(split.name)) for split in found.splits]
     lines = [
         f"{'ratio, small is near':36}"
         + "".join(f"{name:>12}" for name in ("median", "1 %", "smallest", "leaks", "duplicates"))
@@ -65,7 +66,8 @@ def describe(found: Leakage) -> list[str]:
     for (a, b), groups in found.shared.items():
         if groups:
             lines.append(
-                f"{len(groups)} groups are in {names[a]} and in {names[b]}: {', '.join(groups[:3])}"
+                f"{len(groups)} groups are in {names[a]} and in {names[b]}: "
+                + ", ".join(terminal(shortened(name)) for name in groups[:3])
                 + (", …" if len(groups) > 3 else "")
             )
     unsure = [names[a] for a, each in found.baselines.items() if len(each) < MIN_BASELINE]

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_commits_in_a_clone_without_the_data(reported: Project, run: Run, tmp_pa
     monkeypatch.chdir(clone.root)
     assert run("report", "HEAD~", "--output", "elsewhere")[0] == 0
     text = (clone / "elsewhere/report.md").read_text()
-    assert "### working tree against HEAD~" in text
+    assert r"### working tree against HEAD\~" in text
     assert "Note: data/splits/val_test.arrow is not here" in text
     assert "Times are not known" in text
     assert rows(text)["train.rate"] == ["0.5", "0.75"]
@@ -192,6 +193,37 @@ def test_an_experiment_that_stopped_early_is_marked(reported: Project, run: Run)
         in text
     )
     assert "results of main~" not in text
+
+
+@pytest.mark.slow
+def test_dvcs_page_is_left_out_where_a_revision_names_another_server(
+    reported: Project, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, ran = subprocess.run, []
+
+    def spying(command: list[str], **rest: Any) -> Any:
+        if "dvc" in command:
+            ran.append(command[command.index("dvc") :])
+            return subprocess.CompletedProcess(command, 0)
+        return real(command, **rest)
+
+    monkeypatch.setattr(subprocess, "run", spying)
+    assert run("report", "--plots", "--", "main", "wider")[0] == 0
+    assert run("report", "--plots", "main")[0] == 0
+    start = ["dvc", "plots", "diff", "--out", "report/plots", "--"]
+    assert ran == [[*start, "main", "wider"], [*start, "main"]]
+    reported.git("checkout", "--quiet", "-b", "theirs")
+    (reported / ".dvc/config").write_text(
+        "[core]\n    remote = r\n['remote \"r\"']\n    url = http://x\n"
+    )
+    reported.commit()
+    reported.git("checkout", "--quiet", "main")
+    code, shown, said = run("report", "--plots", "theirs")
+    assert (code, shown) == (0, "report/report.md\n")
+    assert (
+        "`dvc plots diff` is left out: it reads theirs with that revision's own .dvc/config" in said
+    )
+    assert len(ran) == 2
 
 
 @pytest.mark.slow

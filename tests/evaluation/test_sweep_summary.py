@@ -105,6 +105,15 @@ def test_the_end_that_is_best(metric: str, highest: bool) -> None:
     assert turned.best.params["train.learning_rate"] == (0.2 if highest else 0.1)
 
 
+def test_a_metric_that_is_text_or_huge_in_one_experiment() -> None:
+    runs = grid({(0.1, 1): 0.7, (0.2, 1): 0.6})
+    text = run("text", {CHOOSE_BY: "high"}, train__learning_rate=0.3, seed=1)
+    assert len(summarise([*runs, text]).configurations) == 2
+    huge = run("huge", {CHOOSE_BY: 10**200}, train__learning_rate=0.3, seed=1)
+    with pytest.raises(UserError, match=r"mcc of huge is beyond 1e\+100"):
+        summarise([*runs, huge])
+
+
 def test_the_lowest_is_corrected_upwards() -> None:
     mirrored = summarise(grid({key: -value for key, value in VALUES.items()}, LOSS), LOSS)
     straight = summarise(grid(VALUES))
