@@ -24,6 +24,7 @@ MISSED = 1 / 3  # of its target: a part that is so much larger or smaller is wor
 _GROUP_WEIGHT = 0.1
 _IMAGE_WEIGHT = 4.0  # beside 1 of each class, where fractions are missed
 _TRIALS = 200
+_FEW_GROUPS = 50  # up to these, as many trials again place them in nearly any order
 _MAX_STEPS = 400_000  # group placements over all trials; bounds the time with very many groups
 
 
@@ -157,8 +158,11 @@ def _best_assignment(
     )
     shares = np.array(list(bins.values()))
     best, best_score = None, np.inf
-    for _ in range(max(1, min(_TRIALS, _MAX_STEPS // len(size)))):
-        order = np.argsort(-size * np.exp(0.5 * rng.standard_normal(len(size))), kind="stable")
+    trials = max(1, min(_TRIALS, _MAX_STEPS // len(size)))
+    at_random = _TRIALS if len(size) <= _FEW_GROUPS else 0
+    for trial in range(trials + at_random):
+        noise = np.exp((0.5 if trial < trials else 4.0) * rng.standard_normal(len(size)))
+        order = np.argsort(-size * noise, kind="stable")
         assigned, score = _place(groups[:, order], shares, image_weight)
         if score < best_score:
             best, best_score = np.empty_like(assigned), score
@@ -177,9 +181,9 @@ def _place(
     """Place groups one by one; returns bins and the deviation, infinite if a bin lacks a class.
 
     The deviation is Pearson's chi-square against the targets, added up over positives, negatives,
-    with their weight images, and with a small weight groups of each kind. `groups` [4, groups] has each one's share
-    of all positives, of all negatives and of all images, and its kind (0 both classes, 1 roadwork
-    only, 2 none); `shares` [bins] are the targets.
+    with their weight images, and with a small weight groups of each kind. `groups` [4, groups] has
+    each one's share of all positives, of all negatives and of all images, and its kind (0 both
+    classes, 1 roadwork only, 2 none); `shares` [bins] are the targets.
     """
     weight = [1 / share for share in shares.tolist()]
     miss_p, miss_n, miss_i = shares.tolist(), shares.tolist(), shares.tolist()

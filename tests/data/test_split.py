@@ -147,20 +147,17 @@ def test_missed_fractions_are_said_with_the_group_they_come_from(
     assert 'of 13 groups "g00000" is the largest, with 75.8 % of the images' in said
 
 
-@settings(max_examples=25, deadline=None)
+PLACES = [(3, 3), (10, 3), (3, 40), (40, 40), (200, 60), (30, 0), (0, 10), (0, 40)]
+
+
+@settings(max_examples=30, deadline=None)
 @given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([0, 0, 3, 10, 40, 200]), st.sampled_from([0, 0, 3, 10, 40, 200])
-        ).filter(any),
-        min_size=6,
-        max_size=8,
-    ),
+    st.lists(st.sampled_from(PLACES), min_size=6, max_size=8),
     st.sampled_from([0.0, 0.2]),
     st.integers(0, 10**6),
 )
 def test_no_assignment_is_much_better(counts: Counts, fusion: float, seed: int) -> None:
-    """Against all assignments of a few groups, in the same measure."""
+    """Against all assignments of a few groups, in the measure that decided."""
     if fusion:
         counts = counts[:7]
     groups, labels = make(counts)
@@ -176,12 +173,22 @@ def test_no_assignment_is_much_better(counts: Counts, fusion: float, seed: int) 
     first = [groups.index(f"g{k:05d}") for k in range(len(counts))]
     own = np.array([[list(names).index(place[row]) for row in first]])
     every = np.stack(np.meshgrid(*[np.arange(len(shares), dtype=np.int8)] * len(counts)), axis=-1)
-    best = slow_deviation(np.array(counts), every.reshape(-1, len(counts)), shares).min()
-    assert slow_deviation(np.array(counts), own, shares)[0] <= best + 0.02
+    excess = []
+    for image_weight in (0, 4):
+        best, found = (
+            slow_deviation(np.array(counts), assigned, shares, image_weight).min()
+            for assigned in (every.reshape(-1, len(counts)), own)
+        )
+        excess.append(found - best)
+    event(f"images counted: {excess[0] > 0.02}")
+    assert min(excess) <= 0.02
 
 
 def slow_deviation(
-    counts: NDArray[np.int64], assigned: NDArray[np.integer], shares: NDArray[np.float64]
+    counts: NDArray[np.int64],
+    assigned: NDArray[np.integer],
+    shares: NDArray[np.float64],
+    image_weight: float,
 ) -> NDArray[np.float64]:
     """Chi-square of each assignment [A, G], infinite where a bin lacks a class."""
     kind = [counts.min(axis=1) > 0, counts[:, 1] == 0, counts[:, 0] == 0]
@@ -191,6 +198,8 @@ def slow_deviation(
         for class_ in (0, 1):
             got = inside @ counts[:, class_] / counts[:, class_].sum()
             result += np.where(got > 0, (got - share) ** 2 / share, np.inf)
+        got = inside @ counts.sum(axis=1) / counts.sum()
+        result += image_weight * (got - share) ** 2 / share
         for mask in kind:
             if mask.any():
                 got = inside[:, mask].mean(axis=1)
