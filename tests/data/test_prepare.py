@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,6 +160,22 @@ def test_the_report_counts_what_the_files_hold(tmp_path: Path) -> None:
     assert report["shared_groups"] == 0
     assert report["groups"]["images_given"] == 240
     assert json.loads(json_text(report)) == report
+
+
+def test_reports_do_not_say_where_a_place_is(tmp_path: Path) -> None:
+    rows = make_rows()
+    for k, row in enumerate(rows):
+        row["group"] = None
+        row["latitude"], row["longitude"] = 52.1234 + k % 24 / 10, 13.5678 + k % 24 / 10
+    rows[3]["label"] = None
+    report = prepare(write_raw(tmp_path / "raw", rows), tmp_path)
+    assert report["groups"]["images_by_gps"] == 239
+    assert len(report["group_counts"]) == 24
+    assert all(re.fullmatch("gps:[0-9a-f]{16}", name) for name in report["group_counts"])
+    written = json_text(report) + (tmp_path / "quarantine.csv").read_text()
+    for row in rows:
+        assert f"{row['latitude']:.1f}" not in written
+        assert f"{row['longitude']:.1f}" not in written
 
 
 def test_many_groups_are_summarised(tmp_path: Path) -> None:

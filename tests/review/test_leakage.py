@@ -105,7 +105,7 @@ def test_chance_alone_hardly_ever_alarms(within: float, size: int, equal: bool) 
         find_leakage(
             [
                 scenes(rng, name, g, size, within, equal=equal)
-                for name, g in zip("abc", (40, 15, 15))
+                for name, g in zip("abc", (40, 15, 15), strict=True)
             ],
             6,
             0.04,
