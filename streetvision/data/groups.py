@@ -157,7 +157,7 @@ def _join(
     `base` and `cluster` [N] are of the images, `is_place` [G] of the base groups.
     """
     pairs, counts = np.unique(cluster * len(is_place) + base, return_counts=True)
-    of, group = np.divmod(pairs, len(is_place))
+    of, group = pairs // len(is_place), pairs % len(is_place)
     order = np.lexsort((group, -counts, of))
     of, group, weight = of[order], group[order], counts[order]
     first = np.searchsorted(of, of)  # of each cluster: its group of most images

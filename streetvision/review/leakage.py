@@ -207,7 +207,7 @@ def find_leakage(splits: Sequence[Looked], hash_bits: int, max_pixel_error: floa
     prints = [_Prints.of(each.thumbnails) for each in splits]
     both = list(combinations(range(len(splits)), 2))
     sizes = [np.bincount(each) for each in groups]  # by code; 0 where a group is elsewhere
-    compared = sum(np.count_nonzero(sizes[later]) for _, later in both)
+    compared = sum(int(np.count_nonzero(sizes[later])) for _, later in both)
     found = Leakage(tuple(splits), [], {}, {}, {})
     for a, b in both:
         if a not in found.baselines:
