@@ -3,7 +3,7 @@
 Each group with both classes is held out in turn (or, of many groups, one part of them after the other). The
 rest is divided by group into TRAIN, VAL_SELECT and VAL_CALIB as `prepare` divides it; the classifier is
 adapted and trained, views are fused, the policy is calibrated, and what is held out decided at 0.5, all with
-the code of the stages. Nothing of it is seen before. Groups of one class stay in TRAIN. The pooled decisions
+the code of the stages. Nothing of it is seen before. Groups of one class are not held out. The pooled decisions
 are compared, paired over groups, with what a user would try first: logistic regression, classes balanced, on
 the same backbone's frozen global-view features, same folds.
 """

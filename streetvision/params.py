@@ -156,6 +156,9 @@ class Data(Section):
         0.04, description="largest mean absolute pixel difference (of 1) of a verified pair"
     )
     duplicate_max_cluster: Count = Field(200, description="largest near-duplicate cluster, images")
+    duplicate_max_groups: Count = Field(
+        4, description="places that near-duplicates join into one group; beyond, they are set aside"
+    )
     train_fraction: OpenFraction = 0.6
     val_select_fraction: OpenFraction = 0.1
     val_calib_fraction: OpenFraction = 0.15

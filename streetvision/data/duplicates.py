@@ -1,5 +1,7 @@
 """Near-duplicates: perceptual hashes find candidates, pixels verify them, clusters are capped.
 
+Where the caps leave near-duplicates in different groups, `duplicated_elsewhere` says which to set aside.
+
 Both come from one 16×16 grey thumbnail an image (256 bytes). The pixel comparison is free of
 brightness and contrast, so a copy that was re-encoded, resized or re-exposed is found. Frames
 without contrast (fog, night, a covered lens) have nothing to compare but noise: they match
@@ -131,10 +133,54 @@ def near_duplicate_clusters(
     tuple
         For every image the first row of its cluster, [N], and the report.
     """
+    edges = _Edges(len(hashes))
+    for left, right, error in _verified_pairs(hashes, thumbnails, hash_bits, max_pixel_error):
+        edges.add(left, right, error)
+    cluster, capped = edges.join(max_cluster)
+    sizes = np.bincount(cluster, minlength=1)
+    several = sizes[sizes > 1]
+    report = DuplicateReport(
+        edges.pairs, len(several), int(several.sum()), int(sizes.max()), capped
+    )
+    return cluster, report
+
+
+def duplicated_elsewhere(
+    hashes: NDArray[np.uint64],
+    thumbnails: NDArray[np.uint8],
+    hash_bits: int,
+    max_pixel_error: float,
+    groups: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Which images have a near-duplicate in a group before their own, [N].
+
+    Without these no pair of near-duplicates is in two groups. `groups` [N] numbers the groups in
+    the order in which they keep their images; the rest is as for `near_duplicate_clusters`.
+    """
+    identical = _first_identical(thumbnails)
+    own = groups.copy()  # of the first of identical images: the first group of all of them
+    np.minimum.at(own, identical, groups)
+    earliest = own.copy()  # that of their near-duplicates, too
+    for left, right, _ in _verified_pairs(hashes, thumbnails, hash_bits, max_pixel_error):
+        np.minimum.at(earliest, left, own[right])
+        np.minimum.at(earliest, right, own[left])
+    result: NDArray[np.bool_] = earliest[identical] < groups
+    return result
+
+
+def _verified_pairs(
+    hashes: NDArray[np.uint64],
+    thumbnails: NDArray[np.uint8],
+    hash_bits: int,
+    max_pixel_error: float,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
+    """Yield near-duplicates, the smaller row first, with their pixel error, in blocks of bounded size.
+
+    Of identical images only the first is compared with others; the others come as its pairs.
+    """
     identical = _first_identical(thumbnails)
     copies = np.flatnonzero(identical != np.arange(len(identical)))
-    edges = _Edges(len(hashes))
-    edges.add(identical[copies], copies, np.zeros(len(copies)))
+    yield identical[copies], copies, np.zeros(len(copies))
 
     normalised, contrast = normalised_thumbnails(thumbnails)
     searched = np.flatnonzero((identical == np.arange(len(identical))) & contrast)
@@ -143,15 +189,7 @@ def near_duplicate_clusters(
             a, b = searched[left[start : start + _BLOCK]], searched[right[start : start + _BLOCK]]
             error = pixel_error(normalised[a], normalised[b])
             good = error <= max_pixel_error
-            edges.add(np.minimum(a, b)[good], np.maximum(a, b)[good], error[good])
-
-    cluster, capped = edges.join(max_cluster)
-    sizes = np.bincount(cluster, minlength=1)
-    several = sizes[sizes > 1]
-    report = DuplicateReport(
-        edges.pairs, len(several), int(several.sum()), int(sizes.max()), capped
-    )
-    return cluster, report
+            yield np.minimum(a, b)[good], np.maximum(a, b)[good], error[good]
 
 
 def candidate_pairs(

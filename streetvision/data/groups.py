@@ -1,10 +1,13 @@
 """Which images may not be separated: the given group or the GPS cell, joined by near-duplicates.
 
-A group name means the same in every source: two sources with a group `berlin` share it.
+A group name means the same in every source: two sources with a group `berlin` share it. A place is a
+given group or a GPS cell. Near-duplicates join few places only: a chain of pairs from place to place
+would make one group of all of them, and no split could be made of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +25,10 @@ class GroupReport:
     images_given: int  # with a given group
     images_by_gps: int  # grouped by GPS cell
     images_alone: int  # with neither: each a group of its own
-    joined: int  # groups that near-duplicates merged into another one, images of their own left out
+    joined: int  # places that near-duplicates merged into another one
+    most_joined: int  # places in the group of most places; 0 without a place
+    largest_joined_images: int  # images of the largest group of several places; 0 if there is none
+    refused: int  # joins beyond the limits: there near-duplicates are in different groups
 
 
 def assign_groups(
@@ -33,6 +39,8 @@ def assign_groups(
     cluster: NDArray[np.int64],
     group_by: Literal["given", "gps"],
     gps_cell_m: float,
+    max_places: int,
+    max_images: int,
 ) -> tuple[NDArray[np.object_], GroupReport]:
     """Name the final group of every image.
 
@@ -41,6 +49,10 @@ def assign_groups(
     a near-duplicate cluster become one, named like the first of them: given groups by name, then
     cells, then images. Two images either side of a cell's edge are in different groups unless they
     look alike.
+
+    A cluster joins its groups with the one that has most of its images. Joins of many images come
+    first, and one that would make a group of more than `max_places` places or `max_images` images
+    is refused: so a chain is cut where it hangs by the fewest near-duplicates.
 
     Parameters
     ----------
@@ -56,6 +68,8 @@ def assign_groups(
         What comes first.
     gps_cell_m
         Edge of a GPS cell, metres.
+    max_places, max_images
+        Most places and images of a group that near-duplicates join.
 
     Returns
     -------
@@ -68,24 +82,31 @@ def assign_groups(
     names = sorted(set(ranked))
     index = {name: number for number, name in enumerate(names)}
     base = np.array([index[name] for name in ranked], np.int64)
+    is_place = np.array([kind < 2 for kind, _ in names], np.bool_)
 
-    joined = _connected(base, cluster)  # [N], smallest base group connected to each image
-    real = [number for number, (kind, _) in enumerate(names) if kind < 2]
-    final = {int(root) for root, own in zip(joined, base, strict=True) if names[own][0] < 2}
-    result = np.array([names[root][1] for root in joined], np.object_)
+    root, refused = _join(base, cluster, is_place, max_places, max_images)
+    places = np.bincount(root[is_place], minlength=len(names))
+    images = np.bincount(root[base], minlength=len(names))
     report = GroupReport(
         images_given=int(kinds[0]),
         images_by_gps=int(kinds[1]),
         images_alone=int(kinds[2]),
-        joined=len(real) - len(final),
+        joined=int(is_place.sum() - (places > 0).sum()),
+        most_joined=int(places.max(initial=0)),
+        largest_joined_images=int(images[places > 1].max(initial=0)),
+        refused=refused,
     )
-    return result, report
+    return np.array([names[group][1] for group in root[base]], np.object_), report
 
 
 def gps_cells(
     latitude: NDArray[np.float64], longitude: NDArray[np.float64], cell_m: float
 ) -> list[str | None]:
-    """Name the cell of every position, `gps:<row>:<column>`; None where there is no valid position.
+    """Name the cell of every position, `gps:<16 hex digits>`; None where there is no valid position.
+
+    Group names get into reports and bundles, so a cell is named by a hash: the same place has the
+    same name in all data, and the name does not spell where it is. It is no secret: who suspects a
+    place can compute its name.
 
     Rows are equally high; a row has the largest whole number of columns whose cells are at least
     `cell_m` wide in the row's middle. Latitude 0, longitude 0 is what devices without a fix report,
@@ -107,10 +128,12 @@ def gps_cells(
     n_columns = np.maximum(np.floor(360 * np.cos(middle) / height), 1)
     share = (np.where(valid, longitude, 0.0) + 180) % 360 / 360
     columns = np.minimum(np.floor(share * n_columns), n_columns - 1)
-    return [
-        f"gps:{int(row)}:{int(column)}" if good else None
-        for row, column, good in zip(rows, columns, valid, strict=True)
-    ]
+    cells = list(zip(rows.astype(int).tolist(), columns.astype(int).tolist(), strict=True))
+    names = {
+        cell: f"gps:{hashlib.sha256(f'{float(cell_m)} {cell}'.encode()).hexdigest()[:16]}"
+        for cell in {cell for cell, good in zip(cells, valid, strict=True) if good}
+    }
+    return [names[cell] if good else None for cell, good in zip(cells, valid, strict=True)]
 
 
 def _base_group(
@@ -122,17 +145,43 @@ def _base_group(
     return (1, cell) if cell else (2, f"image:{identifier}")
 
 
-def _connected(base: NDArray[np.int64], cluster: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every image the smallest base group reachable through groups and clusters, [N]."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+def _join(
+    base: NDArray[np.int64],
+    cluster: NDArray[np.int64],
+    is_place: NDArray[np.bool_],
+    max_places: int,
+    max_images: int,
+) -> tuple[NDArray[np.int64], int]:
+    """For each of G base groups the first of those joined with it, [G], and how many joins were refused.
 
-    _, cluster = np.unique(cluster, return_inverse=True)
-    n_base = int(base.max(initial=-1)) + 1
-    n = n_base + int(cluster.max(initial=-1)) + 1
-    links = coo_array((np.ones(len(base)), (base, n_base + cluster)), shape=(n, n))
-    _, component = connected_components(links, directed=False)
-    smallest = np.full(n, n, np.int64)
-    np.minimum.at(smallest, component[:n_base], np.arange(n_base))
-    result: NDArray[np.int64] = smallest[component[base]]
-    return result
+    `base` and `cluster` [N] are of the images, `is_place` [G] of the base groups.
+    """
+    pairs, counts = np.unique(cluster * len(is_place) + base, return_counts=True)
+    of, group = pairs // len(is_place), pairs % len(is_place)
+    order = np.lexsort((group, -counts, of))
+    of, group, weight = of[order], group[order], counts[order]
+    first = np.searchsorted(of, of)  # of each cluster: its group of most images
+    linked = np.flatnonzero(first != np.arange(len(of)))
+    linked = linked[np.lexsort((group[linked], group[first[linked]], -weight[linked]))]
+
+    parent = list(range(len(is_place)))
+    places, images = is_place.astype(int).tolist(), np.bincount(base).tolist()
+    refused = 0
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    for a, b in zip(group[first[linked]].tolist(), group[linked].tolist(), strict=True):
+        low, high = sorted((root(a), root(b)))
+        if low == high:
+            continue
+        if places[low] + places[high] > max_places or images[low] + images[high] > max_images:
+            refused += 1
+            continue
+        parent[high] = low
+        places[low] += places[high]
+        images[low] += images[high]
+    return np.array([root(number) for number in parent], np.int64), refused

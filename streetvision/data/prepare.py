@@ -27,7 +27,7 @@ from streetvision.data import duplicates
 from streetvision.data.groups import GroupReport, assign_groups
 from streetvision.data.prepare_parts import PART_SCHEMA, Part, make_parts
 from streetvision.data.schema import SPLIT_SCHEMA, SPLITS, UNREAD_POSITION, unread_value
-from streetvision.data.split import SplitResult, split_groups
+from streetvision.data.split import SplitResult, part_shares, split_groups
 from streetvision.errors import UserError
 from streetvision.params import Data
 from streetvision.progress import Progress, no_progress
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 _WRITE_ROWS = 500
 _MAX_LISTED_GROUPS = 100
+_ELSEWHERE = "near-duplicate of an image in another group"
+# Joined groups that are worth a warning: a chain from place to place, or a large part of the images.
+_MANY_PLACES, _MANY_IMAGES = 3, 0.1
 
 
 def prepare_splits(
@@ -83,8 +86,12 @@ def prepare_splits(
     _quarantine_conflicts(rows)
     _write_quarantine(quarantine_path, rows, parts)
     _check_quarantine(rows, data.max_bad_fraction, quarantine_path)
-    kept, groups, duplicate_report, group_report = _group(rows, thumbnails, data)
+    largest = max(part_shares(data.fractions, data.fusion_fraction).values())
+    kept, groups, duplicate_report, group_report = _group(
+        rows, thumbnails, data, largest_share=largest, divided=True
+    )
     del thumbnails  # a quarter of what is held of an image, and not needed any more
+    _write_quarantine(quarantine_path, rows, parts)  # again, with what was set aside
     result = split_groups(groups, rows.labels[kept], data.fractions, data.fusion_fraction, seed)
     _write_splits(parts, split_paths, kept, groups, result, progress)
     report = _report_files(split_paths, group_report)
@@ -95,7 +102,6 @@ def prepare_splits(
         "rows_kept": len(kept),
         "quarantined": dict(Counter(reason for reason in rows.reasons if reason)),
         "duplicates": vars(duplicate_report),
-        "one_class_groups_in": result.one_class_groups,
         "positions_not_understood": _count_unread_positions(parts),
     }
 
@@ -107,10 +113,13 @@ def prepare_whole(
     data: Data,
     workers: int,
     progress: Progress = no_progress,
+    *,
+    divided: bool = False,
 ) -> None:
     """Decode, check and group all raw rows into one file in the split schema, without a split.
 
-    For data that are evaluated or cross-validated as a whole. Unusable rows are left out and logged.
+    Unusable rows are left out and logged. If the groups will be `divided`, as for cross-validation,
+    near-duplicates in other groups are left out, too; what is evaluated as a whole keeps them.
 
     Raises
     ------
@@ -123,36 +132,38 @@ def prepare_whole(
     _quarantine_conflicts(rows)
     for reason, times in Counter(reason for reason in rows.reasons if reason).items():
         log.warning("%d of %d images left out: %s", times, len(rows.ids), reason)
-    kept, groups, _, _ = _group(rows, thumbnails, data)
-    if not len(kept):
+    if all(rows.reasons):
         raise UserError(f"none of the {len(rows.ids)} images can be used")
+    kept, groups, _, _ = _group(rows, thumbnails, data, largest_share=1.0, divided=divided)
     whole = np.full(len(kept), "whole", dtype=object)
-    result = SplitResult(whole, np.zeros(len(kept), np.bool_), "anywhere")
+    result = SplitResult(whole, np.zeros(len(kept), np.bool_))
     _write_splits(parts, {"whole": path}, kept, groups, result, progress)
 
 
 def _group(
-    rows: _Rows, thumbnails: NDArray[np.uint8], data: Data
+    rows: _Rows,
+    thumbnails: NDArray[np.uint8],
+    data: Data,
+    *,
+    largest_share: float,
+    divided: bool,
 ) -> tuple[NDArray[np.int64], NDArray[np.object_], duplicates.DuplicateReport, GroupReport]:
-    """Return the usable rows and their final groups, with what was found on the way."""
+    """Return the usable rows and their final groups, with what was found on the way.
+
+    A group that near-duplicates join has at most `largest_share` of the images. If `divided`, the
+    images that would still have a near-duplicate in another group are marked as unusable.
+    """
     kept = np.flatnonzero([reason is None for reason in rows.reasons])
     if len(kept) < len(rows.ids):  # else a copy would be in vain
         thumbnails = thumbnails[kept]
-    cluster, duplicate_report = duplicates.near_duplicate_clusters(
+    alike = (
         duplicates.perceptual_hashes(thumbnails),
         thumbnails,
         data.duplicate_hash_bits,
         data.duplicate_pixel_error,
-        data.duplicate_max_cluster,
     )
-    if duplicate_report.capped:
-        log.warning(
-            "%d joins of near-duplicates were refused at data.duplicate_max_cluster = %d images; "
-            "such images may lie in different splits",
-            duplicate_report.capped,
-            data.duplicate_max_cluster,
-        )
-    groups, group_report = assign_groups(
+    cluster, found = duplicates.near_duplicate_clusters(*alike, data.duplicate_max_cluster)
+    groups, joined = assign_groups(
         [rows.ids[row] for row in kept],
         [rows.given[row] for row in kept],
         rows.latitude[kept],
@@ -160,8 +171,40 @@ def _group(
         cluster,
         data.group_by,
         data.gps_cell_m,
+        data.duplicate_max_groups,
+        int(largest_share * len(kept)),
     )
-    return kept, groups, duplicate_report, group_report
+    if joined.most_joined >= _MANY_PLACES or joined.largest_joined_images > _MANY_IMAGES * len(
+        kept
+    ):
+        log.warning(
+            "near-duplicates make one group of up to %d places (data.duplicate_max_groups = %d); "
+            "the largest of several places holds %d of %d images",
+            joined.most_joined,
+            data.duplicate_max_groups,
+            joined.largest_joined_images,
+            len(kept),
+        )
+    if divided and (found.capped or joined.refused):
+        names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        rank = np.empty(len(names), np.int64)
+        rank[np.argsort(-sizes, kind="stable")] = np.arange(len(names))
+        elsewhere = duplicates.duplicated_elsewhere(*alike, rank[codes])
+        for row in kept[elsewhere]:
+            rows.reasons[row] = _ELSEWHERE
+        if elsewhere.any():
+            log.warning(
+                "%d of %d images are set aside: each has a near-duplicate in a larger group, and "
+                "these may not be joined into one beyond data.duplicate_max_cluster = %d images, "
+                "data.duplicate_max_groups = %d places or %.0f %% of all images",
+                elsewhere.sum(),
+                len(kept),
+                data.duplicate_max_cluster,
+                data.duplicate_max_groups,
+                100 * largest_share,
+            )
+        kept, groups = kept[~elsewhere], groups[~elsewhere]
+    return kept, groups, found, joined
 
 
 @dataclass(frozen=True)
@@ -352,11 +395,17 @@ def _report_files(split_paths: Mapping[str, Path], groups: GroupReport) -> dict[
     def count_with_groups(mask: NDArray[np.bool_]) -> dict[str, int]:
         return {**count(mask), "groups": len(np.unique(group_of[mask]))}
 
-    splits: dict[str, Any] = {split: count_with_groups(split_of == split) for split in SPLITS}
-    for counts in splits.values():
-        counts["positive_share"] = counts["positives"] / counts["images"]
     images = np.bincount(group_of)
     positives = np.bincount(group_of, weights=label).astype(np.int64)
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        inside = split_of == split
+        counts: dict[str, Any] = count_with_groups(inside)
+        here = np.unique(group_of[inside])
+        counts["positive_share"] = counts["positives"] / counts["images"]
+        counts["groups_without_roadwork"] = int((positives[here] == 0).sum())
+        counts["groups_of_roadwork_alone"] = int((positives[here] == images[here]).sum())
+        splits[split] = counts
     # TRAIN's two parts may not share a group either.
     place = np.char.add(split_of, np.where(fusion, "/fusion", ""))
     crossings = len(set(zip(group_of.tolist(), place.tolist(), strict=True))) - len(group_names)

@@ -132,7 +132,9 @@ def _prepare(
             workers, progress,
         )  # fmt: skip
         return
-    prepare_whole(folder / "raw", folder / WHOLE, folder / "scratch", data, workers, progress)
+    prepare_whole(
+        folder / "raw", folder / WHOLE, folder / "scratch", data, workers, progress, divided=True
+    )
     whole = open_split("crossval", "whole", folder / WHOLE)
     table = read_arrow(folder / WHOLE, "prepare")
     for number, rows in enumerate(rotate(whole, folds, calibrated=calibrated)):
@@ -155,7 +157,7 @@ def prepare_all(data: Data, root: Path, folder: Path, workers: int, seed: int) -
         list(data.sources), root / data.local_root, folder / "raw", folder / "ingest",
         shard_images=data.shard_images, seed=seed, workers=workers, progress=progress,
     )  # fmt: skip
-    prepare_whole(folder / "raw", path, scratch, data, workers, progress)
+    prepare_whole(folder / "raw", path, scratch, data, workers, progress, divided=True)
     for name in ("raw", "ingest", "scratch"):
         shutil.rmtree(folder / name)
     return path

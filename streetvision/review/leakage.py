@@ -7,9 +7,11 @@ an early layer's maps, pooled to 4 × 4 and whitened, found all. So early maps a
 How near is too near, the data say themselves. An image's distance to its nearest neighbour is divided by that
 to the nearest image of any other group (Lowe 2004, International Journal of Computer Vision 60, §7.1): a copy
 is far nearer than the next scene, a dull scene has many that are as near. How small this ratio gets by chance
-is seen within a split, between its groups; its smallest values fall off as a power, which is fitted. So each
-pair gets the number of unrelated pairs as near as this that all comparisons together would bring. Beside it
-stand the rule by which `prepare` joins near-duplicates, and groups that two splits share.
+is seen within a split, between its groups; its smallest values fall off as a power, which is fitted. Frames of
+one drive look alike, so not images are counted but groups, each by its smallest ratio: hundreds of frames of
+five drives tell no more of chance than five. So each pair gets the number of unrelated groups as near as this
+that all comparisons together would bring. Beside it stand the rule by which `prepare` joins near-duplicates,
+and groups that two splits share.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
-MAX_EXPECTED = 0.05  # unrelated pairs as near as this: fewer are a leak
-MIN_BASELINE = 40  # images; the power needs a tail to be fitted to
+MAX_EXPECTED = 0.05  # unrelated groups as near as this: fewer are a leak
+MIN_BASELINE = 20  # groups; the power needs a tail to be fitted to
 _TAIL = 0.05  # share of the baseline's smallest ratios that the power is fitted to
-_MIN_TAIL = 10  # images in it
+_MIN_TAIL = 10  # groups in it
 _GRID, _MAX_WIDTH = 4, 4096  # a map is pooled to at most 4 × 4 cells and about so many numbers
 _COMPONENTS, _FITTED_IMAGES, _SHRINKAGE = 256, 5000, 0.1  # of the whitening
 _CHUNK = 1024  # images compared with all others at once
@@ -64,7 +66,7 @@ class Looked:
 class Pair(NamedTuple):
     """An image and its neighbour in a later split, each as number of the split and row.
 
-    `ratio` is its distance over that of the next group; `expected` unrelated pairs would reach it by chance;
+    `ratio` is its distance over that of the next group; `expected` unrelated groups would reach it by chance;
     `hash_bits` differ of 63, `pixel_error` is of 1, `duplicate` is `prepare`'s verdict on both.
     """
 
@@ -109,8 +111,8 @@ class Leakage:
     ----------
     splits : as given
     pairs : of every image and its neighbour, leaks first, then the least expected
-    ratios : by number of the earlier and the later split, of the later's images [N]
-    baselines : ascending ratios between the groups of a split, by its number
+    ratios : by number of the earlier and the later split, the smallest of each of the later's groups [G]
+    baselines : by number of a split, the smallest of each of its groups to the others, ascending [G]
     shared : groups in both splits, by their numbers
     """
 
@@ -204,20 +206,24 @@ def find_leakage(splits: Sequence[Looked], hash_bits: int, max_pixel_error: floa
     groups = np.split(codes.astype(np.int64), np.cumsum([len(each.ids) for each in splits])[:-1])
     prints = [_Prints.of(each.thumbnails) for each in splits]
     both = list(combinations(range(len(splits)), 2))
-    compared = sum(len(units[later]) for _, later in both)
+    sizes = [np.bincount(each) for each in groups]  # by code; 0 where a group is elsewhere
+    compared = sum(int(np.count_nonzero(sizes[later])) for _, later in both)
     found = Leakage(tuple(splits), [], {}, {}, {})
     for a, b in both:
         if a not in found.baselines:
             chance = nearest(units[a], units[a], groups[a], groups[a]).ratio
-            found.baselines[a] = np.sort(chance[np.isfinite(chance)])
+            smallest = smallest_of_groups(chance, groups[a])
+            found.baselines[a] = smallest[np.isfinite(smallest)]
         near = nearest(units[b], units[a], groups[a])
-        found.ratios[a, b] = near.ratio
+        found.ratios[a, b] = smallest_of_groups(near.ratio, groups[b])
         copies = prints[a].duplicates(prints[b], hash_bits, max_pixel_error)
         rows = {(int(near.rows[j]), j) for j in range(len(near.rows))} | copies
         first, second = np.array(sorted(rows)).T
         distance = np.linalg.norm(units[a][first].astype(np.float64) - units[b][second], axis=1)
         ratio = near._replace(distance=distance, next_group=near.next_group[second]).ratio
-        expected = expected_by_chance(ratio, found.baselines[a], compared)
+        # Of more images than the groups of the baseline have, one comes as near so much more often.
+        larger = sizes[b][groups[b][second]] / sizes[a][sizes[a] > 0].mean()
+        expected = expected_by_chance(ratio, found.baselines[a], compared) * np.maximum(larger, 1)
         for row, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
             bits, error = prints[a].compare(i, prints[b], j)
             found.pairs.append(
@@ -287,12 +293,19 @@ def nearest(
     return Neighbours(rows, distances[0], distances[1])
 
 
+def smallest_of_groups(ratio: Floats, groups: Rows) -> Floats:
+    """The smallest ratio [N] of each group [N], ascending [G]."""
+    order = np.lexsort((ratio, groups))
+    first = np.unique(groups[order], return_index=True)[1]
+    return np.sort(ratio[order][first])
+
+
 def expected_by_chance(ratio: Floats, known: Floats, compared: int) -> Floats:
-    """How many of `compared` unrelated images would reach each ratio [N], by ascending `known` ones [M].
+    """How many of `compared` unrelated groups would reach each ratio [N], by ascending `known` ones [G].
 
     Below the smallest 5 % the probability is a power of the ratio that fits those (cf. Hill 1975, Annals of
     Statistics 3; by the 80 % quantile of the logarithms, which duplicates within the split do not move),
-    the smallest power that is likely, so as not to see leaks in noise. Of fewer than 40 known ones nothing
+    the smallest power that is likely, so as not to see leaks in noise. Of fewer than 20 known ones nothing
     is concluded: infinity.
     """
     if len(known) < MIN_BASELINE:

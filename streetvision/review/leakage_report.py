@@ -49,10 +49,10 @@ def contact_sheet(found: Leakage, images: Sequence[Split], count: int) -> bytes:
 
 
 def describe(found: Leakage) -> list[str]:
-    """What was found, in lines; the ratio is that of the nearest neighbour's distance to the next group's."""
+    """What was found, in lines; small ratios are near: the nearest neighbour's distance by the next group's."""
     names = [terminal(shortened(split.name)) for split in found.splits]
     lines = [
-        f"{'ratio, small is near':36}"
+        f"{'smallest ratio of each group':36}"
         + "".join(f"{name:>12}" for name in ("median", "1 %", "smallest", "leaks", "duplicates"))
     ]
     for a, baseline in found.baselines.items():
@@ -73,7 +73,7 @@ def describe(found: Leakage) -> list[str]:
     unsure = [names[a] for a, each in found.baselines.items() if len(each) < MIN_BASELINE]
     if unsure:
         lines.append(
-            f"Too few groups or images in {', '.join(unsure)} to know what chance brings: "
+            f"Fewer than {MIN_BASELINE} groups in {', '.join(unsure)}, too few to know what chance brings: "
             "there only near-duplicates by `prepare`'s rule count."
         )
     alone = [split.name for split in found.splits if not groups_known(split.groups)]

@@ -25,6 +25,7 @@ from tests.benchmarks.comparison import comparison
 from tests.benchmarks.data import prepare_memory
 from tests.benchmarks.gpu import gpu
 from tests.benchmarks.inference import inference, latency, shared
+from tests.benchmarks.leakage import leakage
 from tests.benchmarks.limits import fuzz, limits, payloads
 from tests.benchmarks.pipeline import dvc, repro, startup
 from tests.benchmarks.runner import Result, Table
@@ -34,10 +35,11 @@ from tests.benchmarks.training import memory
 TABLES = {
     "calibrators": calibrators, "comparison": comparison, "inference": inference, "latency": latency,
     "memory": memory, "shared": shared, "gpu": gpu, "prepare_memory": prepare_memory,
-    "limits": limits, "payloads": payloads, "fuzz": fuzz, "startup": startup, "dvc": dvc, "repro": repro,
+    "leakage": leakage, "limits": limits, "payloads": payloads, "fuzz": fuzz, "startup": startup, "dvc": dvc,
+    "repro": repro,
 }  # fmt: skip
 # Minutes of simulation each, about how right something is and not how fast.
-ON_REQUEST = ("calibrators", "comparison")
+ON_REQUEST = ("calibrators", "comparison", "leakage")
 RESULTS = Path(__file__).parent / "results.json"
 COLUMNS = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)", "to reach"]
 
@@ -49,7 +51,7 @@ def main() -> int:
     parser.add_argument(
         "names",
         nargs="*",
-        help=f"of {', '.join(known)}; default: all but {' and '.join(ON_REQUEST)}",
+        help=f"of {', '.join(known)}; default: all but {', '.join(ON_REQUEST)}",
     )
     parser.add_argument("--table", action="store_true", help="print results.json for README")
     options = parser.parse_args()

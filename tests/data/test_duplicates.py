@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance
 from streetvision.data import duplicates
 from streetvision.data.duplicates import (
     candidate_pairs,
+    duplicated_elsewhere,
     make_thumbnail,
     near_duplicate_clusters,
     normalised_thumbnails,
@@ -204,6 +205,31 @@ def test_identical_images_are_capped_too() -> None:
     assert np.unique(cluster, return_counts=True)[1].max() == 20
     assert report.pairs == 49
     assert report.capped == 30
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_set_aside_leaves_no_pair_in_two_groups(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    frames = [chain(60), scenes(40, seed), scenes(40, seed), np.repeat(scenes(2, 9), 12, axis=0)]
+    thumbnails = rng.permutation(np.concatenate(frames))
+    groups = rng.integers(0, 9, len(thumbnails))
+    elsewhere = duplicated_elsewhere(perceptual_hashes(thumbnails), thumbnails, 6, 0.04, groups)
+
+    normalised, contrast = normalised_thumbnails(thumbnails)
+    hashes = perceptual_hashes(thumbnails)
+    n = len(thumbnails)
+    alike = np.zeros((n, n), np.bool_)
+    for a, b in itertools.permutations(range(n), 2):
+        near = pixel_error(normalised[[a]], normalised[[b]])[0] <= 0.04
+        near &= int(hashes[a] ^ hashes[b]).bit_count() <= 6 and bool(contrast[a] and contrast[b])
+        alike[a, b] = near or (thumbnails[a] == thumbnails[b]).all()
+    earlier = groups[:, None] > groups
+    assert elsewhere.tolist() == (alike & earlier).any(axis=1).tolist()
+    assert 20 < elsewhere.sum() < n
+    kept = ~elsewhere
+    apart = groups[:, None] != groups
+    assert (alike & apart).any()
+    assert not (alike & apart)[np.ix_(kept, kept)].any()
 
 
 def test_fog_and_night_do_not_merge() -> None:

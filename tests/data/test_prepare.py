@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 from streetvision.artifacts import json_text
-from streetvision.data.prepare import prepare_splits
+from streetvision.data.prepare import prepare_splits, prepare_whole
 from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA, SPLITS
 from streetvision.errors import UserError
 from streetvision.params import Data
@@ -127,7 +128,11 @@ def test_rows_arrive_whole_and_once(tmp_path: Path) -> None:
 
 
 def test_the_report_counts_what_the_files_hold(tmp_path: Path) -> None:
-    report = prepare(write_raw(tmp_path / "raw", make_rows()), tmp_path)
+    rows = make_rows()
+    for k, row in enumerate(rows):  # four places without roadwork, four of it alone
+        row["label"] = {0: 0, 1: 1}.get(k % 24 // 4, row["label"])
+    report = prepare(write_raw(tmp_path / "raw", rows), tmp_path)
+    assert report["groups"]["one_class"] == 8
     prepared = {split: read(tmp_path, split) for split in SPLITS}
     every = [row for rows in prepared.values() for row in rows]
     groups = {split: {row["group"] for row in rows} for split, rows in prepared.items()}
@@ -138,6 +143,9 @@ def test_the_report_counts_what_the_files_hold(tmp_path: Path) -> None:
     for split, rows in prepared.items():
         expected: Row = count(rows) | {"groups": len(groups[split])}
         expected["positive_share"] = expected["positives"] / len(rows)
+        labels = [{row["label"] for row in rows if row["group"] == name} for name in groups[split]]
+        expected["groups_without_roadwork"] = labels.count({0})
+        expected["groups_of_roadwork_alone"] = labels.count({1})
         assert report["splits"][split] == expected
     fusion = [row for row in prepared["train"] if row["fusion"]]
     assert report["fusion"] == count(fusion) | {"groups": len({row["group"] for row in fusion})}
@@ -152,6 +160,22 @@ def test_the_report_counts_what_the_files_hold(tmp_path: Path) -> None:
     assert report["shared_groups"] == 0
     assert report["groups"]["images_given"] == 240
     assert json.loads(json_text(report)) == report
+
+
+def test_reports_do_not_say_where_a_place_is(tmp_path: Path) -> None:
+    rows = make_rows()
+    for k, row in enumerate(rows):
+        row["group"] = None
+        row["latitude"], row["longitude"] = 52.1234 + k % 24 / 10, 13.5678 + k % 24 / 10
+    rows[3]["label"] = None
+    report = prepare(write_raw(tmp_path / "raw", rows), tmp_path)
+    assert report["groups"]["images_by_gps"] == 239
+    assert len(report["group_counts"]) == 24
+    assert all(re.fullmatch("gps:[0-9a-f]{16}", name) for name in report["group_counts"])
+    written = json_text(report) + (tmp_path / "quarantine.csv").read_text()
+    for row in rows:
+        assert f"{row['latitude']:.1f}" not in written
+        assert f"{row['longitude']:.1f}" not in written
 
 
 def test_many_groups_are_summarised(tmp_path: Path) -> None:
@@ -251,6 +275,79 @@ def test_near_duplicates_join_groups(tmp_path: Path) -> None:
     assert found == {"pairs": 2, "clusters": 2, "images": 4, "largest": 2, "capped": 0}
 
 
+def test_a_chain_of_near_duplicates_neither_swallows_the_places_nor_leaks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """60 places of 6 images; each has one picture of the next place, too, so that 59 pairs join all."""
+    rows = make_rows(360, 60)
+    rows.sort(key=lambda row: row["group"])
+    for k, row in enumerate(rows):
+        row["id"] = f"row-{k:05d}"
+    for place in range(59):
+        original = Image.open(io.BytesIO(rows[6 * place]["image"]["bytes"]))
+        buffer = io.BytesIO()
+        original.resize((128, 96)).save(buffer, "JPEG", quality=60)
+        rows[6 * place + 11]["image"]["bytes"] = buffer.getvalue()
+    report = prepare(write_raw(tmp_path / "raw", rows), tmp_path)
+    found = report["groups"]
+    assert found["most_joined"] == 4
+    assert found["refused"] == found["total"] - 1 == 59 - found["joined"]
+    aside = report["quarantined"]["near-duplicate of an image in another group"]
+    assert aside == found["refused"]
+    assert report["rows_kept"] == 360 - aside
+    for split, share in zip(SPLITS, (0.6, 0.1, 0.15, 0.15), strict=True):
+        assert abs(report["splits"][split]["images"] / report["rows_kept"] - share) < 0.04
+
+    # No two of the pairs are in two splits, and what is not there is in the quarantine, reason stated.
+    where = {row["id"]: split for split in SPLITS for row in read(tmp_path, split)}
+    pairs = [(f"row-{6 * k:05d}", f"row-{6 * k + 11:05d}") for k in range(59)]
+    assert all(where[a] == where[b] for a, b in pairs if a in where and b in where)
+    quarantine = (tmp_path / "quarantine.csv").read_text().splitlines()[1:]
+    assert len(quarantine) == aside
+    for line in quarantine:
+        name, _, reason, _, _ = line.split(",")
+        assert reason == "near-duplicate of an image in another group"
+        assert name not in where
+        assert any(name in pair for pair in pairs)
+    assert "one group of up to 4 places (data.duplicate_max_groups = 4)" in caplog.text
+    assert f"{aside} of 360 images are set aside" in caplog.text
+
+
+def test_near_duplicates_do_not_make_one_group_of_most_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two places with 40 % of the images each share one picture: together no split could hold them."""
+    rows = make_rows(200, 20)
+    for k, row in enumerate(rows):
+        row["group"] = f"large-{k % 2}" if k < 160 else f"city-{k % 8}"
+    rows[1]["image"]["bytes"] = rows[0]["image"]["bytes"]
+    report = prepare(write_raw(tmp_path / "raw", rows), tmp_path)
+    assert report["groups"]["largest_images"] == 80
+    assert report["groups"]["refused"] == 1
+    assert report["quarantined"] == {"near-duplicate of an image in another group": 1}
+    assert "51 % of all images" in caplog.text
+    assert "large-0" in caplog.text.partition("fractions are missed by a third")[2]
+
+
+def test_a_whole_keeps_all_images_unless_it_will_be_divided(tmp_path: Path) -> None:
+    rows = make_rows(60, 10)
+    for row in rows[:10]:  # one picture, in ten places
+        row["image"]["bytes"] = rows[0]["image"]["bytes"]
+    raw = write_raw(tmp_path / "raw", rows)
+    (tmp_path / "scratch").mkdir()
+    kept = {}
+    for divided in (False, True):
+        path = tmp_path / f"{divided}.arrow"
+        prepare_whole(raw, path, tmp_path / "scratch", Data(**SETTINGS), 1, divided=divided)
+        kept[divided] = read(tmp_path, str(divided))
+    assert len(kept[False]) == 60
+    groups = {row["group"] for row in kept[False]}
+    assert len(groups) == 7  # four of the ten are one
+    assert [row["id"] for row in kept[True]] == [
+        row["id"] for k, row in enumerate(rows) if not 4 <= k < 10
+    ]
+
+
 def test_square_crop_moves_the_evidence(tmp_path: Path) -> None:
     rows = make_rows()
     rows[0]["evidence_box"] = [0.5, 0.25, 1.0, 0.75]
@@ -291,10 +388,11 @@ def test_workers_and_row_groups_leave_the_files_alone(tmp_path: Path) -> None:
 
 
 def test_batches_are_small(tmp_path: Path) -> None:
-    same = photo(0, 24, 24)
     rows = make_rows(40) * 50
-    rows = [row | {"id": str(k), "image": {"bytes": same}} for k, row in enumerate(rows)]
-    prepare(write_raw(tmp_path / "raw", rows, 2000, 700), tmp_path, duplicate_max_cluster=1)
+    rows = [
+        row | {"id": str(k), "image": {"bytes": photo(k, 24, 24)}} for k, row in enumerate(rows)
+    ]
+    prepare(write_raw(tmp_path / "raw", rows, 2000, 700), tmp_path)
     sizes = []
     for split in SPLITS:
         with pa.memory_map(str(tmp_path / f"{split}.arrow")) as source:

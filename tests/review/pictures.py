@@ -1,4 +1,4 @@
-"""Pictures for the tests of review, and splits that hold them."""
+"""Pictures for the tests of review, splits that hold them, and scenes by their features alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from streetvision.data.schema import SPLIT_SCHEMA
 from streetvision.data.store import read_arrow, write_arrow
+from streetvision.review.leakage import Looked
 
 
 def plain(rng: np.random.Generator, size: tuple[int, int], label: int) -> Image.Image:
@@ -49,3 +50,28 @@ def rewrite(
         old = enumerate(columns[name].to_pylist())
         columns[name] = pa.array([new.get(row, value) for row, value in old], kind)
     return write_arrow(path, columns)
+
+
+def scenes(
+    rng: np.random.Generator,
+    name: str,
+    n_groups: int,
+    size: int = 8,
+    within: float = 0.7,
+    *,
+    equal: bool = True,
+    width: int = 12,
+) -> Looked:
+    """Groups with a place of their own in feature space, thumbnails of noise.
+
+    `within` is the deviation of a group's images around its place, of that between places; groups have
+    `size` images, or if not `equal` so many on average.
+    """
+    sizes = np.full(n_groups, size) if equal else rng.geometric(1 / size, n_groups)
+    place = rng.normal(size=(n_groups, width)).repeat(sizes, axis=0)
+    features = (place + within * rng.normal(size=place.shape)).astype(np.float32)
+    of_group = np.arange(n_groups).repeat(sizes)
+    groups = np.array([f"{name}{group}" for group in of_group], dtype=object)
+    ids = np.array([f"{name}-{row}" for row in range(len(place))], dtype=object)
+    thumbnails = rng.integers(0, 256, (len(place), 16, 16), dtype=np.uint8)
+    return Looked(name, ids, groups, features, thumbnails)

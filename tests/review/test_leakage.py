@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from streetvision.review.leakage import (
     expected_by_chance,
     find_leakage,
     nearest,
+    smallest_of_groups,
     whitened,
 )
 from streetvision.review.leakage_report import describe
-from tests.review.pictures import encoded, rewrite, street
+from tests.review.pictures import encoded, rewrite, scenes, street
 
 SIZE = (128, 96)
 
@@ -84,36 +86,79 @@ def test_expected_is_the_rank_above_and_a_power_below() -> None:
     power = np.log(found[:2] / 1000) / np.log([0.3, 0.5])
     assert ((power > 6) & (power < 8)).all()
     np.testing.assert_allclose(found[2:], 1000 * np.array([0.9, 1.0]) ** 8, rtol=0.05)
-    assert np.isinf(expected_by_chance(np.array([0.0]), known[:39], 10)).all()
+    assert np.isinf(expected_by_chance(np.array([0.0]), known[:19], 10)).all()
     assert expected_by_chance(np.array([0.0]), known, 10) < 1e-9
     # Copies within the split itself hardly make it blind.
     known[:20] = 0
     assert expected_by_chance(np.array([0.1]), known, 1000) < 0.01
 
 
-def scenes(
-    rng: np.random.Generator, name: str, n_groups: int, size: int = 8, width: int = 12
-) -> Looked:
-    """Groups with a place of their own in feature space, thumbnails of noise."""
-    place = rng.normal(size=(n_groups, width)).repeat(size, axis=0)
-    features = (place + 0.7 * rng.normal(size=place.shape)).astype(np.float32)
-    n = n_groups * size
-    groups = np.array([f"{name}{row // size}" for row in range(n)], dtype=object)
-    ids = np.array([f"{name}-{row}" for row in range(n)], dtype=object)
-    thumbnails = rng.integers(0, 256, (n, 16, 16), dtype=np.uint8)
-    return Looked(name, ids, groups, features, thumbnails)
-
-
-def test_chance_alone_hardly_ever_alarms() -> None:
+@pytest.mark.parametrize(
+    ("within", "size", "equal"),
+    [(0.7, 8, True), (0.1, 8, True), (0.02, 8, True), (0.1, 30, True), (0.1, 8, False)],
+)
+def test_chance_alone_hardly_ever_alarms(within: float, size: int, equal: bool) -> None:
+    """However much the images of a drive look alike: `python -m tests.benchmarks leakage` shows more."""
     rng = np.random.default_rng(3)
     n = 60
     alarms = sum(
         find_leakage(
-            [scenes(rng, name, g) for name, g in (("a", 40), ("b", 15), ("c", 15))], 6, 0.04
+            [
+                scenes(rng, name, g, size, within, equal=equal)
+                for name, g in zip("abc", (40, 15, 15), strict=True)
+            ],
+            6,
+            0.04,
         ).alarm
         for _ in range(n)
     )
     assert alarms / n <= 0.05 + 2.33 * np.sqrt(0.05 * 0.95 / n)
+
+
+@pytest.mark.parametrize("within", [0.7, 0.1])
+def test_a_copy_among_drives_that_look_alike_is_found(within: float) -> None:
+    rng = np.random.default_rng(5)
+    found = 0
+    for _ in range(20):
+        a, b = scenes(rng, "a", 40, 8, within), scenes(rng, "b", 15, 8, within)
+        b.features[7] = a.features[11] + 0.02 * rng.normal(size=a.features.shape[1])
+        leaks = find_leakage([a, b], 6, 0.04).leaks
+        found += ((0, 11), (1, 7)) in {(pair.first, pair.second) for pair in leaks}
+    assert found >= 19
+
+
+def test_a_group_counts_once_however_many_images_it_has() -> None:
+    """Chance is known from groups: the same images in fewer groups say less, so more is expected of it."""
+    rng = np.random.default_rng(8)
+    many = scenes(rng, "a", 320, 1)
+    few = replace(many, groups=np.array([f"a{row // 8}" for row in range(320)], dtype=object))
+    b = scenes(rng, "b", 15, 4)
+    expected = {}
+    for name, a in (("many", many), ("few", few)):
+        found = find_leakage([a, b], 6, 0.04)
+        assert len(found.baselines[0]) == {"many": 320, "few": 40}[name]
+        assert len(found.ratios[0, 1]) == 15
+        ratio = np.array([pair.ratio for pair in found.pairs])
+        smallest = smallest_of_groups(
+            nearest(*(whitened([a.features, b.features])[k] for k in (1, 0)), codes(a)).ratio,
+            codes(b),
+        )
+        np.testing.assert_allclose(found.ratios[0, 1], smallest)
+        assert ratio.min() == smallest[0]
+        # Groups of four in b against groups of one or eight in a: four times the chance, or no more.
+        scale = {"many": 4.0, "few": 1.0}[name]
+        expected[name] = scale * expected_by_chance(ratio, found.baselines[0], 15)
+        np.testing.assert_allclose([pair.expected for pair in found.pairs], expected[name])
+
+
+def codes(looked: Looked) -> NDArray[np.int64]:
+    return np.unique(looked.groups, return_inverse=True)[1].astype(np.int64)
+
+
+def test_smallest_of_each_group() -> None:
+    ratio = np.array([0.5, 0.2, np.inf, 0.9, 0.1, np.inf])
+    found = smallest_of_groups(ratio, np.array([3, 3, 1, 1, 0, 7]))
+    assert found.tolist() == [0.1, 0.2, 0.9, np.inf]
 
 
 def test_planted_copies_are_found_whatever_they_are_alike_in() -> None:
@@ -141,7 +186,7 @@ def test_what_cannot_be_told_is_said() -> None:
     found = find_leakage([few, b], 6, 0.04)
     assert not found.leaks
     shown = "\n".join(describe(found))
-    assert "Too few groups or images in few to know what chance brings" in shown
+    assert "Fewer than 20 groups in few, too few to know what chance brings" in shown
     assert "No groups are known in b: frames" in shown
     assert "No leak found" in shown
     b.groups[0] = "few1"
