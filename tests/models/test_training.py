@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import signal
 import subprocess
@@ -9,15 +10,23 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from sklearn.metrics import log_loss, matthews_corrcoef
+from torch.utils.data import Dataset
 
-from streetvision.data.loader import EvaluationImages, TrainingImages
+from streetvision.data.loader import (
+    EpochSampler,
+    EvaluationImages,
+    Key,
+    TrainingImages,
+    training_loader,
+)
 from streetvision.data.store import open_split
 from streetvision.data.transforms import training_transform
 from streetvision.errors import UserError
@@ -61,7 +70,7 @@ def fit(
 
     def run(
         scratch: str = "", seed: int = 7, workers: int = 0, minutes: float = 10,
-        labels: list[int] | None = None, **changes: Any,
+        labels: list[int] | None = None, stop_after: int | None = None, **changes: Any,
     ) -> TrainingResult:  # fmt: skip
         train = tiny_train.model_copy(update=changes)
         model, config = build_classifier(train, square_crop=False, seed=seed, root=tmp_path)
@@ -76,6 +85,7 @@ def fit(
             open_split("train", "val_select", tiny_splits["val_select"]),
             seed=seed, scratch=folder,
             hardware=Hardware(device="cpu", workers=workers, checkpoint_minutes=minutes),
+            stop_after=stop_after,
         )  # fmt: skip
 
     return run
@@ -289,6 +299,23 @@ def test_patience_and_choice(
     # Killed before its result was saved, the run is resumed: it had stopped and trains no more.
     steps = count_steps(monkeypatch)
     assert_same(result, fit("scratch", epochs=6, patience_epochs=patience))
+    assert steps == []
+
+
+def test_a_run_that_is_stopped_has_the_schedule_of_the_whole(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RESUMED | {"epochs": 4, "choose_epoch": "last", "weight_average": "swa",
+                         "swa_start_fraction": 0.3, "warmup_fraction": 0.4}  # fmt: skip
+    weights = record_weights(monkeypatch)
+    whole = fit(**options)
+    stopped = fit("scratch", stop_after=2, **options)
+    assert stopped.history == whole.history[:2]
+    assert stopped.metrics["chosen_epoch"] == 1
+    for name, tensor in state(stopped).items():
+        assert torch.equal(tensor, weights[1][name]), name
+    steps = count_steps(monkeypatch)
+    assert_same(stopped, fit("scratch", stop_after=2, **options))
     assert steps == []
 
 
@@ -534,6 +561,26 @@ def test_accumulated_batches_have_the_gradient_of_one(
     assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("accumulate", "left"), [(5, 2), (8, 4), (11, 1), (12, 12), (40, 12)])
+def test_an_incomplete_accumulation_has_the_gradient_of_what_it_holds(
+    accumulate: int, left: int, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Weights that do not move, so that the last step can be held against one batch of the same images.
+    options = {"backbone": "street_vit", "epochs": 1, "learning_rate": 1e-12, "batch_size": 4,
+               "crop_min_area": 1.0, "flip_probability": 0.0, "colour_jitter": 0.0}  # fmt: skip
+    found = gradients(monkeypatch)
+    fit(**options)  # 12 batches of 4, one a step
+    single, found[:] = list(found), []
+    fit(**options, accumulate_batches=accumulate)
+    assert len(found) == -(-12 // accumulate)
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in found[-1]]))
+    held = [torch.stack(parts).mean(0) for parts in zip(*single[-left:], strict=True)]
+    share = float(norm / torch.linalg.vector_norm(torch.cat([g.flatten() for g in held])))
+    print(f"the last step of {left} of {accumulate} batches has {share:.4f} of their mean gradient")
+    for one, other in zip(found[-1], held, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(norm))
+
+
 def test_an_incomplete_accumulation_is_a_step_of_the_schedule(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,16 +651,13 @@ def test_the_stochastic_average(
     for name, parameter in result.model.named_parameters():
         wanted = torch.stack([step[name].double() for step in steps[6:]]).mean(0)
         torch.testing.assert_close(parameter.detach().double(), wanted, rtol=1e-5, atol=1e-6)
-    # The statistics are those of TRAIN, as the last epoch showed it, under these weights.
+    # The statistics are torch's own, over the batches of the last epoch.
     split = open_split("train", "train", tiny_splits["train"])
     preprocessing = result.config.preprocessing
     images = TrainingImages(split, preprocessing, training_transform(tiny_train), 7)
-    batches = [
-        preprocessing.normalise(
-            torch.stack([images[3, row, 0][0] for row in range(start, start + 16)])
-        )
-        for start in range(0, 48, 16)
-    ]
+    loader = training_loader(images, 16, 7, 0)
+    cast("EpochSampler", loader.batch_sampler).seek(3)
+    batches = [preprocessing.normalise(batch) for batch, _ in loader]
     torch.optim.swa_utils.update_bn(batches, result.model)
     for name, tensor in state(result).items():
         torch.testing.assert_close(tensor, found[name], rtol=1e-4, atol=1e-5)
@@ -621,6 +665,62 @@ def test_the_stochastic_average(
     assert not torch.allclose(found[mean], steps[-1][mean], atol=0.01)
     result.model.load_state_dict(found)
     assert_saved_is_evaluated(replace(result, model=result.model.eval()), tiny_splits["val_select"])
+
+
+class Drives(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Frames of 12 drives one after the other; each drive has its own light."""
+
+    def __len__(self) -> int:
+        return 192
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+        drive, row = key[1] // 16, key[1]
+        light = torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(drive))
+        noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1000 + row))
+        return (128 + 40 * light + 20 * noise).clamp(0, 255).byte(), torch.tensor(row % 2.0)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_statistics_of_the_stochastic_average_do_not_depend_on_neighbours(
+    balanced: bool, tiny_train: Train
+) -> None:
+    train = tiny_train.model_copy(update={"weight_average": "swa"})
+    model, config = build_classifier(train, square_crop=False, seed=7, root=Path())
+    labels = np.arange(192) % 2 if balanced else None
+    loader = training_loader(Drives(), 16, 7, 0, balance=labels)
+    average = WeightAverage(train, loader, config.preprocessing)
+    task = cast("ClassifierTask", SimpleNamespace(model=model.train(), device=torch.device("cpu")))
+    average.on_train_start(SimpleNamespace(global_step=0), task)
+    average.count = 1
+    average.evaluated(task, epoch=2)
+    assert average.model is not None
+
+    def first_layer(network: torch.nn.Module) -> torch.nn.BatchNorm2d:
+        return cast("torch.nn.BatchNorm2d", network.get_submodule("backbone.conv1.1"))
+
+    found = first_layer(average.model)
+    # Exact: over every pixel of every image at once, in double precision.
+    everything = torch.stack([Drives()[0, row, 0][0] for row in range(192)])
+    with torch.no_grad():
+        outputs = model.backbone.get_submodule("conv1.0")(config.preprocessing.normalise(everything))
+    exact = outputs.double().var((0, 2, 3))
+    # What neighbours would give: so the data can tell.
+    neighbours = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(
+        config.preprocessing.normalise(everything).split(16), neighbours
+    )
+    share = float((found.running_var / exact).mean())
+    wrong = float((first_layer(neighbours).running_var / exact).mean())
+    print(f"variance of the first layer over the exact one: {share:.3f}, of neighbours {wrong:.3f}")
+    assert 0.85 < share < 1.15
+    assert wrong < 0.5
+    assert all(norm.momentum == 0.1 for norm in average.model.modules()
+               if isinstance(norm, torch.nn.BatchNorm2d))  # fmt: skip
+
+
+def test_the_stochastic_average_takes_turns_with_the_loader(fit: Fit) -> None:
+    options = {"weight_average": "swa", "swa_start_fraction": 0.3, "epochs": 3}
+    assert_same(fit(**options), fit(**options, workers=2))
 
 
 def test_an_average_chooses_and_stops_by_what_it_scores(
