@@ -73,12 +73,6 @@ def backbone_features(
     return features.astype(np.float32)
 
 
-def probe_rows(n_images: int, max_images: int, seed: int) -> NDArray[np.int64]:
-    """At most `max_images` of `n_images` rows, drawn without replacement, in ascending order."""
-    drawn = np.random.default_rng(seed).permutation(n_images)[:max_images]
-    return np.sort(drawn).astype(np.int64)
-
-
 def probe_report(
     before: NDArray[np.float64],
     after: NDArray[np.float64],
@@ -136,7 +130,7 @@ def probe_backbones(
     `adapted` came about; after `passthrough` it is the same backbone, whose features are computed once.
     """
     backbone, _, _, preprocessing = initial_backbone(train, square_crop, seed, root)
-    fit_split = fit_split.select(probe_rows(len(fit_split), probe.max_images, seed))
+    fit_split = fit_split.draw(probe.max_images, seed)
     place = pick_device(device)
 
     def probabilities() -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from streetvision.data.loader import EvaluationImages
 from streetvision.data.store import Split, SplitAccessError, open_split, read_arrow, write_arrow
 from streetvision.errors import UserError
 from streetvision.models import pretraining, pretraining_task
@@ -31,6 +32,7 @@ from streetvision.models.backbone import (
     build_backbone,
     initial_backbone,
 )
+from streetvision.models.monitor import Monitor
 from streetvision.models.pretraining import MERGE_TOLERANCE, adapt_backbone
 from streetvision.models.pretraining_task import AdaptationTask
 from streetvision.params import Compile, Explora, Hardware, Lora, Train
@@ -107,6 +109,22 @@ def assert_same(one: AdaptationResult, other: AdaptationResult) -> None:
         assert first.keys() == second.keys()
         for name, tensor in first.items():
             assert torch.equal(tensor, second[name]), name
+
+
+def test_what_is_measured_are_batches_from_anywhere_in_the_split(
+    tmp_path: Path, write_split: Callable[..., Path]
+) -> None:
+    path = write_split(tmp_path / "val_select.arrow", 100)
+    split = open_split("explora", "val_select", path)
+    _, _, _, preprocessing = initial_backbone(train_section("street_vit"), False, 7, tmp_path)
+    monitor = Monitor(split, preprocessing, torch.nn.Identity(), 16, seed=7)
+    images = [image.numpy().tobytes() for image in EvaluationImages(split, preprocessing)]
+    rows = [images.index(pair[0].numpy().tobytes()) for pair in monitor.views]
+    assert len(set(rows)) == 96
+    for start in range(0, 96, 16):  # the negatives of a view are not the frames around it
+        assert max(rows[start : start + 16]) - min(rows[start : start + 16]) > 50
+    again = Monitor(split, preprocessing, torch.nn.Identity(), 16, seed=7)
+    assert torch.equal(again.views, monitor.views)
 
 
 # --------------------------------------------------------------------------- it learns
