@@ -20,8 +20,9 @@ from streetvision.evaluation.bootstrap import (
 from streetvision.evaluation.metrics import all_metrics
 from streetvision.evaluation.paired import same_mcc_p
 from streetvision.models.adapted import PASSTHROUGH
-from streetvision.models.backbone import initial_backbone, load_weights
+from streetvision.models.backbone import initial_backbone
 from streetvision.models.classifier import RoadworkClassifier, pick_device, score_split
+from streetvision.models.weights import load_weights
 from streetvision.params import Probe, Train
 
 _REPORTED = ("accuracy", "log_loss", "mcc", "roc_auc")

@@ -43,9 +43,7 @@ class WeightAverage(Callback):  # type: ignore[misc]
     loader: that of the training, whose `batch_sampler` is an `EpochSampler`
     """
 
-    def __init__(
-        self, train: Train, loader: DataLoader[Any], preprocessing: Preprocessing
-    ) -> None:
+    def __init__(self, train: Train, loader: DataLoader[Any], preprocessing: Preprocessing) -> None:
         self.train = train
         self.loader = loader
         self.preprocessing = preprocessing

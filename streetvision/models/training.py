@@ -212,9 +212,7 @@ def fit_classifier(
     task = ClassifierTask(feed.model, feed.preprocessing, train, fit_split.labels, compile_settings)
     averaged = train.weight_average != "none"
     average = WeightAverage(train, loader, feed.preprocessing) if averaged else None
-    selection = EpochSelection(
-        feed.select_images, feed.preprocessing, train, average, stop_after
-    )
+    selection = EpochSelection(feed.select_images, feed.preprocessing, train, average, stop_after)
     run_loop(
         task, loader, [selection] if average is None else [average, selection],
         LoopSettings(

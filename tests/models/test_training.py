@@ -702,7 +702,9 @@ def test_statistics_of_the_stochastic_average_do_not_depend_on_neighbours(
     # Exact: over every pixel of every image at once, in double precision.
     everything = torch.stack([Drives()[0, row, 0][0] for row in range(192)])
     with torch.no_grad():
-        outputs = model.backbone.get_submodule("conv1.0")(config.preprocessing.normalise(everything))
+        outputs = model.backbone.get_submodule("conv1.0")(
+            config.preprocessing.normalise(everything)
+        )
     exact = outputs.double().var((0, 2, 3))
     # What neighbours would give: so the data can tell.
     neighbours = copy.deepcopy(model)
