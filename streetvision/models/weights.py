@@ -112,7 +112,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if before.count:
         adapted, reason = _as_timm_does(state, model)
         kept, foreign = _without_foreign(adapted, model)
-        differences = min(_differences(model, kept), before, key=lambda each: each.count)
+        differences = min(before, _differences(model, kept), key=lambda each: each.count)
         if differences.count:
             few = len(differences.missing) > len(model.state_dict()) // 2
             raise UserError(f"{path} {differences.told()}{reason}{_hint(found, path, few)}")
