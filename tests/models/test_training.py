@@ -790,6 +790,12 @@ def train_as_rank(paths: dict[str, Path], train: Train, scratch: Path, devices: 
     return result.history, state(result), result.select_logits
 
 
+def distance(one: State, other: State) -> float:
+    """Euclidean, over all numbers of two states."""
+    parts = [(one[name].double() - other[name].double()).square().sum() for name in one]
+    return float(torch.stack(parts).sum().sqrt())
+
+
 def test_two_ranks_train_like_one(
     tiny_train: Train, tiny_splits: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -798,15 +804,20 @@ def test_two_ranks_train_like_one(
     )
     history, weights, logits = train_as_rank(tiny_splits, train, tmp_path / "alone", 1)
     both = run_ranks(train_as_rank, tiny_splits, train, tmp_path / "both", 2, folder=tmp_path)
+    trained = distance(weights, initial(train))
+    # In another order of sums a gradient is off by the unit roundoff, 6e-8, of the largest one at most, and
+    # AdamW divides by the gradient, which for the keys' biases is nothing but rounding (softmax ignores
+    # them). Such noise moves the weights by 7e-4 of the way they were trained, logits by 3e-5 and losses by
+    # 3e-6; half the gradient moves them by 3e-2, 3e-2 and 7e-3. The limits lie between.
     for other_history, other_weights, other_logits in both:
         for row, other in zip(history, other_history, strict=True):
-            assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
-        for name, tensor in weights.items():
-            difference = other_weights[name].double() - tensor.double()
-            # AdamW divides rounding by rounding where a gradient is about 0.
-            assert difference.abs().max() < 1e-4, name
-            assert difference.norm() <= 1e-5 * (1 + tensor.double().norm()), name
-        np.testing.assert_allclose(other_logits, logits, rtol=1e-3, atol=1e-4)
+            for name in ("epoch", "learning_rate", "train_loss", "val_loss"):
+                assert other[name] == pytest.approx(row[name], abs=3e-4)
+        moved = distance(other_weights, weights) / trained
+        print(f"two ranks end {moved:.1e} of the way away from one, logits "
+              f"{np.abs(other_logits - logits).max():.1e}")  # fmt: skip
+        assert moved < 5e-3
+        np.testing.assert_allclose(other_logits, logits, rtol=0, atol=1e-3)
     for name, tensor in both[0][1].items():
         assert torch.equal(tensor, both[1][1][name]), name
 
