@@ -192,6 +192,28 @@ def test_every_trained_parameter_of_an_objective_gets_a_gradient(objective: str)
     assert student.objective.needs_teacher == ("byol" in objective)
 
 
+def test_byol_predicts_the_teachers_embedding_of_the_other_view() -> None:
+    objective = Student("byol").objective
+    assert isinstance(objective, BYOL)
+    with torch.no_grad():  # a teacher that is not the student
+        for parameter in objective.teacher.parameters():
+            parameter.add_(0.3 * noise(*parameter.shape, seed=5))
+    views = noise(16, 10, seed=1), noise(16, 10, seed=2)
+    targets = noise(16, 10, seed=3), noise(16, 10, seed=4)
+
+    def apart(student: int, teacher: int) -> torch.Tensor:
+        """Equation 2 of the paper for one direction: |q/|q| - z/|z||² over images."""
+        with torch.no_grad():
+            q = objective.predictor(objective.projection(views[student]))
+            z = objective.teacher(targets[teacher])
+            unit = q / q.norm(dim=1, keepdim=True) - z / z.norm(dim=1, keepdim=True)
+            return unit.square().sum(1).mean()
+
+    loss = objective.loss(views, targets)
+    torch.testing.assert_close(loss, apart(0, 1) + apart(1, 0), rtol=1e-4, atol=1e-5)
+    assert abs(float(loss.detach() - apart(0, 0) - apart(1, 1))) > 0.01
+
+
 def test_the_combined_objective_is_the_sum_of_its_parts() -> None:
     student = Student("byol_swav")
     first, second = noise(16, 10, seed=1), noise(16, 10, seed=2)
