@@ -390,7 +390,10 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> _Differences:
 def _alike(own: Tensor, found: Tensor) -> bool:
     """Whether `found` can be copied into `own` without becoming something else, as quantised weights would."""
     plain = found.layout == torch.strided and not found.is_quantized and found.device.type == "cpu"
-    kinds = own.is_floating_point() == found.is_floating_point() and not found.is_complex()
+    counts = own.ndim == 0  # what a BatchNorm has counted, which some files hold as a float
+    kinds = (
+        counts or own.is_floating_point() == found.is_floating_point() and not found.is_complex()
+    )
     return plain and kinds and own.shape == found.shape
 
 

@@ -86,7 +86,7 @@ def test_nt_xent_and_its_gradient_are_lightlys(n: int) -> None:
     ours = nt_xent(first, second, 0.1)
     torch.testing.assert_close(ours, theirs)
     for gradient, other in zip(torch.autograd.grad(ours, (first, second)), expected, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [32, 64, 128])
@@ -276,7 +276,7 @@ def test_the_gradient_cache_gives_the_gradient_of_the_whole_batch(
     cached(images, chunks).backward()
     expected = gradients(whole)
     for name, gradient in gradients(cached).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_cache_repeats_the_dropout_masks() -> None:
@@ -361,7 +361,7 @@ def test_two_ranks_have_the_gradient_of_one_with_the_whole_batch(tmp_path: Path)
             torch.testing.assert_close(loss, expected_loss.detach())
             assert gradient.keys() == expected.keys()
             for name, value in gradient.items():
-                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- measures

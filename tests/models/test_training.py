@@ -41,7 +41,7 @@ from streetvision.models.training import (
     train_classifier,
 )
 from streetvision.params import Compile, Hardware, Train, TrainLora
-from tests.models.ranks import run_ranks
+from tests.models.ranks import distance, run_ranks
 
 State = dict[str, torch.Tensor]
 Fit = Callable[..., TrainingResult]
@@ -497,20 +497,127 @@ def test_a_merge_that_changes_the_logits_is_refused(
         fit(backbone="street_vit", trainable="lora", epochs=1)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"loss": "focal"}, {"loss": "weighted_ce"}, {"optimiser": "muon"}, {"grokfast": True},
-        {"mixup_alpha": 1.0}, {"layer_decay": 0.5}, {"accumulate_batches": 2}, {"head": "mlp"},
-        {"balanced_sampler": True}, {"augmentation": "augmix"}, {"weight_average": "ema"},
-    ],
-)  # fmt: skip
-def test_each_choice_trains_and_makes_a_difference(change: dict[str, Any], fit: Fit) -> None:
+def spy_on_steps(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What a training does: all batches and steps, and of the first step everything."""
+    seen = SimpleNamespace(batches=[], weights=[])
+    step, clip = ClassifierTask.training_step, ClassifierTask.configure_gradient_clipping
+
+    def training_step(task: ClassifierTask, batch: Any, number: int) -> torch.Tensor:
+        seen.batches.append(batch)
+        real = task.loss
+
+        def noting(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            value = real(logits, targets)
+            if len(seen.batches) == 1:
+                seen.logits, seen.targets = logits.detach().double(), targets.double()
+                seen.loss = float(value.detach())
+            return value
+
+        task.loss = noting
+        try:
+            return step(task, batch, number)
+        finally:
+            task.loss = real
+
+    def clipping(task: ClassifierTask, optimizer: Any, *rest: Any, **more: Any) -> None:
+        named = {n: p for n, p in task.model.named_parameters() if p.grad is not None}
+        raw = {name: p.grad.clone() for name, p in named.items()}
+        clip(task, optimizer, *rest, **more)
+        if not seen.weights:
+            seen.raw, seen.used = raw, {name: p.grad.clone() for name, p in named.items()}
+            seen.rates = {group["lr"] for group in optimizer.param_groups}
+            seen.initial_rates = {group["initial_lr"] for group in optimizer.param_groups}
+        seen.weights.append({name: p.detach().clone() for name, p in named.items()})
+
+    monkeypatch.setattr(ClassifierTask, "training_step", training_step)
+    monkeypatch.setattr(ClassifierTask, "configure_gradient_clipping", clipping)
+    return seen
+
+
+def cross_entropy(seen: Any, weights: tuple[float, float], gamma: float = 0.0) -> float:
+    p, t = torch.sigmoid(seen.logits), seen.targets
+    positive = weights[1] * t * (1 - p) ** gamma * -torch.log(p)
+    negative = weights[0] * (1 - t) * p**gamma * -torch.log1p(-p)
+    return float((positive + negative).mean())
+
+
+def is_muons(seen: Any) -> bool:
+    """Whether a hidden matrix took the step of torch's own Muon."""
+    name = "backbone.blocks.1.mlp.fc1.weight"
+    alone = torch.nn.Parameter(seen.weights[0][name].clone())
+    alone.grad = seen.used[name].clone()
+    (rate,) = seen.rates
+    torch.optim.Muon([alone], lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()  # type: ignore[no-untyped-call]
+    moved = (seen.weights[1][name] - seen.weights[0][name]).norm()
+    # Newton and Schulz's iteration runs in BF16, which is good to 2^-8.
+    return bool((seen.weights[1][name] - alone.detach()).norm() < 0.05 * moved)
+
+
+def images(seen: Any) -> torch.Tensor:
+    return torch.cat([batch[0] for batch in seen.batches])
+
+
+def positive_share(seen: Any) -> float:
+    return float(torch.cat([batch[1] for batch in seen.batches]).mean())
+
+
+# Of 12 images without and 36 with roadwork; what each choice does, in terms of what was seen.
+CHOICES: dict[str, tuple[dict[str, Any], Callable[[Any, Any], bool]]] = {
+    "ce": ({}, lambda s, _: s.loss == pytest.approx(cross_entropy(s, (1, 1)), rel=1e-4)),
+    "focal": (
+        {"loss": "focal", "focal_alpha": (0.25, 0.75), "focal_gamma": 2.0},
+        lambda s, _: s.loss == pytest.approx(cross_entropy(s, (0.25, 0.75), 2.0), rel=1e-4),
+    ),
+    "weighted_ce": (
+        {"loss": "weighted_ce"},
+        lambda s, _: s.loss == pytest.approx(cross_entropy(s, (2, 2 / 3)), rel=1e-4),
+    ),
+    "muon": ({"optimiser": "muon"}, lambda s, base: is_muons(s) and not is_muons(base)),
+    "grokfast": (
+        {"grokfast": True, "grokfast_lambda": 2.0},
+        lambda s, _: all(torch.allclose(s.used[n], 3 * g, rtol=1e-5) for n, g in s.raw.items()),
+    ),
+    "mixup": (
+        {"mixup_alpha": 1.0},
+        lambda s, base: bool(((s.targets % 1) > 0).any()) and not (base.targets % 1).any(),
+    ),
+    "layer_decay": (  # four blocks, so that the stem has the fifth power
+        {"layer_decay": 0.5},
+        lambda s, base: min(s.initial_rates) == pytest.approx(min(base.initial_rates) / 32),
+    ),
+    "accumulate_batches": (
+        {"accumulate_batches": 2}, lambda s, base: (len(s.weights), len(base.weights)) == (2, 3)
+    ),
+    "mlp": (
+        {"head": "mlp", "head_hidden": 8},
+        lambda s, _: s.weights[0]["hidden.0.weight"].shape == (8, 64),
+    ),
+    "balanced_sampler": (  # within three standard deviations of a half
+        {"balanced_sampler": True},
+        lambda s, base: abs(positive_share(s) - 0.5) < 0.22 and positive_share(base) == 0.75,
+    ),
+    "augmix": (
+        {"augmentation": "augmix"}, lambda s, base: not torch.equal(images(s), images(base))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_choice_does_what_it_says(
+    choice: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, says = CHOICES[choice]
+    options = {"backbone": "street_vit", "epochs": 1, "gradient_clip": 0.0, "weight_decay": 0.0}
     labels = [0] * 12 + [1] * 36
-    base = {"backbone": "street_vit", "epochs": 1}
-    result = fit(**base, **change, labels=labels)
-    assert np.isfinite(result.history[0]["train_loss"])
-    assert result.history != fit(**base, labels=labels).history
+    found = []
+    for each in (changes, {}):
+        with monkeypatch.context() as patch:
+            seen = spy_on_steps(patch)
+            seen.result = fit(**options, **each, labels=labels)
+            found.append(seen)
+    assert says(*found)
+    assert np.isfinite(found[0].result.history[0]["train_loss"])
+    assert changes == {} or found[0].result.history != found[1].result.history
 
 
 def test_training_starts_from_the_adapted_backbone_or_a_checkpoint(
@@ -788,12 +895,6 @@ def train_as_rank(paths: dict[str, Path], train: Train, scratch: Path, devices: 
         hardware=Hardware(device="cpu", devices=devices),
     )  # fmt: skip
     return result.history, state(result), result.select_logits
-
-
-def distance(one: State, other: State) -> float:
-    """Euclidean, over all numbers of two states."""
-    parts = [(one[name].double() - other[name].double()).square().sum() for name in one]
-    return float(torch.stack(parts).sum().sqrt())
 
 
 def test_two_ranks_train_like_one(
