@@ -391,8 +391,8 @@ def _alike(own: Tensor, found: Tensor) -> bool:
     """Whether `found` can be copied into `own` without becoming something else, as quantised weights would."""
     plain = found.layout == torch.strided and not found.is_quantized and found.device.type == "cpu"
     counts = own.ndim == 0  # what a BatchNorm has counted, which some files hold as a float
-    kinds = (
-        counts or own.is_floating_point() == found.is_floating_point() and not found.is_complex()
+    kinds = counts or (
+        own.is_floating_point() == found.is_floating_point() and not found.is_complex()
     )
     return plain and kinds and own.shape == found.shape
 
