@@ -47,7 +47,7 @@ def export(stage: Stage) -> None:
 
 def _images(stage: Stage) -> GateImages:
     """VAL_CALIB and VAL_SELECT as they are served: as `decision.fit_on` says, clean or distorted."""
-    from streetvision.bundle.onnx_gate import GateImages
+    from streetvision.bundle.onnx_gate import RANGE_IMAGES, GateImages
     from streetvision.data.challenge_images import challenge_images
     from streetvision.data.store import Split, open_split
 
@@ -61,7 +61,8 @@ def _images(stage: Stage) -> GateImages:
     calib, select = (
         open_split("export", name, stage.paths.split(name)) for name in ("val_calib", "val_select")
     )
-    return GateImages(partial(served, calib), partial(served, select), select.labels)
+    ranges = partial(served, calib.draw(RANGE_IMAGES, params.seed))
+    return GateImages(partial(served, calib), partial(served, select), select.labels, ranges)
 
 
 if __name__ == "__main__":

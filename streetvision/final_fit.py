@@ -2,7 +2,8 @@
 
 What needs data that the network has not seen comes from the folds of the cross-validation:
 
-- The number of epochs is the median of those that the folds chose; the last epoch counts.
+- The number of epochs is the median of those that the folds chose, on the folds' own schedule of learning
+  rates, which is stopped there as they were; the last epoch counts.
 - The policy is fitted on the folds' logits of the images that they held out, as scikit-learn's
   `CalibratedClassifierCV(ensemble=False)` does (cross-validated logits: Platt 1999, section 2.2). It assumes
   that this network's logits of new images are distributed as those of the folds' networks, which were
@@ -70,7 +71,8 @@ def final_fit(params: Params, paths: ArtifactSchema, crossval: Path, output: Pat
     mode = _check(params, report, config_hash(key))
     logits = _passes(crossval / LOGITS)
     epochs = max(1, round(report["median_epochs"]))
-    changes = {"epochs": epochs, "choose_epoch": "last", "patience_epochs": 0}
+    # `train.epochs` stays: the folds chose their epochs on the way down of that cosine.
+    changes = {"choose_epoch": "last", "patience_epochs": 0}
     recipe = params.model_copy(
         update={
             "train": params.train.model_copy(update=changes),
@@ -86,7 +88,7 @@ def final_fit(params: Params, paths: ArtifactSchema, crossval: Path, output: Pat
         fold = Fold(scratch / "fold")
         shutil.rmtree(fold.folder, ignore_errors=True)
         write_parts(read_arrow(whole, "prepare"), rows, fusion_rows, fold.folder)
-        _fit(recipe, fold, paths.root, scratch, logits, output)
+        _fit(recipe, epochs, fold, paths.root, scratch, logits, output)
         kept = len(fusion_rows) + (len(rows["val_select"]) if len(fusion_rows) else 0)
         found = _record(report, params, mode, epochs, len(split) - kept, len(split))
     write_json_atomic(output / METRICS, found)
@@ -175,6 +177,7 @@ def _roles(
 
 def _fit(
     params: Params,
+    epochs: int,
     fold: Fold,
     root: Path,
     scratch: Path,
@@ -190,7 +193,7 @@ def _fit(
     from streetvision.models.fusion import save_fusion
     from streetvision.pipeline import fuse_views, train_network
 
-    result = train_network(params, fold, root, scratch / "running")
+    result = train_network(params, fold, root, scratch / "running", stop_after=epochs)
     save_classifier(result.model, result.config, output / "classifier")
     model = result.model.to(pick_device(params.hardware.device))
     fusion, _ = fuse_views(model, result.config, fold, params)

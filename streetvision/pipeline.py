@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from streetvision.models.training import TrainingResult
 
 
-def train_network(params: Params, fold: Fold, root: Path, scratch: Path) -> TrainingResult:
-    """`explora`, where it is on, and `train`; relative weights lie below `root`."""
+def train_network(
+    params: Params, fold: Fold, root: Path, scratch: Path, stop_after: int | None = None
+) -> TrainingResult:
+    """`explora`, where it is on, and `train`, of which at most `stop_after` epochs.
+
+    Relative weights lie below `root`.
+    """
     from streetvision.models.training import build_classifier, train_classifier
 
     adapted = adapt(params, fold, root, scratch) if params.explora.enabled else None
@@ -33,7 +38,7 @@ def train_network(params: Params, fold: Fold, root: Path, scratch: Path) -> Trai
         ),
         params.train, fold.open("train", "train"), fold.open("val_select", "train"),
         seed=params.seed, scratch=scratch / "train", hardware=params.hardware,
-        compile_settings=params.compile,
+        compile_settings=params.compile, stop_after=stop_after,
     )  # fmt: skip
 
 

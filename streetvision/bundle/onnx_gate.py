@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from streetvision.params import Export
 
 log = logging.getLogger(__name__)
 MODEL, INT8_MODEL, FUSION = ONNX_FILES
-# Images whose activations the ranges of static int8 are taken from.
+# Images of VAL_CALIB whose activations the ranges of static int8 are taken from, drawn over all of it.
 RANGE_IMAGES = 200
 
 
@@ -41,11 +40,13 @@ class GateImages:
     calib : VAL_CALIB's; their labels are not needed
     select : VAL_SELECT's
     labels : of VAL_SELECT [N], 1 = roadwork
+    ranges : up to `RANGE_IMAGES` of VAL_CALIB's, from anywhere in it
     """
 
     calib: Callable[[], Iterable[Image]]
     select: Callable[[], Iterable[Image]]
     labels: NDArray[np.int64]
+    ranges: Callable[[], Iterable[Image]]
 
 
 def make_onnx(
@@ -88,7 +89,7 @@ def make_onnx(
         return OnnxParts(files, metrics)
     some = (
         views_of(image, predictor.preprocessing, fusion.config.grid).inputs
-        for image in islice(images.calib(), RANGE_IMAGES)
+        for image in images.ranges()
     )
     small = quantise(model, settings.int8, some)
     write_bytes_atomic(folder / INT8_MODEL, small)

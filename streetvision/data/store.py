@@ -119,6 +119,15 @@ class Split:
         chosen = self.rows[np.asarray(rows, dtype=np.int64)]
         return Split(self._table, self.name, chosen, self._has_labels)
 
+    def draw(self, count: int, seed: int) -> Split:
+        """At most `count` rows, drawn at random without replacement, in the split's order.
+
+        What is known of a split by a part of it is known by these: neighbouring rows are often frames of
+        one drive, and evenly spaced ones may meet a period.
+        """
+        drawn = np.random.default_rng(seed).permutation(len(self))[:count]
+        return self.select(np.sort(drawn))
+
 
 def open_split(stage: str, split: str, path: Path) -> Split:
     """Open `path` as `split` for `stage`.

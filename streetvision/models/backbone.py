@@ -13,6 +13,7 @@ from torch import nn
 
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
+from streetvision.models.weights import load_weights
 from streetvision.params import Train
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ def build_backbone(
                 f"weights of {timm_name} could not be fetched from the hub "
                 f"({type(error).__name__}: {error}); give a local file in train.weights or none"
             ) from error
-        raise UserError(f"backbone {timm_name} cannot be built: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"backbone {timm_name} cannot be built: {reason}") from error
     # timm counts before the hidden layer that the heads of MobileNetV3, V4 and some others keep.
     if model.num_features != model.head_hidden_size:
         model.num_features = model.head_hidden_size
@@ -150,55 +152,6 @@ def initial_backbone(
         train.height_px, train.width_px, train.fit, square_crop, mean, std
     )
     return backbone, name, arguments, preprocessing
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a local state dict (.safetensors, .pth, .pt) into a backbone; a classification head is dropped.
-
-    Raises
-    ------
-    UserError
-        The file is missing or unreadable, or belongs to another architecture.
-    """
-    state = read_state_dict(path)
-    head: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (head,) if isinstance(head, str) else tuple(head)
-    state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in heads))}
-    fill(model, state, path)
-
-
-def fill(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Load `state`, read from `path`, strictly; `UserError` if it belongs to another architecture."""
-    wanted = model.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    unexpected = sorted(state.keys() - wanted.keys())
-    shapes = sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape)
-    if missing or unexpected or shapes:
-        examples = ", ".join([*missing[:2], *unexpected[:2], *shapes[:2]])
-        raise UserError(
-            f"{path} holds weights of another architecture: {len(missing)} tensors missing, "
-            f"{len(unexpected)} unexpected, {len(shapes)} of another shape (such as {examples})"
-        )
-    model.load_state_dict(state)
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read tensors by name; never runs code stored in the file."""
-    if not path.is_file():
-        raise UserError(f"weights file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        if path.suffix in {".pth", ".pt"}:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model"):
-                state = state.get(key, state)
-            return dict(state)
-    except Exception as error:
-        raise UserError(f"weights file {path} cannot be read: {error}") from error
-    raise UserError(f"weights file {path} must end in .safetensors, .pth or .pt")
 
 
 def freeze_norm_statistics(model: nn.Module) -> None:

@@ -16,7 +16,8 @@ from streetvision.artifacts import read_json, write_atomic, write_json_atomic
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
-from streetvision.models.backbone import build_backbone, fill, read_state_dict
+from streetvision.models.backbone import build_backbone
+from streetvision.models.weights import fill, read_state_dict
 from streetvision.processes import in_threads
 from streetvision.progress import progress
 
@@ -142,11 +143,7 @@ def load_head(folder: Path) -> nn.Linear:
 def load_weights_into(config: ClassifierConfig, weights: Path) -> RoadworkClassifier:
     """Build the configured model and fill it with `weights`, strictly."""
     model = config.build()
-    state = read_state_dict(weights)
-    fill(model, state, weights)
-    bad = sorted(name for name, value in state.items() if not bool(torch.isfinite(value).all()))
-    if bad:
-        raise UserError(f"{weights} holds numbers that are not finite, in {', '.join(bad[:3])}")
+    fill(model, read_state_dict(weights), weights)
     return model.eval().to(memory_format=torch.channels_last)
 
 

@@ -266,8 +266,8 @@ def fusion_from(
     config = FusionConfig.from_dict(document)
     if config.mode not in TRAINED:
         return Fusion(config)
-    from streetvision.models.backbone import fill, read_state_dict
     from streetvision.models.fusion_networks import build_network, freeze_head
+    from streetvision.models.weights import fill, read_state_dict
 
     frozen = freeze_head(head()) if config.mode == "latent" else None
     network = build_network(config, frozen).double()

@@ -174,6 +174,19 @@ class Bookkeeping(Checkpoint):  # type: ignore[misc]
             self.settings.seed * 1_000_003 + number + trainer.global_rank * 2_654_435_761
         )
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Let the last step of an epoch have the mean gradient of the batches it holds.
+
+        Lightning divides the loss of each batch by `accumulate_batches`, also where fewer are left.
+        """
+        del trainer, pl_module
+        held = self.position[1] % self.settings.accumulate_batches + 1
+        if held == self.settings.accumulate_batches:
+            return
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, self.settings.accumulate_batches / held)
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -46,7 +47,9 @@ class Monitor(Callback):  # type: ignore[misc]
         # The loss depends on the number of negatives: whole batches, where there is one.
         self.batch_size = min(batch_size, count)
         count -= count % self.batch_size
-        chosen = split.select([row * len(split) // count for row in range(count)])
+        # In random order: negatives of a batch are those of training, not its neighbours in a drive.
+        drawn = np.random.default_rng(seed).permutation(len(split))[:count]
+        chosen = split.select(drawn)
         pairs = PairImages(chosen, preprocessing, view, seed)
         self.views = torch.stack([pairs[0, row, 0] for row in range(count)])  # [M, 2, 3, H, W]
         self.history: list[Row] = []

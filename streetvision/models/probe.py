@@ -20,8 +20,9 @@ from streetvision.evaluation.bootstrap import (
 from streetvision.evaluation.metrics import all_metrics
 from streetvision.evaluation.paired import same_mcc_p
 from streetvision.models.adapted import PASSTHROUGH
-from streetvision.models.backbone import initial_backbone, load_weights
+from streetvision.models.backbone import initial_backbone
 from streetvision.models.classifier import RoadworkClassifier, pick_device, score_split
+from streetvision.models.weights import load_weights
 from streetvision.params import Probe, Train
 
 _REPORTED = ("accuracy", "log_loss", "mcc", "roc_auc")
@@ -71,12 +72,6 @@ def backbone_features(
     model.to(memory_format=torch.channels_last)
     _, features = score_split(model, preprocessing, split, batch_size, device)
     return features.astype(np.float32)
-
-
-def probe_rows(n_images: int, max_images: int, seed: int) -> NDArray[np.int64]:
-    """At most `max_images` of `n_images` rows, drawn without replacement, in ascending order."""
-    drawn = np.random.default_rng(seed).permutation(n_images)[:max_images]
-    return np.sort(drawn).astype(np.int64)
 
 
 def probe_report(
@@ -136,7 +131,7 @@ def probe_backbones(
     `adapted` came about; after `passthrough` it is the same backbone, whose features are computed once.
     """
     backbone, _, _, preprocessing = initial_backbone(train, square_crop, seed, root)
-    fit_split = fit_split.select(probe_rows(len(fit_split), probe.max_images, seed))
+    fit_split = fit_split.draw(probe.max_images, seed)
     place = pick_device(device)
 
     def probabilities() -> NDArray[np.float64]:

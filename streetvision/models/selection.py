@@ -6,19 +6,20 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.data import DataLoader
 
-from streetvision.data.loader import EvaluationImages, TrainingImages
+from streetvision.data.loader import EpochSampler, EvaluationImages
 from streetvision.data.transforms import Preprocessing
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics
-from streetvision.models.frozen import KeptFeatures, TrainingFeatures
+from streetvision.models.frozen import KeptFeatures
 from streetvision.models.loop import epoch_loss
 from streetvision.models.task import ClassifierTask
 from streetvision.params import Train
@@ -35,14 +36,16 @@ class WeightAverage(Callback):  # type: ignore[misc]
     `ema` weighs the weights t steps back by `ema_decay`^t and divides by the sum of these factors, so that
     short runs are not held at their first step; BatchNorm statistics are averaged likewise. `swa` is the
     plain mean of all steps from `swa_start_fraction` on (arXiv 1803.05407); it gets its BatchNorm
-    statistics from a pass over the training images each time it is evaluated.
+    statistics from a pass over the epoch's training batches each time it is evaluated.
+
+    Parameters
+    ----------
+    loader: that of the training, whose `batch_sampler` is an `EpochSampler`
     """
 
-    def __init__(
-        self, train: Train, images: TrainingImages | TrainingFeatures, preprocessing: Preprocessing
-    ) -> None:
+    def __init__(self, train: Train, loader: DataLoader[Any], preprocessing: Preprocessing) -> None:
         self.train = train
-        self.images = images
+        self.loader = loader
         self.preprocessing = preprocessing
         self.model: nn.Module | None = None
         self.count = 0
@@ -86,7 +89,7 @@ class WeightAverage(Callback):  # type: ignore[misc]
         for name in own.keys() - set(floating):
             own[name].copy_(new[name])
 
-    def evaluated(self, task: ClassifierTask, epoch: int, batch_size: int) -> nn.Module:
+    def evaluated(self, task: ClassifierTask, epoch: int) -> nn.Module:
         """The average, or the plain weights as long as there is none."""
         if self.model is None or not self.count:
             return task.model
@@ -99,22 +102,19 @@ class WeightAverage(Callback):  # type: ignore[misc]
                     if isinstance(own, nn.modules.batchnorm._BatchNorm) and trained.training
                 ],
                 epoch,
-                batch_size,
                 task.device,
             )
         return self.model
 
     @torch.no_grad()
     def _estimate_statistics(
-        self,
-        norms: list[nn.modules.batchnorm._BatchNorm],
-        epoch: int,
-        batch_size: int,
-        device: torch.device,
+        self, norms: list[nn.modules.batchnorm._BatchNorm], epoch: int, device: torch.device
     ) -> None:
-        """Give `norms` the mean statistics over the training images, as that epoch shows them.
+        """Give `norms` the mean statistics over the batches of `epoch`, as they were trained on, unmixed.
 
-        Unlike torch's `update_bn` it leaves frozen norms alone, and dropout off.
+        The order matters: variances are taken within batches, so that in batches of neighbouring rows,
+        which are frames of one drive, they would be those of a drive. Unlike torch's `update_bn` it leaves
+        frozen norms alone, and dropout off. The ranks share the batches, as `SyncBatchNorm` does.
         """
         if not norms or self.model is None:
             return
@@ -124,10 +124,9 @@ class WeightAverage(Callback):  # type: ignore[misc]
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over batches
             norm.train()
-        for start in range(0, len(self.images) - 1, batch_size):  # no batch of one image
-            rows = range(start, min(start + batch_size, len(self.images)))
-            batch = torch.stack([self.images[epoch, row, 0][0] for row in rows]).to(device)
-            self.model(self.preprocessing.normalise(batch))
+        cast("EpochSampler", self.loader.batch_sampler).seek(epoch)
+        for images, _ in self.loader:
+            self.model(self.preprocessing.normalise(images.to(device)))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
@@ -137,6 +136,10 @@ class EpochSelection(Callback):  # type: ignore[misc]
 
     Its state travels in the checkpoint, so that a resumed run knows what an undisturbed one would. The
     weights that are kept are those that were scored. The ranks share the work and all know the outcome.
+
+    Parameters
+    ----------
+    stop_after: epochs after which to stop whatever the scores, in the middle of the schedule
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class EpochSelection(Callback):  # type: ignore[misc]
         preprocessing: Preprocessing,
         train: Train,
         average: WeightAverage | None = None,
+        stop_after: int | None = None,
     ) -> None:
         self.images = images
         self.split = images.split
@@ -152,8 +156,8 @@ class EpochSelection(Callback):  # type: ignore[misc]
         self.rule = train.choose_epoch
         self.patience = train.patience_epochs
         self.learning_rate = train.learning_rate
-        self.batch_size = train.batch_size
         self.average = average
+        self.stop_after = stop_after
         self.history: list[dict[str, float]] = []
         self.best: dict[str, torch.Tensor] | None = None
         self.best_logits = np.zeros(0, np.float32)
@@ -174,7 +178,7 @@ class EpochSelection(Callback):  # type: ignore[misc]
         train_loss = epoch_loss(trainer)
         model: nn.Module = task.model
         if self.average is not None:
-            model = self.average.evaluated(task, trainer.current_epoch, self.batch_size)
+            model = self.average.evaluated(task, trainer.current_epoch)
         logits = self._logits(model, task.device, trainer)
         if not (math.isfinite(train_loss) and np.isfinite(logits).all()):
             raise UserError(
@@ -201,7 +205,7 @@ class EpochSelection(Callback):  # type: ignore[misc]
             "epoch %d of %d: loss %.4f, VAL_SELECT loss %.4f, MCC %.4f",
             row["epoch"] + 1, trainer.max_epochs, train_loss, row["val_loss"], row["val_mcc"],
         )  # fmt: skip
-        trainer.should_stop = self._out_of_patience()
+        trainer.should_stop = self._done()
 
     def _logits(self, model: nn.Module, device: torch.device, trainer: Any) -> NDArray[np.float32]:
         """Logits [N]; each rank computes its part."""
@@ -228,12 +232,16 @@ class EpochSelection(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, task: ClassifierTask) -> None:
         """A run that was killed after it stopped early does not train on."""
         del task
-        trainer.should_stop = self._out_of_patience()
+        trainer.should_stop = self._done()
 
-    def _out_of_patience(self) -> bool:
-        if not self.patience or not self.history:
+    def _done(self) -> bool:
+        """Whether it is out of patience, or at the epoch that was asked for."""
+        if not self.history:
             return False
-        return self.history[-1]["epoch"] - self.chosen["epoch"] >= self.patience
+        if len(self.history) == self.stop_after:
+            return True
+        waited = self.history[-1]["epoch"] - self.chosen["epoch"]
+        return bool(self.patience) and waited >= self.patience
 
 
 @torch.inference_mode()

@@ -108,6 +108,7 @@ def train_classifier(
     scratch: Path,
     hardware: Hardware,
     compile_settings: Compile,
+    stop_after: int | None = None,
 ) -> TrainingResult:
     """Build and fit the classifier; with `train.augmentation_gate`, without augmentation if that is better.
 
@@ -125,7 +126,7 @@ def train_classifier(
         model, config = build(chosen, number)
         return fit_classifier(
             model, config, chosen, fit_split, select_split, seed=number, scratch=folder,
-            hardware=hardware, compile_settings=compile_settings,
+            hardware=hardware, compile_settings=compile_settings, stop_after=stop_after,
         )  # fmt: skip
 
     if not train.augmentation_gate:
@@ -178,10 +179,12 @@ def fit_classifier(
     scratch: Path,
     hardware: Hardware | None = None,
     compile_settings: Compile | None = None,
+    stop_after: int | None = None,
 ) -> TrainingResult:
     """Train and return the weights of the chosen epoch (`train.choose_epoch`).
 
-    Checkpoints in `scratch` let a killed run go on to the same result.
+    Checkpoints in `scratch` let a killed run go on to the same result. With `stop_after` it ends after so
+    many epochs of the schedule, which stays that of `train.epochs`: what another run knew by then.
 
     Raises
     ------
@@ -208,8 +211,8 @@ def fit_classifier(
     )  # fmt: skip
     task = ClassifierTask(feed.model, feed.preprocessing, train, fit_split.labels, compile_settings)
     averaged = train.weight_average != "none"
-    average = WeightAverage(train, feed.images, feed.preprocessing) if averaged else None
-    selection = EpochSelection(feed.select_images, feed.preprocessing, train, average)
+    average = WeightAverage(train, loader, feed.preprocessing) if averaged else None
+    selection = EpochSelection(feed.select_images, feed.preprocessing, train, average, stop_after)
     run_loop(
         task, loader, [selection] if average is None else [average, selection],
         LoopSettings(

@@ -236,7 +236,7 @@ def _bundle(folder: Path, grid: int, model: str = MODEL, *, onnx: bool = True) -
         from streetvision.bundle.onnx_gate import make_onnx as make
 
         images = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("black", "white")]
-        gate = GateImages(lambda: images, lambda: images, np.array([0, 1]))
+        gate = GateImages(lambda: images, lambda: images, np.array([0, 1]), lambda: images)
         settings = Export(onnx=True, int8="dynamic", max_mcc_drop=2)
         make_onnx = partial(make, settings=settings, images=gate)
     export_bundle(

@@ -42,7 +42,7 @@ from streetvision.errors import UserError
 from streetvision.models.classifier import load_classifier
 from streetvision.models.fusion import TRAINED, Fusion, FusionConfig, save_fusion
 from streetvision.models.fusion_networks import build_network
-from streetvision.params import Cvfm, Export, Hardware, Params, ViewGrid
+from streetvision.params import Cvfm, Export, Hardware, Params, ViewGrid, check_params
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -66,7 +66,7 @@ def photos(tiny_splits: dict[str, Path]) -> list[Image.Image]:
 def gate(tiny_splits: dict[str, Path]) -> GateImages:
     splits = [open_split("export", name, tiny_splits[name]) for name in ("val_calib", "val_select")]
     images = [partial(lambda each: map(each.image, range(len(each))), split) for split in splits]
-    return GateImages(images[0], images[1], splits[1].labels)
+    return GateImages(images[0], images[1], splits[1].labels, images[0])
 
 
 def random_fusion(mode: str, width: int) -> Fusion:
@@ -384,6 +384,29 @@ def test_int8_that_costs_too_much_is_not_shipped(
     assert int8["shipped"] is False
     assert int8["mcc_drop"] > 0.1
     assert "static int8 is not shipped: MCC on VAL_SELECT falls from" in caplog.text
+
+
+def test_ranges_are_taken_from_anywhere_in_val_calib(
+    tmp_path: Path, write_split: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import export
+    from stages.common import Stage
+
+    monkeypatch.setattr(onnx_gate, "RANGE_IMAGES", 40)
+    paths = ArtifactSchema(tmp_path)
+    paths.ensure_dirs()
+    # The groups, of both classes, one after the other, as a source gives them.
+    for name in ("val_calib", "val_select"):
+        write_split(paths.split(name), 120)
+    policy = {"fit_on": "clean"}
+    found = export._images(Stage("export", check_params({"decision": policy}, "test"), paths))
+    calib = [image.tobytes() for image in found.calib()]
+    rows = [calib.index(image.tobytes()) for image in found.ranges()]
+    assert len(set(rows)) == 40
+    assert rows == [calib.index(image.tobytes()) for image in found.ranges()]
+    assert all(10 <= sum(part <= row < part + 60 for row in rows) <= 30 for part in (0, 60))
+    # No period, such as that of labels, which alternate here.
+    assert 10 <= sum(row % 2 for row in rows) <= 30
 
 
 @pytest.mark.usefixtures("no_export")

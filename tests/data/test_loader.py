@@ -115,12 +115,17 @@ def test_balanced_draws_have_both_classes_equally_often() -> None:
     keys = [key for batch in sampler for key in batch]
     share = labels[[row for _, row, _ in keys]].mean()
     assert abs(share - 0.5) < 4 * 0.5 / 3000**0.5
-    # Within a class all are drawn alike, and a row drawn again is another key.
-    positives = np.bincount([row for _, row, _ in keys if labels[row]], minlength=3000)[::10]
-    assert 3.5 < positives.mean() < 6.5
-    assert positives.min() == 0 or positives.min() < positives.mean()
+    # Within a class all are drawn alike, each draw apart from the others: Pearson's statistic of k equally
+    # likely rows has mean k - 1 and variance 2 (k - 1).
+    times = np.bincount([row for _, row, _ in keys], minlength=3000)
+    for label in (0, 1):
+        own = times[labels == label]
+        k, expected = len(own), own.sum() / len(own)
+        statistic = float(((own - expected) ** 2 / expected).sum())
+        assert abs(statistic - (k - 1)) < 4 * (2 * (k - 1)) ** 0.5
+    # A row drawn again is another key: its repetitions count from 0.
+    assert set(keys) == {(0, row, each) for row in range(3000) for each in range(times[row])}
     assert len(set(keys)) == len(keys)
-    assert {repeat for _, _, repeat in keys} == set(range(max(positives)))
     assert rows_of(EpochSampler(3000, 30, 7, labels), 1) != rows_of(sampler, 0)
 
 

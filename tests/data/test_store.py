@@ -153,6 +153,19 @@ def test_select_takes_rows_in_order(tiny_splits: dict[str, Path], rows: list[int
     )
 
 
+def test_draw_takes_rows_at_random_without_repetition(
+    tmp_path: Path, write_split: Callable[..., Path]
+) -> None:
+    split = open_split("train", "val_select", write_split(tmp_path / "val_select.arrow", 100))
+    drawn = split.draw(30, 3)
+    rows = [split.ids.tolist().index(each) for each in drawn.ids]
+    assert len(rows) == 30
+    assert rows == sorted(set(rows))
+    assert max(np.diff(rows)) > min(np.diff(rows))
+    assert drawn.ids.tolist() == split.draw(30, 3).ids.tolist() != split.draw(30, 4).ids.tolist()
+    assert split.draw(101, 3).ids.tolist() == split.ids.tolist()
+
+
 def test_evidence_area(tmp_path: Path, write_split: Callable[..., Path]) -> None:
     path = write_split(tmp_path / "a.arrow", 4)
     table = read_arrow(path, "prepare")

@@ -7,7 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ module, name, arguments, output = pickle.loads(bytes.fromhex(sys.argv[1]))
 result = getattr(importlib.import_module(module), name)(*arguments)
 torch.save(result, Path(output))
 """
+
+
+def distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Euclidean, over all numbers of two states."""
+    import torch
+
+    parts = [(one[name].double() - other[name].double()).square().sum() for name in one]
+    return float(torch.stack(parts).sum().sqrt())
 
 
 def run_ranks(

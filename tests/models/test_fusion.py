@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from itertools import product
@@ -22,6 +23,7 @@ from torch import nn
 from streetvision.data.views import ViewScores, view_names
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics
+from streetvision.models import fusion_training
 from streetvision.models.fusion import (
     ENTROPY_FLOOR,
     MODES,
@@ -38,6 +40,7 @@ from streetvision.models.fusion_networks import (
     AverageFusion,
     FusionNetwork,
     LatentFusion,
+    Scale,
     ViewTensors,
     attend,
     build_network,
@@ -252,12 +255,16 @@ def test_the_others_start_without_an_opinion(mode: str) -> None:
         assert (start_of(mode, sample())(tensors(sample(60, 3).scores)) == 0).all()
 
 
-def test_mlp_without_hidden_layers_is_penalised_logistic_regression() -> None:
+def test_mlp_without_hidden_layers_is_penalised_logistic_regression(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     train = sample(200)
     options = QUICK.model_copy(
         update={"epochs": 60, "patience_epochs": 60, "weight_decay": 0.05, "view_dropout": 0.0}
     )
-    # VAL_SELECT is TRAIN here: the epoch is the one that fits TRAIN best, near the penalised optimum.
+    # The last epoch counts: the penalised optimum, which is not where VAL_SELECT would stop.
+    falling = itertools.count(0, -1)
+    monkeypatch.setattr(fusion_training, "_log_loss", lambda *_: float(next(falling)))
     found = fit_fusion("mlp", options, GRID, train, train, None, seed=7)
     scores = train.scores
     assert scores.features is not None
@@ -269,8 +276,26 @@ def test_mlp_without_hidden_layers_is_penalised_logistic_regression() -> None:
         StandardScaler(), LogisticRegression(C=1 / (0.05 * len(x)), tol=1e-8, max_iter=1000)
     ).fit(x, train.labels)
     fused, expected = found.fusion.fuse(*scores), oracle.decision_function(x)
-    np.testing.assert_allclose(fused, expected, atol=0.05, rtol=0)
-    assert np.corrcoef(fused, expected)[0, 1] > 0.9999
+    print(f"largest difference from scikit-learn's logit {np.abs(fused - expected).max():.1e}")
+    # In float32 the objective, about 0.5, is known to 6e-8; at a curvature of 0.05, which weight decay
+    # gives, a weight may be off by sqrt(2 · 6e-8 / 0.05) = 1.5e-3, and so a logit by several times that.
+    np.testing.assert_allclose(fused, expected, atol=5e-3, rtol=0)
+    assert np.abs(expected).max() > 2
+
+
+def test_scale_is_scikit_learns_standard_scaler() -> None:
+    values = np.random.default_rng(0).normal(3, 2, (5, 4))  # few rows: n - 1 would be seen
+    values[:, 2] = 1.5
+    scale = Scale(4).double()
+    scale.fit(torch.from_numpy(values))
+    np.testing.assert_allclose(
+        scale(torch.from_numpy(values)),
+        StandardScaler().fit_transform(values),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    np.testing.assert_allclose(scale.deviation[[0, 1, 3]], values.std(axis=0, ddof=0)[[0, 1, 3]])
+    assert scale.deviation[2] == 1.0
 
 
 def test_logit_terms_by_hand() -> None:
@@ -327,11 +352,22 @@ def test_the_loss_of_latent_has_a_reconstruction_term() -> None:
     network = fit("latent").fusion.network
     assert isinstance(network, LatentFusion)
     part = sample(30, 9)
-    views = tensors(part.scores)
+    content = part.scores.content.copy()
+    content[:20, 2:] = (
+        0  # views that are absent, whatever their features are, are not to be rebuilt
+    )
+    views = tensors(part.scores._replace(content=content))
+    views.features[~views.present] = 1e3
     y = torch.as_tensor(part.labels, dtype=torch.float64)
     with torch.no_grad():
         _, _, decoded = network.fuse_features(views)
-        error = float(((decoded - network.scale(views.features)) ** 2).mean())
+        errors = [
+            float(((decoded[n, v] - network.scale(views.features[n, v])) ** 2).mean())
+            for n in range(30)
+            for v in range(5)
+            if content[n, v] > 0
+        ]
+        error = sum(errors) / len(errors)
         total = float(network.loss(views, y))
         entropy = float(nn.functional.binary_cross_entropy_with_logits(network(views), y))
     assert error > 0.01

@@ -172,6 +172,27 @@ def test_checkpoints_change_nothing_and_wait_their_time(
     assert len(saves) == 3
 
 
+def test_the_loss_of_an_epoch_is_that_of_its_own_batches(tmp_path: Path) -> None:
+    found: list[list[float]] = []
+
+    class Noting(Toy):
+        def training_step(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+            loss = super().training_step(batch, number)
+            if number == 0:
+                found.append([])
+            found[-1].append(float(loss.detach()))
+            return loss
+
+    trace = Trace()
+    loader = DataLoader(Numbers(), batch_sampler=EpochSampler(40, 8, 7))
+    settings = LoopSettings(3, "fp32", 2, 7, tmp_path, Hardware(device="cpu"))
+    run_loop(Noting(), loader, [trace], settings)
+    assert [len(losses) for losses in found] == [5, 5, 5]
+    expected = [sum(losses) / 5 for losses in found]
+    assert trace.found == pytest.approx(expected, rel=1e-6)
+    assert max(expected) > 1.05 * min(expected)
+
+
 # --------------------------------------------------------------------------- ranks
 
 ALIKE: dict[str, Any] = {"dropout": 0.0, "accumulate": 2}

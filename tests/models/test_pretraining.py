@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from streetvision.data.loader import EvaluationImages
 from streetvision.data.store import Split, SplitAccessError, open_split, read_arrow, write_arrow
 from streetvision.errors import UserError
 from streetvision.models import pretraining, pretraining_task
@@ -31,10 +32,11 @@ from streetvision.models.backbone import (
     build_backbone,
     initial_backbone,
 )
+from streetvision.models.monitor import Monitor
 from streetvision.models.pretraining import MERGE_TOLERANCE, adapt_backbone
 from streetvision.models.pretraining_task import AdaptationTask
 from streetvision.params import Compile, Explora, Hardware, Lora, Train
-from tests.models.ranks import run_ranks
+from tests.models.ranks import distance, run_ranks
 
 OBJECTIVES = get_args(Explora.model_fields["objective"].annotation)
 HEIGHT, WIDTH = 32, 48
@@ -48,6 +50,9 @@ SMALL = Explora(
     precision="fp32", learning_rate=0.003, blur_probability=0.0, lora=Lora(dropout=0.2),
 )  # fmt: skip
 Adapt = Callable[..., AdaptationResult]
+# Share of the way that was trained by which another order of sums may move its end; argued for in
+# `test_training.py::test_two_ranks_train_like_one`, where half the gradient makes six times as much.
+SAME_WAY = 5e-3
 
 
 def train_section(backbone: str, **changes: Any) -> Train:
@@ -107,6 +112,22 @@ def assert_same(one: AdaptationResult, other: AdaptationResult) -> None:
         assert first.keys() == second.keys()
         for name, tensor in first.items():
             assert torch.equal(tensor, second[name]), name
+
+
+def test_what_is_measured_are_batches_from_anywhere_in_the_split(
+    tmp_path: Path, write_split: Callable[..., Path]
+) -> None:
+    path = write_split(tmp_path / "val_select.arrow", 100)
+    split = open_split("explora", "val_select", path)
+    _, _, _, preprocessing = initial_backbone(train_section("street_vit"), False, 7, tmp_path)
+    monitor = Monitor(split, preprocessing, torch.nn.Identity(), 16, seed=7)
+    images = [image.numpy().tobytes() for image in EvaluationImages(split, preprocessing)]
+    rows = [images.index(pair[0].numpy().tobytes()) for pair in monitor.views]
+    assert len(set(rows)) == 96
+    for start in range(0, 96, 16):  # the negatives of a view are not the frames around it
+        assert max(rows[start : start + 16]) - min(rows[start : start + 16]) > 50
+    again = Monitor(split, preprocessing, torch.nn.Identity(), 16, seed=7)
+    assert torch.equal(again.views, monitor.views)
 
 
 # --------------------------------------------------------------------------- it learns
@@ -267,7 +288,9 @@ def test_the_gradient_cache_trains_to_the_same_weights(adapt: Adapt) -> None:
     cached = adapt(lora=Lora(), epochs=1, gradient_cache_chunks=4)
     after = cached.backbone.state_dict()
     for name, value in plain.backbone.state_dict().items():
-        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-4)
+        assert after[name].shape == value.shape
+    trained = plain.backbone.state_dict()
+    assert distance(after, trained) < SAME_WAY * distance(trained, initial())
     with pytest.raises(UserError, match="freeze_norm"):
         adapt(backbone="street_resnet_tiny", gradient_cache_chunks=2)
     adapt(backbone="street_resnet_tiny", gradient_cache_chunks=2, freeze_norm=True, epochs=1)
@@ -364,9 +387,8 @@ def test_two_ranks_train_to_the_weights_of_one(
     found = run_ranks(adapted_ranks, tiny_splits, tmp_path / "two", 2, folder=tmp_path)
     for other_history, other_weights in found:
         for row, expected in zip(other_history[1:], history[1:], strict=True):
-            assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
-        for name, value in weights.items():
-            torch.testing.assert_close(other_weights[name], value, rtol=1e-3, atol=1e-4)
+            assert row == pytest.approx(expected, rel=5e-3, abs=1e-3)
+        assert distance(other_weights, weights) < SAME_WAY * distance(weights, initial())
 
 
 # --------------------------------------------------------------------------- labels, mistakes, files

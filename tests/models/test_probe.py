@@ -21,7 +21,6 @@ from streetvision.models.probe import (
     linear_probe,
     probe_backbones,
     probe_report,
-    probe_rows,
 )
 from streetvision.params import Probe, Train
 
@@ -48,15 +47,6 @@ def test_the_probe_is_balanced_logistic_regression_on_standardised_features() ->
 def test_one_class_is_refused() -> None:
     with pytest.raises(UserError, match="needs both classes; its 8 images"):
         linear_probe(np.ones((8, 2), np.float32), np.ones(8, np.int64), np.ones((1, 2), np.float32))
-
-
-def test_rows_are_a_seeded_draw_without_repetition() -> None:
-    rows = probe_rows(100, 30, 3)
-    assert len(set(rows.tolist())) == 30
-    assert (np.diff(rows) > 0).all()
-    assert np.array_equal(rows, probe_rows(100, 30, 3))
-    assert not np.array_equal(rows, probe_rows(100, 30, 4))
-    assert probe_rows(20, 30, 3).tolist() == list(range(20))
 
 
 def probabilities(labels: NDArray[np.int64], wrong: float, seed: int) -> Floats:

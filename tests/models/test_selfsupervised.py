@@ -86,7 +86,7 @@ def test_nt_xent_and_its_gradient_are_lightlys(n: int) -> None:
     ours = nt_xent(first, second, 0.1)
     torch.testing.assert_close(ours, theirs)
     for gradient, other in zip(torch.autograd.grad(ours, (first, second)), expected, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [32, 64, 128])
@@ -192,6 +192,28 @@ def test_every_trained_parameter_of_an_objective_gets_a_gradient(objective: str)
     assert student.objective.needs_teacher == ("byol" in objective)
 
 
+def test_byol_predicts_the_teachers_embedding_of_the_other_view() -> None:
+    objective = Student("byol").objective
+    assert isinstance(objective, BYOL)
+    with torch.no_grad():  # a teacher that is not the student
+        for parameter in objective.teacher.parameters():
+            parameter.add_(0.3 * noise(*parameter.shape, seed=5))
+    views = noise(16, 10, seed=1), noise(16, 10, seed=2)
+    targets = noise(16, 10, seed=3), noise(16, 10, seed=4)
+
+    def apart(student: int, teacher: int) -> torch.Tensor:
+        """Equation 2 of the paper for one direction: |q/|q| - z/|z||² over images."""
+        with torch.no_grad():
+            q = objective.predictor(objective.projection(views[student]))
+            z = objective.teacher(targets[teacher])
+            unit = q / q.norm(dim=1, keepdim=True) - z / z.norm(dim=1, keepdim=True)
+            return unit.square().sum(1).mean()
+
+    loss = objective.loss(views, targets)
+    torch.testing.assert_close(loss, apart(0, 1) + apart(1, 0), rtol=1e-4, atol=1e-5)
+    assert abs(float(loss.detach() - apart(0, 0) - apart(1, 1))) > 0.01
+
+
 def test_the_combined_objective_is_the_sum_of_its_parts() -> None:
     student = Student("byol_swav")
     first, second = noise(16, 10, seed=1), noise(16, 10, seed=2)
@@ -254,7 +276,7 @@ def test_the_gradient_cache_gives_the_gradient_of_the_whole_batch(
     cached(images, chunks).backward()
     expected = gradients(whole)
     for name, gradient in gradients(cached).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_cache_repeats_the_dropout_masks() -> None:
@@ -339,7 +361,7 @@ def test_two_ranks_have_the_gradient_of_one_with_the_whole_batch(tmp_path: Path)
             torch.testing.assert_close(loss, expected_loss.detach())
             assert gradient.keys() == expected.keys()
             for name, value in gradient.items():
-                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- measures
