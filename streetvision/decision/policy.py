@@ -169,7 +169,7 @@ def fit_policy(
     policy, report
         The report holds `n`, `n_groups`, `calibration_prior`, `served_prior`; `threshold`: the
         bagged MCC-optimal threshold of the calibrated probabilities at the served prior, its
-        interval (None below 5 groups, widened below 60: `bagged_median_threshold`) and `shifted`;
+        interval (None below 4.5 effective groups, widened below 60: `bagged_median_threshold`) and `shifted`;
         `metrics`: `before` (sigmoid of the logit) and `after` (calibrated out of group folds,
         threshold not in), each at the `natural` and the `served` prior; a choice (auto,
         multi_objective) is made anew in each fold, so that it does not flatter itself. `candidates`: of every

@@ -16,7 +16,7 @@ NAMES = {
 }  # fmt: skip
 _METHODS = {
     BOOTSTRAP: "percentile bootstrap over groups (10,000 resamples, expanded by Student's t)",
-    JACKKNIFE: "delete-one-group jackknife with Student's t, as there are fewer than 60 groups",
+    JACKKNIFE: "delete-one-group jackknife with Student's t, as there are fewer than 60 effective groups",
 }
 Rows = Sequence[Sequence[str]]
 
@@ -48,7 +48,7 @@ def json_report(found: Review) -> dict[str, Any]:
             "base_images": matching.n_base, "head_images": matching.n_head,
             "common_images": matching.n_common, "label_conflicts": len(matching.conflicts),
             "compared_images": comparison.n, "positives": comparison.n_positive,
-            "groups": comparison.n_groups,
+            "groups": comparison.n_groups, "effective_groups": comparison.effective_groups,
         },
         "notes": {f"note_{number}": note for number, note in enumerate(found.notes, 1)},
         "metrics": {
@@ -152,8 +152,8 @@ def _report(
     parts = [
         heading(f"{found.head} against {found.base}"),
         (
-            f"{comparison.n:,} test images in {comparison.n_groups:,} groups, {comparison.n_positive:,} with "
-            f"roadwork; metrics as if {100 * comparison.served_prior:g} % of the served images had it."
+            f"{comparison.n:,} test images in {comparison.n_groups:,} groups, which tell as much as "
+            f"{comparison.effective_groups:.1f} of equal size; {comparison.n_positive:,} with roadwork; metrics as if {100 * comparison.served_prior:g} % of the served images had it."
         ),
         *(f"Note: {note}." for note in found.notes),
         table(
@@ -161,8 +161,8 @@ def _report(
             metric_rows(comparison),
         ),
         (
-            f"Intervals: {_METHODS.get(mcc.method, mcc.method)}; those of ECE are about what a test set of "
-            "this size expects, noise of its bins included."
+            f"Intervals: {_METHODS.get(mcc.method, mcc.method)}. ECE has none: it exceeds the model's by the "
+            "noise of its bins."
         ),
         "\n".join(bullet + sentence for sentence in tests_text(found)),
     ]

@@ -33,7 +33,7 @@ otherwise it is shown, and the next rung is laid over what was there before. The
 calibrator. VAL_TEST was opened for the baseline and for the best variant of each rung alone. All numbers are \
 at the served prior; ± is the standard deviation over the seeds; intervals, 95 %, are of the mean over the \
 seeds and count groups and seeds (crossed; delete-one-group jackknife and t over the seeds, in quadrature); \
-none below 5 groups. A run's seconds are those of adapting, training and, from fusion on, of scoring and \
+none below 4.5 effective groups. A run's seconds are those of adapting, training and, from fusion on, of scoring and \
 fitting the views besides. {machine}."""
 _SIZES = """\
 {train.backbone}, input {train.height_px} × {train.width_px}, {train.epochs} epochs, batches of \

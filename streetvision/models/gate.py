@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import check_groups, statistic_intervals
+from streetvision.evaluation.bootstrap import Resting, check_groups, statistic_intervals
 from streetvision.evaluation.metrics import Floats, GroupTable, all_metrics_batch
 
 MARGIN = 0.03  # loss of MCC that is put up with
@@ -100,7 +100,7 @@ def augmentation_gate(
     found = statistic_intervals(
         lambda multiplicities, _: {"mcc": differences(multiplicities).mean(axis=0)},
         len(has),
-        {"mcc": int(has.sum(axis=0).min())},
+        {"mcc": Resting.of(pairs[0][0].sums[:, :, 0])},
         {"mcc": (-2.0, 2.0)},
         n_resamples,
         level,

@@ -25,6 +25,7 @@ from tests.benchmarks.comparison import comparison
 from tests.benchmarks.data import prepare_memory
 from tests.benchmarks.gpu import gpu
 from tests.benchmarks.inference import inference, latency, shared
+from tests.benchmarks.intervals import intervals
 from tests.benchmarks.limits import limits
 from tests.benchmarks.pipeline import dvc, repro, startup
 from tests.benchmarks.runner import Result, Table
@@ -34,10 +35,10 @@ from tests.benchmarks.training import memory
 TABLES = {
     "calibrators": calibrators, "comparison": comparison, "inference": inference, "latency": latency,
     "memory": memory, "shared": shared, "gpu": gpu, "prepare_memory": prepare_memory,
-    "limits": limits, "startup": startup, "dvc": dvc, "repro": repro,
+    "intervals": intervals, "limits": limits, "startup": startup, "dvc": dvc, "repro": repro,
 }  # fmt: skip
 # Minutes of simulation each, about how right something is and not how fast.
-ON_REQUEST = ("calibrators", "comparison")
+ON_REQUEST = ("calibrators", "comparison", "intervals")
 RESULTS = Path(__file__).parent / "results.json"
 COLUMNS = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)", "to reach"]
 

@@ -162,7 +162,7 @@ def test_a_threshold_of_one_gives_a_finite_shift(monkeypatch: pytest.MonkeyPatch
 
     def certain(*arguments: Any) -> Any:
         result = bagged(*arguments)
-        return type(result)(1.0, 1.0, 1.0, result.n_groups, result.n_resamples, result.n_used)
+        return type(result)(1.0, 1.0, 1.0, result.n_groups, 9.0, result.n_resamples, result.n_used)
 
     monkeypatch.setattr(policy_module, "bagged_median_threshold", certain)
     policy, _ = fit_policy(*simulated(0, PRIOR, 20, 10), 0.5, 10, 0)

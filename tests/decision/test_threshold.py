@@ -252,7 +252,13 @@ def test_interval_is_withheld_below_five_groups_and_wider_with_few() -> None:
     assert few.low is None
     assert few.high is None
     assert not few.excludes(0.999)
+    # One group with most of the images is little more than one group.
+    large = bagged_median_threshold(logits, labels, np.where(groups < 50, 0, groups), 50, seed=0)
+    assert (large.low, large.n_groups) == (None, 15)
+    positives, negatives = (np.bincount(groups[labels == label]) for label in (1, 0))
+    wanted = min(n.sum() ** 2 / (n**2).sum() for n in (positives, negatives))
     many = bagged_median_threshold(logits, labels, groups, 4000, seed=0)
+    assert many.effective_groups == pytest.approx(wanted)
     assert many.low is not None
     assert many.high is not None
     assert many.low <= many.median <= many.high
@@ -311,7 +317,7 @@ def test_document_has_the_schema_and_is_finite_json() -> None:
     threshold, mcc, metrics, curve = select_threshold_max_mcc(
         logits, labels, 100, return_curve=True
     )
-    bagged = BaggedThreshold(0.4, None, None, 3, 10, 9)
+    bagged = BaggedThreshold(0.4, None, None, 3, 2.5, 10, 9)
     document = thresholds_document(threshold, metrics, curve, bagged, "val_calib")
     assert document["policy_type"] == "threshold"
     assert document["optimize_metric"] == "mcc"

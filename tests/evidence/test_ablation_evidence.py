@@ -16,6 +16,7 @@ from sklearn.metrics import log_loss, matthews_corrcoef
 from streetvision import cli
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
+from streetvision.evaluation.bootstrap import Resting
 from streetvision.evidence import ablation, ladder
 from streetvision.evidence.ablation import Candidate, Climb, climb, judge
 from streetvision.evidence.ablation_runs import BASES, CONDITIONS, FUSED, VIEWS, Job, rule
@@ -161,7 +162,7 @@ def test_coverage_with_crossed_groups_and_seeds(
         effects = effects + rng.normal(0, 0.3, (3, groups))  # [S, G]
         total = effects.sum(axis=1, keepdims=True)
         left_out = ((total - effects) / (groups - 1)).mean(axis=0)
-        gain = crossed(effects.mean(axis=1), left_out)
+        gain = crossed(effects.mean(axis=1), left_out, Resting.of(np.ones((groups, 1))))
         assert gain.low is not None
         assert gain.high is not None
         inside += gain.low <= 0 <= gain.high
