@@ -135,8 +135,8 @@ def render(report: dict[str, Any]) -> str:
     modes = ", ".join(f"{mode} {count}" for mode, count in sorted(report["modes"].items()))
     text = (
         f"Paired over {report['groups']} groups, which tell as much as "
-        f"{report['pipeline']['effective_groups']:.1f} of equal size, the pipeline gains {gain['mcc']:+.3f} MCC "
-        f"[{_ends(gain, '')}] (same MCC: p = {gain['same_mcc_p']:.3f}); "
+        f"{report['pipeline']['effective_groups']:.1f} of equal size, the pipeline gains "
+        f"{gain['mcc']:+.3f} MCC [{_ends(gain, '')}] (same MCC: p = {gain['same_mcc_p']:.3f}); "
         f"ROC-AUC {auc[0]:.3f} against {auc[1]:.3f}. Baseline: balanced logistic regression on "
         f"frozen global-view features of the same backbone, same folds. Fusions chosen: {modes}; "
         f"median of the chosen epochs {report['median_epochs']:g}."

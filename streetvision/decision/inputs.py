@@ -144,6 +144,15 @@ def check_keys(document: object, wanted: set[str], name: str) -> Mapping[str, An
     return document
 
 
+def prior_shift(prior: float, served_prior: float) -> float:
+    """What log-odds at one share of positives gain where another is served; shares in (0, 1).
+
+    Saerens et al. (2002), doi 10.1162/089976602753284446: the difference of the priors' log-odds.
+    """
+    odds = np.array([prior / (1 - prior), served_prior / (1 - served_prior)])
+    return float(np.diff(np.log(odds))[0])
+
+
 def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return probabilities of log-odds, of the same shape, without overflow."""
     from scipy.special import expit

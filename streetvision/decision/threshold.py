@@ -64,7 +64,8 @@ class BaggedThreshold:
     """The median MCC-optimal threshold over group-bootstrap resamples, and its 95 % interval.
 
     `low` and `high` are None below 4.5 effective groups (of the class with fewer, see `Resting`), where no
-    interval can be trusted. `n_used` of the `n_resamples` resamples held both classes; the others have no optimum and are left out.
+    interval can be trusted. `n_used` of the `n_resamples` resamples held both classes; the others have no
+    optimum and are left out.
     """
 
     median: float

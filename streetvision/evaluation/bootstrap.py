@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import (

@@ -100,8 +100,8 @@ class SliceDifference:
     """MCC of both sides on a part of the test set.
 
     `p_value` is that of `same_mcc_p` and `p_holm` the same after Holm's correction over all slices
-    that have one: a slice needs both classes, each in at least 5 effective groups. `base`, `head` and `delta` are
-    None where a class is missing.
+    that have one: a slice needs both classes, each in at least 4.5 effective groups. `base`, `head` and
+    `delta` are None where a class is missing.
     """
 
     name: str

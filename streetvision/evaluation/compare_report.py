@@ -153,7 +153,8 @@ def _report(
         heading(f"{found.head} against {found.base}"),
         (
             f"{comparison.n:,} test images in {comparison.n_groups:,} groups, which tell as much as "
-            f"{comparison.effective_groups:.1f} of equal size; {comparison.n_positive:,} with roadwork; metrics as if {100 * comparison.served_prior:g} % of the served images had it."
+            f"{comparison.effective_groups:.1f} of equal size; {comparison.n_positive:,} with roadwork; "
+            f"metrics as if {100 * comparison.served_prior:g} % of the served images had it."
         ),
         *(f"Note: {note}." for note in found.notes),
         table(

@@ -46,7 +46,8 @@ CONDITION_NAMES = {
 _INTRODUCTION = """\
 Written by `{command}` from one line a run (the `.jsonl` beside this file); no number here is typed by hand. \
 A run takes `prepare`'s split with another seed, trains, embeds with views, chooses fusion on VAL_SELECT and \
-fits the policy on VAL_CALIB. VAL_TEST, at the served prior: *single view* is the uncalibrated probability of \
+fits the policy on VAL_CALIB. VAL_TEST, with every log-odds moved from VAL_CALIB's prior to the served one: \
+*single view* is the uncalibrated probability of \
 the global view, decided at 0.5; *fused* the same of the fused logit; *calibrated* and *deployed* by the \
 default calibrator, threshold at 0.5 and moved where its interval excludes 0.5; the last two rows with the \
 calibrator of the lowest out-of-fold log loss. ± is the standard deviation over the seeds; intervals, 95 %, \

@@ -123,7 +123,8 @@ _TEXT = """\
 
 Written by `{command}`; no number here is typed by hand. {n:,} scenes ({condition}, what its \
 policy was fitted on: `decision.fit_on: {fit_on}`) of {cities} cities that nobody has seen (seed {seed}), \
-{n_groups:,} groups, which tell as much as {effective:.1f} of equal size, through the bundle `{bundle}`. At the served prior {served_prior:g}; 95 % intervals \
+{n_groups:,} groups, which tell as much as {effective:.1f} of equal size, \
+through the bundle `{bundle}`. At the served prior {served_prior:g}; 95 % intervals \
 count groups. The deployed log-odds are the calibrated ones \
 {shift:+.3f}, which moves the threshold that is best for MCC on VAL_CALIB to 0.5.
 

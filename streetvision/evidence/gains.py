@@ -58,7 +58,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean over the seeds of a difference, its standard error and 95 % interval; None below 5 effective groups."""
+    """Mean over the seeds of a difference, its standard error and 95 % interval.
+
+    None below 4.5 effective groups.
+    """
 
     value: float
     error: float | None

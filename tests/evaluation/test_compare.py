@@ -85,7 +85,8 @@ def test_intervals_of_one_side_are_those_of_the_evaluation(n_groups: int) -> Non
     found = compare_predictions(base, head, PRIOR, n_resamples=400, seed=3)
     index = np.unique(head.groups, return_inverse=True)[1]
     alone = group_intervals(
-        head.labels, head.probabilities, index, PRIOR, 400, seed=3, metrics=("mcc", "ece", "ece_debiased", "log_loss", "fnr")
+        head.labels, head.probabilities, index, PRIOR, 400, seed=3,
+        metrics=("mcc", "ece", "ece_debiased", "log_loss", "fnr"),
     )  # fmt: skip
     for metric, interval in alone.items():
         each = found.differences[metric].head

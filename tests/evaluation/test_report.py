@@ -90,7 +90,7 @@ def test_every_metric_has_an_interval_round_it(full):
 
 def test_effective_groups_are_those_of_each_class(full):
     for label, name in enumerate(("negatives", "positives")):
-        sizes = np.bincount(GROUPS[Y == label], minlength=N_GROUPS)
+        sizes = np.bincount(GROUPS[label == Y], minlength=N_GROUPS)
         wanted = sizes.sum() ** 2 / (sizes**2).sum()
         assert full["effective_groups"][name] == pytest.approx(wanted)
     one = report(groups=np.where(GROUPS < 60, 0, GROUPS))

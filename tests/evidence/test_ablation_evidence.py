@@ -19,7 +19,7 @@ from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import Resting
 from streetvision.evidence import ablation, ladder
 from streetvision.evidence.ablation import Candidate, Climb, climb, judge
-from streetvision.evidence.ablation_runs import BASES, CONDITIONS, FUSED, VIEWS, Job, rule
+from streetvision.evidence.ablation_runs import BASES, CONDITIONS, FUSED, MOVED, VIEWS, Job, rule
 from streetvision.evidence.ablation_runs import _write as write_arrays
 from streetvision.evidence.data import rotate
 from streetvision.evidence.gains import Gain, Sample, crossed, paired_gain
@@ -210,10 +210,11 @@ def pretend(quality: Quality) -> Callable[[Job], dict[str, Any]]:
             noise, sign = rng.normal(0, 1, len(opened)), 2 * opened.labels - 1
             names = {"val_select": ["challenge"], "val_test": list(CONDITIONS), "val_calib": []}
             if job.network is not None:
+                moved = [f"{base}/{MOVED}" for base in BASES]
                 names = {
                     "val_select": [f"{FUSED} challenge"],
-                    "val_calib": [*BASES, *rules],
-                    "val_test": [f"{n} {c}" for n in (*BASES, *rules) for c in CONDITIONS],
+                    "val_calib": [*moved, *rules],
+                    "val_test": [f"{n} {c}" for n in (*BASES, *moved, *rules) for c in CONDITIONS],
                 }
             write_arrays(
                 job.scores(split), {n: noise + quality(job, n) * sign for n in names[split]}
@@ -263,7 +264,7 @@ def test_a_rung_that_helps_is_carried_and_one_that_does_not_is_not(
     assert all(each["trainable"] == "lora" for each in after)
     views = found.outcomes[3].candidates[0].jobs
     assert {job.network.run.variant for job in views if job.network} == {"lora"}
-    assert found.outcomes[-1].carried.names["val_test"] == FUSED
+    assert found.outcomes[-1].carried.names["val_test"] == f"{FUSED}/{MOVED}"
     # A rerun finds everything done.
     monkeypatch.setattr(ablation, "finish", lambda job: pytest.fail("done again"))
     ablation.run_all(ladders("smoke", "synthetic"), 2, clean, clean, 1)
