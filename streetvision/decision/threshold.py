@@ -201,7 +201,8 @@ def select_threshold_max_mcc(
     Parameters
     ----------
     logits
-        Positive against negative, finite, [N].
+        Log-odds of roadwork [N] or [N, 1], or logits [N, 2] of None and Roadwork, finite; a list, array or
+        tensor, as are labels and weights.
     labels
         0 or 1, both present, [N].
     n_thresholds

@@ -423,6 +423,17 @@ def test_sign_flip_equals_exact_enumeration():
         assert group_sign_flip_test(y, a, b, groups) == slow_sign_flip(y, a, b, groups)
 
 
+@pytest.mark.parametrize("n_groups", [8, 12, 13, 40])
+def test_no_permutation_gives_a_p_of_0(n_groups):
+    """The observed swap is one of all, enumerated or drawn: the least p is 1 over their number."""
+    y = np.tile([0, 0, 1, 1], n_groups)
+    groups = np.repeat(np.arange(n_groups), 4)
+    wrong, right = np.full(len(y), 0.4), np.where(y == 1, 0.9, 0.1)
+    p = group_sign_flip_test(y, wrong, right, groups, 0.5, n_permutations=99)
+    # Of an enumeration the swap of all groups is as extreme as that of none.
+    assert p == (2 / 2**n_groups if n_groups <= 12 else 1 / 100)
+
+
 def test_sign_flip_at_the_class_share_equals_no_prior():
     y, a, groups = clustered(9, np.random.default_rng(0))
     b = np.random.default_rng(1).permutation(a)
