@@ -1,4 +1,4 @@
-"""`docs/requirements.md` names what is there: each line a module or parameter, and a test or command that shows it."""
+"""`docs/requirements.md` names what is there: on each line a module, and a test or command that shows it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ def named(cell: str) -> list[str]:
         if not PATH.match(token):
             continue
         for path in expanded(token):
-            if path.startswith("test_"):
-                path = f"{Path(found[-1]).parent if found else 'tests'}/{path}"
-            found.append(path)
+            folder = f"{Path(found[-1]).parent}/" if path.startswith("test_") and found else ""
+            found.append(folder + path)
     return found
 
 

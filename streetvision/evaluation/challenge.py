@@ -235,7 +235,7 @@ def _overall(
     """
     n_groups = int(index.max()) + 1
     key = index * 2 + labels
-    images = np.bincount(key, weights, minlength=n_groups * 2).reshape(n_groups, 2)
+    images: Floats = np.bincount(key, weights, n_groups * 2).reshape(n_groups, 2).astype(np.float64)
     # How often each image is called roadwork, over levels and repeats.
     often = (probabilities > 0.5).mean(axis=2) @ shares
     called = np.bincount(key, often * weights, minlength=n_groups * 2).reshape(n_groups, 2)
