@@ -39,7 +39,8 @@ def check_logits(logits: ArrayLike) -> NDArray[np.float64]:
         raise UserError(f"logits are of type {values.dtype}; numbers are needed")
     values = values.astype(np.float64)
     if values.ndim == 2 and values.shape[1] in {1, 2}:
-        values = values[:, -1] - (values[:, 0] if values.shape[1] == 2 else 0.0)
+        with np.errstate(invalid="ignore"):  # of two infinite ones: said below
+            values = values[:, -1] - (values[:, 0] if values.shape[1] == 2 else 0.0)
     if values.ndim != 1:
         raise UserError(
             f"logits have shape {values.shape}; [N], [N, 1] or [N, 2] (None, Roadwork) is needed"
