@@ -16,7 +16,7 @@ def calibrate(stage: Stage) -> None:
     from streetvision.data.embeddings import read_embeddings
     from streetvision.data.schema import CONDITIONS
     from streetvision.decision.fitting import Passes, fit_decision
-    from streetvision.decision.inputs import sigmoid
+    from streetvision.decision.inputs import prior_shift, sigmoid
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import scrc_document
     from streetvision.decision.report import calibration_metrics
@@ -61,8 +61,9 @@ def calibrate(stage: Stage) -> None:
     write_json_atomic(paths.metric("calibrate"), metrics)
     weights = prior_weights(labels, decision.served_prior)
     images = f"VAL_CALIB, {decision.fit_on}"
+    moved = logits + prior_shift(policy.calibration_prior, policy.served_prior)
     plots = {
-        "reliability_before.png": (sigmoid(logits), f"{images}, before"),
+        "reliability_before.png": (sigmoid(moved), f"{images}, before, at the served prior"),
         "reliability_after.png": (
             policy.calibrated_probability(logits),
             f"{images}, in sample",

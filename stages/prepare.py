@@ -22,7 +22,7 @@ def prepare(stage: Stage) -> None:
             paths.quarantine,
             scratch,
             data=stage.params.data,
-            seed=stage.params.seed,
+            seed=stage.params.data.split_seed,
             workers=stage.params.hardware.workers,
             progress=progress,
         )

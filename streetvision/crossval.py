@@ -245,6 +245,6 @@ def divide(
     fractions = {role: share / sum(shares.values()) for role, share in shares.items()}
     fitted = params.cvfm.mode in {"auto", *TRAINED}
     fusion = params.data.fusion_fraction if fitted else 0.0
-    found = split_groups(units[rest], split.labels[rest], fractions, fusion, params.seed)
+    found = split_groups(units[rest], split.labels[rest], fractions, fusion, params.data.split_seed)
     rows = {role: rest[found.split == role] for role in ROLES}
     return rows | {"val_test": np.flatnonzero(held_out)}, rest[found.fusion]

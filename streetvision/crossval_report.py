@@ -78,6 +78,7 @@ def summarise(
         report[name] = {key: found.value for key, found in (decided | calibrated).items()}
         report[name] |= {
             "mcc_low": mcc.low, "mcc_high": mcc.high, "interval_method": mcc.method,
+            "effective_groups": mcc.effective_groups,
         }  # fmt: skip
         each = [row[name] for row in by_fold.values()]
         report[name] |= {"mcc_mean": float(np.mean(each)), "mcc_std": float(np.std(each, ddof=1))}
@@ -135,8 +136,9 @@ def render(report: dict[str, Any]) -> str:
     gain, auc = report["gain"], [report[name]["roc_auc"] for name in ("pipeline", "baseline")]
     modes = ", ".join(f"{mode} {count}" for mode, count in sorted(report["modes"].items()))
     text = (
-        f"Paired over {report['groups']} groups, the pipeline gains {gain['mcc']:+.3f} MCC "
-        f"[{_ends(gain, '')}] (same MCC: p = {gain['same_mcc_p']:.3f}); "
+        f"Paired over {report['groups']} groups, which tell as much as "
+        f"{report['pipeline']['effective_groups']:.1f} of equal size, the pipeline gains "
+        f"{gain['mcc']:+.3f} MCC [{_ends(gain, '')}] (same MCC: p = {gain['same_mcc_p']:.3f}); "
         f"ROC-AUC {auc[0]:.3f} against {auc[1]:.3f}. Baseline: balanced logistic regression on "
         f"frozen global-view features of the same backbone, same folds. Fusions chosen: {modes}; "
         f"median of the chosen epochs {report['median_epochs']:g}."

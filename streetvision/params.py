@@ -159,6 +159,11 @@ class Data(Section):
     duplicate_max_groups: Count = Field(
         4, description="places that near-duplicates join into one group; beyond, they are set aside"
     )
+    split_seed: Annotated[Integer, Field(ge=0, le=2**31 - 1)] = Field(
+        7,
+        description="of the split alone: with another `seed` each image stays in its split, so that no run "
+        "chooses by what is another's VAL_TEST",
+    )
     train_fraction: OpenFraction = 0.6
     val_select_fraction: OpenFraction = 0.1
     val_calib_fraction: OpenFraction = 0.15
@@ -346,6 +351,11 @@ class Train(Section):
     ] = Field([0.25, 0.25, 0.25, 0.25], description="shares of the distortion levels 0 to 3")
     augmentation_gate: Annotated[Integer, Field(ge=0)] = Field(
         0, description="seeds to compare with and without augmentation first; 0 skips the gate"
+    )
+    augmentation_gate_on: Literal["challenge", "clean"] = Field(
+        "challenge",
+        description="VAL_SELECT's images that the gate judges by: distorted, as what is served is, by "
+        "`challenge_levels`, or as they are; both are reported",
     )
     # Loss.
     loss: Literal["ce", "weighted_ce", "focal"] = "ce"

@@ -326,6 +326,21 @@ def test_what_is_held_out_must_be_whole_groups(write_split: Any, tmp_path: Path)
     assert [len(p) for p in crossval.held_out_parts(split, split.groups, None)] == [5, 4, 4, 4, 4]
 
 
+def test_another_seed_does_not_move_the_split(write_split: Any, tmp_path: Path) -> None:
+    """What chooses in one run may not be what another seed's run trained or calibrated on."""
+    path = write_split(tmp_path / "whole.arrow", 160, groups=20)
+    split = open_split("crossval", "whole", path)
+
+    def rows(**seeds: Any) -> list[list[int]]:
+        held_out = split.groups == split.groups[0]
+        parts, fusion = crossval.divide(check_params(seeds, "test"), split, split.groups, held_out)
+        return [part.tolist() for part in (*parts.values(), fusion)]
+
+    first = rows(seed=1, data={"split_seed": 7})
+    assert rows(seed=2, data={"split_seed": 7}) == first
+    assert rows(seed=1, data={"split_seed": 8}) != first
+
+
 def test_too_few_groups(params: Params, project: Path, tmp_path: Path) -> None:
     rows = (project / "labels.csv").read_text().splitlines()
     few = [row for row in rows if row.split(",")[2] in {"group", "g0", "g1", "g2", "g5"}]

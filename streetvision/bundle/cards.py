@@ -83,8 +83,13 @@ def _results(facts: Facts) -> str:
         between = f"{found['low']:.3f} – {found['high']:.3f}" if found else "–"
         rows.append(f"| {name} | {report['served'][key]:.3f} | {between} |")
     floor = report["ece_detail"]["noise_floor"]
+    groups = f"{report['n_groups']} groups (drives, places)"
+    if "effective_groups" in report:
+        groups += (
+            f", which tell as much as {min(report['effective_groups'].values()):.1f} of equal size,"
+        )
     text = (
-        f"On {report['n']:,} test images of {report['n_groups']} groups (drives, places) that nothing was "
+        f"On {report['n']:,} test images of {groups} that nothing was "
         f"fitted on, weighted to a share of roadwork of {report['served_prior']}. Intervals count groups "
         f"({report['interval_method']}); a perfectly calibrated model of that size has an ECE of {floor:.3f}."
     )

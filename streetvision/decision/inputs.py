@@ -12,17 +12,39 @@ from numpy.typing import ArrayLike, NDArray
 from streetvision.errors import UserError
 
 
+def as_array(values: Any) -> NDArray[Any]:
+    """An array of a list, an array, or a tensor of any device, number format and gradient."""
+    if hasattr(values, "detach"):  # a tensor, without importing torch for those who have none
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise UserError(f"rows of different lengths are no array: {error}") from error
+
+
 def check_logits(logits: ArrayLike) -> NDArray[np.float64]:
-    """Return logits [N] as float64.
+    """Return logits as log-odds [N] of roadwork in float64.
+
+    Lists, arrays and tensors, [N] or [N, 1]; or [N, 2] of the classes None and Roadwork, whose softmax has
+    the log-odds of their difference.
 
     Raises
     ------
     UserError
-        If they are not one-dimensional, empty, or not all finite.
+        If they have another shape, are no numbers, empty, or not all finite.
     """
-    values = np.asarray(logits, dtype=np.float64)
+    values = as_array(logits)
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"logits are of type {values.dtype}; numbers are needed")
+    values = values.astype(np.float64)
+    if values.ndim == 2 and values.shape[1] in {1, 2}:
+        with np.errstate(invalid="ignore"):  # of two infinite ones: said below
+            values = values[:, -1] - (values[:, 0] if values.shape[1] == 2 else 0.0)
     if values.ndim != 1:
-        raise UserError(f"logits have shape {values.shape}; one number per image [N] is needed")
+        raise UserError(
+            f"logits have shape {values.shape}; [N], [N, 1] or [N, 2] (None, Roadwork) is needed"
+        )
     if values.size == 0:
         raise UserError("logits are empty; at least one image of each class is needed")
     bad = np.flatnonzero(~np.isfinite(values))
@@ -36,7 +58,9 @@ def check_logits(logits: ArrayLike) -> NDArray[np.float64]:
 def check_scores(
     logits: ArrayLike, labels: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return logits [N] as float64 and labels [N] as booleans, both classes present.
+    """Return log-odds [N] as float64 and labels [N] as booleans, both classes present.
+
+    Logits as `check_logits` takes them; labels [N] or [N, 1].
 
     Raises
     ------
@@ -44,7 +68,9 @@ def check_scores(
         If lengths differ, a logit is not finite, a label is not 0 or 1, or a class is missing.
     """
     values = check_logits(logits)
-    truth = np.asarray(labels)
+    truth = as_array(labels)
+    if truth.ndim == 2 and truth.shape[1] == 1:
+        truth = truth[:, 0]
     if truth.shape != values.shape:
         raise UserError(f"{values.size} logits but labels of shape {truth.shape}; one label each")
     if truth.dtype.kind not in "biuf":
@@ -68,7 +94,7 @@ def check_weights(weights: ArrayLike | None, positive: NDArray[np.bool_]) -> NDA
     """
     if weights is None:
         return np.ones(positive.size)
-    values = np.asarray(weights, dtype=np.float64)
+    values = as_array(weights).astype(np.float64)
     if values.shape != positive.shape:
         raise UserError(f"{positive.size} labels but weights of shape {values.shape}; one each")
     if not np.isfinite(values).all() or (values < 0).any():
@@ -142,6 +168,15 @@ def check_keys(document: object, wanted: set[str], name: str) -> Mapping[str, An
             f"allowed: {', '.join(sorted(wanted))}"
         )
     return document
+
+
+def prior_shift(prior: float, served_prior: float) -> float:
+    """What log-odds at one share of positives gain where another is served; shares in (0, 1).
+
+    Saerens et al. (2002), doi 10.1162/089976602753284446: the difference of the priors' log-odds.
+    """
+    odds = np.array([prior / (1 - prior), served_prior / (1 - served_prior)])
+    return float(np.diff(np.log(odds))[0])
 
 
 def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:

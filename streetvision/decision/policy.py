@@ -40,6 +40,7 @@ from streetvision.decision.inputs import (
     check_number,
     check_prior,
     check_scores,
+    prior_shift,
     sigmoid,
 )
 from streetvision.decision.scrc import Control, Method, Unit, class_weights, guarantee_groups
@@ -97,14 +98,9 @@ class Policy:
             raise UserError(f"fit_on is {self.fit_on!r}; it must be one of {', '.join(FIT_ON)}")
 
     def calibrated_logit(self, logits: ArrayLike, prior: float | None = None) -> FloatArray:
-        """Return calibrated log-odds [N] at `prior` (the served one by default), threshold not in.
-
-        Saerens et al. (2002), doi 10.1162/089976602753284446: another prior moves the log-odds by
-        the difference of the priors' log-odds.
-        """
+        """Return calibrated log-odds [N] at `prior` (the served one by default), threshold not in."""
         prior = self.served_prior if prior is None else check_prior(prior, "prior")
-        shift = _log_odds(prior) - _log_odds(self.calibration_prior)
-        return self.calibrator(check_logits(logits)) + shift
+        return self.calibrator(check_logits(logits)) + prior_shift(self.calibration_prior, prior)
 
     def calibrated_probability(self, logits: ArrayLike, prior: float | None = None) -> FloatArray:
         """Return probabilities [N] at `prior` (the served one by default), threshold not in."""
@@ -169,9 +165,10 @@ def fit_policy(
     policy, report
         The report holds `n`, `n_groups`, `calibration_prior`, `served_prior`; `threshold`: the
         bagged MCC-optimal threshold of the calibrated probabilities at the served prior, its
-        interval (None below 5 groups, widened below 60: `bagged_median_threshold`) and `shifted`;
+        interval (None below 4.5 effective groups, widened below 60: `bagged_median_threshold`) and `shifted`;
         `metrics`: `before` (sigmoid of the logit) and `after` (calibrated out of group folds,
-        threshold not in), each at the `natural` and the `served` prior; a choice (auto,
+        threshold not in), each at the `natural` and the `served` prior, both moved from the former to the
+        latter, so that they differ by the calibrator alone; a choice (auto,
         multi_objective) is made anew in each fold, so that it does not flatter itself. `candidates`: of every
         calibrator `log_loss`, `brier` and `ece` out of group folds at the natural prior,
         `deployable`, and `deployed` for the one that the policy uses. `after` and `candidates` are
@@ -306,7 +303,10 @@ def _measure(
 def _before_and_after(
     logits: FloatArray, truth: NDArray[np.bool_], after: OutOfFold | None, served_prior: float
 ) -> dict[str, Any]:
-    """Return the metrics of the raw logits and of the calibrated ones, at both priors."""
+    """Return the metrics of the raw logits and of the calibrated ones, at both priors.
+
+    Both get the same shift to the served prior: most of what would else pass for the calibrator's gain.
+    """
     weights = prior_weights(truth, served_prior)
 
     def both(natural: FloatArray, served: FloatArray) -> dict[str, dict[str, float]]:
@@ -315,12 +315,13 @@ def _before_and_after(
             "served": _measure(truth, served, weights),
         }
 
-    raw = sigmoid(logits)
+    moved = logits + prior_shift(float(truth.mean()), served_prior)
+    before = both(sigmoid(logits), sigmoid(moved))
     if after is None:
-        return {"before": both(raw, raw), "after": None}
+        return {"before": before, "after": None}
     shift = _log_odds(served_prior) - after.prior_log_odds
     natural = sigmoid(after.log_odds)
-    return {"before": both(raw, raw), "after": both(natural, sigmoid(after.log_odds + shift))}
+    return {"before": before, "after": both(natural, sigmoid(after.log_odds + shift))}
 
 
 def _candidates(

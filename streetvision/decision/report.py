@@ -54,8 +54,9 @@ def calibration_metrics(
 ) -> dict[str, Any]:
     """Return the content of `metrics/calibrate.json`.
 
-    `before`, `after` and `candidates` (every calibrator at the natural prior) are out of group
-    folds; the latter two are left out where folds were impossible. `abstention` is there if the
+    `before` (the logits as they are) and `after` differ by the calibrator alone: both are moved from the
+    natural to the served prior. `after` and `candidates` (every calibrator at the natural prior) are out of
+    group folds, and left out where folds were impossible. `abstention` is there if the
     policy has one: `n`, `groups` and what is out of fold are then of the groups that it was fitted on.
     `hard_images` is there if the policy has a second pass: its band of logits, and the share that gets it.
     `groups` counts units of the kind `exchangeable_unit`.

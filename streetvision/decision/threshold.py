@@ -25,6 +25,7 @@ from streetvision.decision.inputs import (
     sigmoid,
 )
 from streetvision.errors import UserError
+from streetvision.evaluation.bootstrap import MIN_EFFECTIVE, Resting
 from streetvision.evaluation.metrics import count_metrics, mcc_from_counts
 from streetvision.processes import in_threads
 
@@ -32,7 +33,6 @@ FloatArray = NDArray[np.float64]
 
 CLASS_NAMES = ("None", "Roadwork")
 INTERVAL_LEVEL = 0.95
-MIN_GROUPS_FOR_INTERVAL = 5
 # MCCs this close are equal: they differ by rounding alone.
 MCC_TOLERANCE = 1e-12
 # Resamples are worked off in blocks of about this many numbers (2 MiB an array: larger ones leave the cache).
@@ -63,14 +63,16 @@ class ThresholdCurve:
 class BaggedThreshold:
     """The median MCC-optimal threshold over group-bootstrap resamples, and its 95 % interval.
 
-    `low` and `high` are None below 5 groups, where no interval can be trusted. `n_used` of the
-    `n_resamples` resamples held both classes; the others have no optimum and are left out.
+    `low` and `high` are None below 4.5 effective groups (of the class with fewer, see `Resting`), where no
+    interval can be trusted. `n_used` of the `n_resamples` resamples held both classes; the others have no
+    optimum and are left out.
     """
 
     median: float
     low: float | None
     high: float | None
     n_groups: int
+    effective_groups: float
     n_resamples: int
     n_used: int
 
@@ -199,7 +201,8 @@ def select_threshold_max_mcc(
     Parameters
     ----------
     logits
-        Positive against negative, finite, [N].
+        Log-odds of roadwork [N] or [N, 1], or logits [N, 2] of None and Roadwork, finite; a list, array or
+        tensor, as are labels and weights.
     labels
         0 or 1, both present, [N].
     n_thresholds
@@ -274,8 +277,9 @@ def bagged_median_threshold(
 
     The interval is Hesterberg's expanded percentile interval ("What Teachers Should Know About
     the Bootstrap", 2015): the percentiles widen by t quantiles over the G groups and by
-    sqrt(G / (G-1)). From 60 groups it is nearly the plain percentile interval, which is too
-    narrow below; below 5 groups no interval is given.
+    sqrt(G / (G-1)), where groups of unequal size count for as many of equal size as tell as much
+    (`Resting`). From 60 groups it is nearly the plain percentile interval, which is too narrow
+    below; below 4.5 no interval is given.
 
     Parameters
     ----------
@@ -325,12 +329,14 @@ def bagged_median_threshold(
     thresholds = np.concatenate(list(in_threads(optima, range(0, len(times), block))))
     low: float | None = None
     high: float | None = None
-    if n_groups >= MIN_GROUPS_FOR_INTERVAL:
-        t = stats.t.ppf((1 - INTERVAL_LEVEL) / 2, n_groups - 1)
-        tail = float(stats.norm.cdf(t * np.sqrt(n_groups / (n_groups - 1))))
+    images = np.bincount(codes * 2 + truth, minlength=2 * n_groups).reshape(n_groups, 2)
+    effective = Resting.of(images.astype(np.float64), prior).effective
+    if effective >= MIN_EFFECTIVE:
+        t = stats.t.ppf((1 - INTERVAL_LEVEL) / 2, effective - 1)
+        tail = float(stats.norm.cdf(t * np.sqrt(effective / (effective - 1))))
         low, high = (float(edge) for edge in np.quantile(thresholds, [tail, 1 - tail]))
     return BaggedThreshold(
-        float(np.median(thresholds)), low, high, n_groups, n_resamples, len(draws)
+        float(np.median(thresholds)), low, high, n_groups, effective, n_resamples, len(draws)
     )
 
 
@@ -397,6 +403,7 @@ def thresholds_document(
             "high": bagged.high,
             "level": INTERVAL_LEVEL,
             "n_groups": bagged.n_groups,
+            "effective_groups": bagged.effective_groups,
             "n_resamples": bagged.n_resamples,
             "n_used": bagged.n_used,
         },

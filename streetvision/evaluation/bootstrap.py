@@ -2,23 +2,30 @@
 
 Frames of one group are not independent. From 60 groups on, intervals are percentiles of a bootstrap
 over groups. With fewer those cover too rarely: then a jackknife with Student's t is used, and
-below 5 groups there is no interval. Both are widened by `degrees_of_freedom`: where few of the groups
-make most of the spread, the spread itself is known badly.
+below 5 groups there is no interval. Groups count by their size: these numbers are effective ones
+(`Resting`). Both kinds are widened where few groups make most of the spread (`spread`): resamples and
+jackknife alike see of a rare failure only whether it struck one of the large groups.
+
+A calibration error that is not debiased has no interval: on a finite sample it exceeds that of the model by
+the noise of its bins, so that no interval around it holds the model's. The debiased one has a jackknife's
+whatever the number of groups (resamples add the noise again), on the scale of its square, which may be
+negative and is unbiased. In simulation (`make bench ONLY=intervals`) it holds the true one in 94–100 %.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import (
     METRIC_NAMES,
     METRIC_RANGES,
+    PLAIN_ECE,
     PROBABILITY_METRICS,
     Floats,
     GroupTable,
@@ -27,13 +34,16 @@ from streetvision.evaluation.metrics import (
     check_prior,
     check_sample,
     count_metrics,
+    in_range,
 )
 
 MIN_GROUPS_BOOTSTRAP = 60
 MIN_GROUPS = 5
+MIN_EFFECTIVE = 4.5  # rounds to 5: groups are never quite equal
 MAX_EXACT_GROUPS = 12
 BOOTSTRAP = "group_bootstrap_percentile"
 JACKKNIFE = "group_jackknife_t"
+BIASED = "none: an ECE exceeds the model's by the noise of its bins; ece_debiased has an interval"
 # A bootstrap interval needs its metric to be defined in nearly all resamples.
 _MAX_UNDEFINED = 0.05
 _NO_VARIATION = 1e-12
@@ -42,12 +52,43 @@ _CHUNK_ELEMENTS = 1 << 20  # multiplicities held at once, 8 MiB: larger chunks l
 
 @dataclass(frozen=True)
 class Interval:
-    """A point estimate with its interval; `low` and `high` are None where `method` says why."""
+    """A point estimate with its interval; `low` and `high` are None where `method` says why.
+
+    `effective_groups` is how many groups of equal size would tell as much, see `Resting`.
+    """
 
     value: float
     low: float | None
     high: float | None
     method: str
+    effective_groups: float | None = None
+
+
+@dataclass(frozen=True)
+class Resting:
+    """The groups that a statistic rests on.
+
+    Attributes
+    ----------
+    share
+        [G] share that each group has in the statistic; adds up to 1.
+    effective
+        (Σ n)² / Σ n² over sizes n of the groups (Kish 1965): as many groups of equal size tell as much. Of a
+        statistic of two classes that of the class with fewer. 0 where a class is missing.
+    """
+
+    share: Floats
+    effective: float
+
+    @classmethod
+    def of(cls, images: Floats, prior: float | None = None) -> Resting:
+        """Of images [G, K] by group and class; two classes are weighed to `prior`, if one is given."""
+        totals = images.sum(axis=0)
+        if not totals.all():
+            return cls(np.full(len(images), 1 / len(images)), 0.0)
+        shares = images / totals  # [G, K]
+        weights = totals / totals.sum() if prior is None else np.array([1 - prior, prior])
+        return cls(shares @ weights, float(1 / (shares**2).sum(axis=0).max()))
 
 
 def check_groups(
@@ -86,9 +127,9 @@ def group_intervals(
 ) -> dict[str, Interval]:
     """Interval of each defined metric, re-weighted to the served prior in every resample of groups.
 
-    What decides between bootstrap, jackknife and no interval is the number of groups that a metric
-    rests on: recall and fnr on the groups with positives, fpr on those with negatives, metrics that
-    weigh both classes on the smaller of the two, and plain averages over images on all groups.
+    What decides between bootstrap, jackknife and no interval is the effective number of groups that a
+    metric rests on: recall and fnr on the groups with positives, fpr on those with negatives, metrics
+    that weigh both classes on the smaller of the two, and plain averages over images on all groups.
 
     Parameters
     ----------
@@ -109,7 +150,7 @@ def group_intervals(
 def statistic_intervals(
     evaluate: Callable[[Floats, Sequence[str]], dict[str, Floats]],
     n_groups: int,
-    resting: Mapping[str, int],
+    resting: Mapping[str, Resting],
     ranges: Mapping[str, tuple[float, float]],
     n_resamples: int = 2000,
     level: float = 0.95,
@@ -123,22 +164,29 @@ def statistic_intervals(
     evaluate
         From multiplicities [R, G] and names to statistics [R] by name; NaN where one is undefined.
     n_groups, resting
-        G, and by name how many of the groups a statistic rests on, which decides on the method.
+        G, and by name which of the groups a statistic rests on; how many decides on the method.
     ranges
         Attainable range by name.
     n_resamples, level, seed
         As in `group_intervals`.
     scales
-        By name the scale on which a jackknife interval is symmetric: identity, logit, log or atanh;
-        otherwise that of the metric of this name.
+        By name the scale on which a jackknife interval is symmetric: identity, logit, log, atanh, square
+        or none (no interval, see `BIASED`); otherwise that of the metric of this name.
     """
     if not 0 < level < 1 or n_resamples < 1:
         raise UserError(
             f"level must lie in (0, 1) and n_resamples be at least 1, got {level} and {n_resamples}"
         )
     names = list(resting)
-    boot = [m for m in names if resting[m] >= MIN_GROUPS_BOOTSTRAP]
-    jack = [m for m in names if MIN_GROUPS <= resting[m] < MIN_GROUPS_BOOTSTRAP]
+    scale_of = {m: _scale_of(m) if scales is None else scales[m] for m in names}
+    many = {m: resting[m].effective > MIN_GROUPS_BOOTSTRAP - 0.5 for m in names}
+    # Debiasing takes the sample's noise away, not that which a resample adds.
+    boot = [m for m in names if many[m] and scale_of[m] not in {"square", "none"}]
+    jack = [
+        m
+        for m in names
+        if m not in boot and resting[m].effective >= MIN_EFFECTIVE and scale_of[m] != "none"
+    ]
     blocks: list[Iterator[Floats]] = [iter([np.ones((1, n_groups))])]
     if boot or jack:
         blocks.append(_left_out(n_groups))
@@ -152,17 +200,24 @@ def statistic_intervals(
         left_out, samples = values[name][1 : n_groups + 1], values[name][n_groups + 1 :]
         if not np.isfinite(value):
             continue
-        if name in boot:
-            expanded = _expanded_level(level, left_out, resting[name])
-            intervals[name] = _percentile_interval(value, samples, expanded, ranges[name])
+        if scale_of[name] == "none":
+            found = Interval(value, None, None, BIASED)
+        elif name in boot:
+            found = _percentile_interval(
+                value, samples, left_out, resting[name], level, ranges[name]
+            )
         elif name in jack:
-            scale = _scale_of(name) if scales is None else scales[name]
-            intervals[name] = _jackknife_interval(
-                value, left_out, resting[name], level, ranges[name], scale
+            found = _jackknife_interval(
+                value, left_out, resting[name], level, ranges[name], scale_of[name]
             )
         else:
-            reason = f"none: rests on {resting[name]} groups, at least {MIN_GROUPS} are needed"
-            intervals[name] = Interval(value, None, None, reason)
+            found = Interval(value, None, None, too_few(resting[name]))
+        low, high = ranges[name]
+        intervals[name] = replace(
+            found,
+            value=min(max(value, low), high),
+            effective_groups=resting[name].effective,
+        )
     return intervals
 
 
@@ -197,7 +252,54 @@ def _together(blocks: Iterable[Floats], n_groups: int) -> Iterator[Floats]:
     yield np.concatenate(held)
 
 
-def degrees_of_freedom(left_out: Floats, n_groups: int) -> float:
+def too_few(resting: Resting) -> str:
+    """Why there is no interval, as `Interval.method` says it."""
+    held = int((resting.share > 0).sum())
+    return (
+        f"none: rests on {resting.effective:.1f} effective groups (of {held}), "
+        f"at least {MIN_EFFECTIVE} are needed"
+    )
+
+
+def spread(left_out: Floats, resting: Resting) -> tuple[float, float]:
+    """Standard error of a statistic and its degrees of freedom, from its values [G] without each group.
+
+    The error is the larger of two. The delete-one-group jackknife's (Tukey 1958) is blind to what the large
+    groups happen not to show: where one group in 25 fails and a few groups make most of the data, it is too
+    small whenever those few do not fail. The other takes the groups' contributions per image as drawn from
+    one law whatever the size, with variance τ² + ω² / n_i between and within groups of share n_i, both
+    fitted to the squared contributions by least squares, and adds up Σ n_i² (τ² + ω² / n_i): small groups
+    tell what large ones may do. Of groups of equal size both are the same.
+    """
+    n = len(left_out)
+    deviations = left_out - left_out.mean()
+    jackknife = (n - 1) / n * float((deviations**2).sum())
+    has = resting.share > 0
+    share = resting.share[has]
+    # Contributions per image; with (n - 1) / n this is the jackknife's variance where shares are equal.
+    squares = (deviations[has] * (1 - share) / share) ** 2 * n / (n - 1)
+    between, within = _non_negative_line(1 / share, squares)
+    modelled = float((share**2 * (between + within / share)).sum())
+    freedom = min(degrees_of_freedom(left_out, n), max(resting.effective - 1, 1.0))
+    return max(jackknife, modelled) ** 0.5, freedom
+
+
+def _non_negative_line(x: Floats, y: Floats) -> tuple[float, float]:
+    """Intercept and slope, both ≥ 0, of the least squares line through x > 0 and y ≥ 0, [N] each."""
+    centred = x - x.mean()
+    spread_of_x = float((centred**2).sum())
+    if spread_of_x <= _NO_VARIATION * float((x**2).sum()):
+        return float(y.mean()), 0.0
+    slope = float(centred @ y) / spread_of_x
+    intercept = float(y.mean() - slope * x.mean())
+    if slope < 0:
+        return float(y.mean()), 0.0
+    if intercept < 0:
+        return 0.0, float(x @ y / (x @ x))
+    return intercept, slope
+
+
+def degrees_of_freedom(left_out: Floats, n_groups: float) -> float:
     """Of the variance of a statistic that rests on `n_groups` groups, G - 1 where they contribute normally.
 
     The variance of a sample variance is σ⁴ (κ / G + 2 / (G - 1)), κ the excess kurtosis of what the
@@ -317,19 +419,24 @@ def _intervals(
     metrics: Sequence[str],
 ) -> dict[str, Interval]:
     """Intervals of one table's metrics, or of the second's minus the first's."""
-    has = tables[0].sums[:, :, 0] > 0  # [G, 2]
+    images = tables[0].sums[:, :, 0]  # [G, 2]
     one = len(tables) == 1
     differences = {name: (low - high, high - low) for name, (low, high) in METRIC_RANGES.items()}
     return statistic_intervals(
         lambda multiplicities, names: _evaluate(tables, multiplicities, served_prior, names),
-        len(has),
-        {metric: _n_groups_of(metric, has, served_prior) for metric in metrics},
+        len(images),
+        {metric: resting_of(metric, images, served_prior) for metric in metrics},
         METRIC_RANGES if one else differences,
         n_resamples,
         level,
         seed,
-        None if one else dict.fromkeys(metrics, "identity"),
+        None if one else {m: difference_scale(m) for m in metrics},
     )
+
+
+def difference_scale(metric: str) -> str:
+    """Scale of the interval of a difference of two models, as in `statistic_intervals`."""
+    return "none" if metric in PLAIN_ECE else "identity"
 
 
 def _evaluate(
@@ -339,69 +446,74 @@ def _evaluate(
     metrics: Sequence[str],
 ) -> dict[str, Floats]:
     values = [all_metrics_batch(t, multiplicities, served_prior, metrics) for t in tables]
-    return values[0] if len(values) == 1 else {m: values[1][m] - values[0][m] for m in metrics}
+    if len(values) == 1:
+        return values[0]
+    return {m: in_range(m, values[1][m]) - in_range(m, values[0][m]) for m in metrics}
 
 
-def _n_groups_of(metric: str, has: NDArray[np.bool_], served_prior: float | None) -> int:
-    """Count the groups that a metric rests on, given which [G, 2] hold negatives and positives."""
-    n_negative, n_positive = (int(n) for n in has.sum(axis=0))
+def resting_of(metric: str, images: Floats, served_prior: float | None) -> Resting:
+    """The groups that a metric rests on, of images [G, 2] by group and class."""
     if metric in {"recall", "fnr"}:
-        return n_positive
+        return Resting.of(images[:, 1:])
     if metric == "fpr":
-        return n_negative
+        return Resting.of(images[:, :1])
     averages = {"accuracy", *PROBABILITY_METRICS}
     if served_prior is None and metric in averages:
-        return len(has)
-    return min(n_negative, n_positive)
+        return Resting.of(images.sum(axis=1, keepdims=True))
+    return Resting.of(images, served_prior)
 
 
-def _expanded_level(level: float, left_out: Floats, n_groups: int) -> float:
-    """Nominal level at which a percentile interval covers `level`.
+def _percentile_interval(
+    value: float,
+    samples: Floats,
+    left_out: Floats,
+    resting: Resting,
+    level: float,
+    bounds: tuple[float, float],
+) -> Interval:
+    """Expanded percentiles of resamples [R], moved apart by what they do not see of a rare failure.
 
     Percentiles lack Student's t and the factor G / (G - 1) of a sample's variance; the expanded percentile
     interval has both (Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
     """
     from scipy.special import ndtr, stdtrit
 
-    reach = stdtrit(degrees_of_freedom(left_out, n_groups), (1 + level) / 2)
-    return float(2 * ndtr(reach * np.sqrt(n_groups / (n_groups - 1))) - 1)
-
-
-def _percentile_interval(
-    value: float, samples: Floats, level: float, bounds: tuple[float, float]
-) -> Interval:
     defined = samples[np.isfinite(samples)]
-    if len(defined) < (1 - _MAX_UNDEFINED) * len(samples):
+    if len(defined) < (1 - _MAX_UNDEFINED) * len(samples) or not np.isfinite(left_out).all():
         return Interval(value, None, None, "none: undefined in too many resamples")
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    if high - low < _NO_VARIATION:
+    n = len(left_out)
+    error, freedom = spread(left_out, resting)
+    reach = stdtrit(freedom, (1 + level) / 2) * np.sqrt(n / (n - 1))
+    ends = np.quantile(defined, [ndtr(-reach), ndtr(reach)])
+    if ends[1] - ends[0] < _NO_VARIATION or error < _NO_VARIATION:
         return Interval(value, None, None, "none: no variation between groups")
+    seen = np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+    low, high = value + (ends - value) * error / seen
     return _clipped(value, low, high, bounds, BOOTSTRAP)
 
 
 def _jackknife_interval(
     value: float,
     samples: Floats,
-    n_groups: int,
+    resting: Resting,
     level: float,
     bounds: tuple[float, float],
     scale: str,
 ) -> Interval:
-    """t-interval from delete-one-group values [G] (Tukey 1958), symmetric on the given scale."""
+    """t-interval from delete-one-group values [G], symmetric on the given scale."""
     from scipy.special import stdtrit
 
     if not np.isfinite(samples).all():
         return Interval(value, None, None, "none: undefined without one of the groups")
     # At the end of its range a transformed value is infinite; there the plain scale has to do.
     inner = (samples > bounds[0]).all() and (samples < bounds[1]).all()
-    if scale == "identity" or not inner or not bounds[0] < value < bounds[1]:
+    if scale != "square" and not (inner and bounds[0] < value < bounds[1]):
         scale = "identity"
     centre, values = (_transform(np.asarray(x), scale) for x in (value, samples))
-    n = len(values)
-    error = np.sqrt((n - 1) / n * ((values - values.mean()) ** 2).sum())
+    error, freedom = spread(values, resting)
     if error < _NO_VARIATION:
         return Interval(value, None, None, "none: no variation between groups")
-    reach = stdtrit(degrees_of_freedom(values, n_groups), (1 + level) / 2) * error
+    reach = stdtrit(freedom, (1 + level) / 2) * error
     low, high = (_restore(x, scale) for x in (centre - reach, centre + reach))
     return _clipped(value, float(low), float(high), bounds, JACKKNIFE)
 
@@ -417,8 +529,9 @@ def _scale_of(metric: str) -> str:
         return "atanh"
     if metric in {"brier", "log_loss"}:
         return "log"
-    # An ECE is a sum of absolute values near 0: no transform is known to help.
-    return "identity" if metric in PROBABILITY_METRICS else "logit"
+    if metric in PLAIN_ECE:
+        return "none"
+    return "square" if metric == "ece_debiased" else "logit"
 
 
 def _transform(x: Floats, scale: str) -> Floats:
@@ -426,6 +539,8 @@ def _transform(x: Floats, scale: str) -> Floats:
         return np.arctanh(x)
     if scale == "log":
         return np.log(x)
+    if scale == "square":
+        return x * np.abs(x)
     return np.log(x) - np.log1p(-x) if scale == "logit" else x
 
 
@@ -434,4 +549,6 @@ def _restore(x: Floats, scale: str) -> Floats:
         return np.tanh(x)
     if scale == "log":
         return np.exp(x)
+    if scale == "square":
+        return np.sign(x) * np.sqrt(np.abs(x))
     return 1 / (1 + np.exp(-x)) if scale == "logit" else x

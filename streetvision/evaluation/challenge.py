@@ -16,6 +16,7 @@ from streetvision.data.store import Split
 from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import (
     Interval,
+    Resting,
     check_groups,
     statistic_intervals,
 )
@@ -139,7 +140,8 @@ def challenge_report(
 
     Metrics are at the served prior; each class is a mixture of the levels by `challenge.level_shares` and of
     the sources by `challenge.source_shares` (`source_weights`).
-    The reward's mean and standard deviation are of one challenge, with full windows. Intervals count groups.
+    The reward's mean and standard deviation are of one challenge, with full windows. Intervals count groups;
+    `effective_groups` tells how many of equal size would tell as much (see `bootstrap.Resting`).
     """
     from streetvision.evaluation import plots
 
@@ -179,6 +181,10 @@ def challenge_report(
         ),
         "n": n,
         "n_groups": int(index.max()) + 1,
+        "effective_groups": {
+            "negatives": overall["fpr"].effective_groups,
+            "positives": overall["fnr"].effective_groups,
+        },
         "repeats": repeats,
         "challenges_scored": int(probabilities.size),
         "image_side_px": SIDE,
@@ -229,7 +235,7 @@ def _overall(
     """
     n_groups = int(index.max()) + 1
     key = index * 2 + labels
-    images = np.bincount(key, weights, minlength=n_groups * 2).reshape(n_groups, 2)
+    images: Floats = np.bincount(key, weights, n_groups * 2).reshape(n_groups, 2).astype(np.float64)
     # How often each image is called roadwork, over levels and repeats.
     often = (probabilities > 0.5).mean(axis=2) @ shares
     called = np.bincount(key, often * weights, minlength=n_groups * 2).reshape(n_groups, 2)
@@ -249,9 +255,8 @@ def _overall(
         counts["mcc"] = np.where(defined, counts["mcc"], np.nan)
         return {name: reward if name == "reward" else counts[name] for name in names}
 
-    n_negative, n_positive = (int(n) for n in (images > 0).sum(axis=0))
-    resting = dict.fromkeys(_RANGES, min(n_negative, n_positive))
-    resting |= {"fnr": n_positive, "fpr": n_negative}
+    resting = dict.fromkeys(_RANGES, Resting.of(images, served_prior))
+    resting |= {"fnr": Resting.of(images[:, 1:]), "fpr": Resting.of(images[:, :1])}
     return statistic_intervals(evaluate, n_groups, resting, _RANGES, n_resamples, seed=seed)
 
 

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streetvision.evaluation.bootstrap import (
-    MIN_GROUPS,
+    MIN_EFFECTIVE,
     Interval,
     delete_one,
+    difference_scale,
+    spread,
     statistic_intervals,
 )
 from streetvision.evaluation.metrics import (
@@ -27,6 +29,7 @@ from streetvision.evaluation.metrics import (
     Integers,
     all_metrics,
     all_metrics_batch,
+    in_range,
     prior_weights,
 )
 from streetvision.evaluation.paired import (
@@ -54,7 +57,7 @@ HIGHER_IS_BETTER = frozenset({"mcc", "accuracy", REWARD})
 _RANGES = METRIC_RANGES | {REWARD: (0.0, 1.0)}
 # On which scale the jackknife interval of one side's value is symmetric; as `group_intervals` has it.
 _SCALES = dict.fromkeys(METRICS, "logit") | {
-    "mcc": "atanh", "log_loss": "log", "ece": "identity", "ece_debiased": "identity"
+    "mcc": "atanh", "log_loss": "log", "ece": "none", "ece_debiased": "square"
 }  # fmt: skip
 Evaluate = Callable[[Floats, Sequence[str]], dict[str, Floats]]
 
@@ -66,7 +69,7 @@ class Difference:
     Attributes
     ----------
     standard_error
-        Of the difference, by the delete-one-group jackknife; None where that is undefined or 0.
+        Of the difference, by `bootstrap.spread`; None where there is no interval.
     groups_needed, images_needed
         Test size at which a true difference like this one is seen with 80 % power, images a group as here;
         None where there is no difference or no standard error.
@@ -97,8 +100,8 @@ class SliceDifference:
     """MCC of both sides on a part of the test set.
 
     `p_value` is that of `same_mcc_p` and `p_holm` the same after Holm's correction over all slices
-    that have one: a slice needs both classes, each in at least 5 groups. `base`, `head` and `delta` are
-    None where a class is missing.
+    that have one: a slice needs both classes, each in at least 4.5 effective groups. `base`, `head` and
+    `delta` are None where a class is missing.
     """
 
     name: str
@@ -134,8 +137,9 @@ class Comparison:
 
     Attributes
     ----------
-    n, n_positive, n_groups, served_prior
-        Size of what was compared, and the share of roadwork that metrics are re-weighted to.
+    n, n_positive, n_groups, effective_groups, served_prior
+        Size of what was compared (`bootstrap.Resting`), and the share of roadwork that metrics are
+        re-weighted to.
     differences
         By metric, in the order of `METRICS`; a metric that is undefined for the sample is left out.
     same_mcc_p
@@ -152,6 +156,7 @@ class Comparison:
     n: int
     n_positive: int
     n_groups: int
+    effective_groups: float
     served_prior: float
     differences: dict[str, Difference]
     same_mcc_p: float
@@ -207,6 +212,7 @@ def compare_predictions(
         n=len(y),
         n_positive=int(y.sum()),
         n_groups=int(index.max()) + 1,
+        effective_groups=resting_groups(y, index, served_prior).effective,
         served_prior=float(served_prior),
         differences=_differences(y, a, b, index, served_prior, n_resamples, seed),
         same_mcc_p=same_mcc_p(y, a, b, index, served_prior, n_resamples, seed),
@@ -244,10 +250,9 @@ def difference_intervals(
     """95 % intervals of head's metrics minus base's; one that is undefined for the sample is left out.
 
     In simulation (`make bench ONLY=comparison`, each figure ± 0.7) they cover the true difference of MCC,
-    accuracy, log loss and reward in 94.2 to 96.6 % from 60 groups on and in 93.4 to 97.0 % with 8 to 45.
-    An ECE grows with the noise of its bins, so images show more than the true one where the images of a
-    group err together: its interval is about what a test set of this size expects (96 to 99 %). It held the
-    true difference in 94.0 to 98.1 %, debiased or not.
+    accuracy, log loss and reward in 95.0 to 97.8 % from 60 groups on and in 95.0 to 99.3 % with 8 to 45.
+    The plain ECE has none: it grows with the noise of its bins. The debiased one's held the true
+    difference in 95.4 to 99.3 %.
 
     Parameters
     ----------
@@ -259,7 +264,7 @@ def difference_intervals(
         Names of `METRICS`.
     """
     evaluate = _evaluator(labels, base, head, groups, served_prior, metrics)
-    return _intervals(evaluate, metrics, labels, groups, n_resamples, seed)
+    return _intervals(evaluate, metrics, labels, groups, served_prior, n_resamples, seed)
 
 
 def _evaluator(
@@ -286,7 +291,9 @@ def _evaluator(
             if REWARD in wanted:
                 found[REWARD] = expected_reward(1 - found["fnr"], found["fpr"], served_prior)
             values |= {f"{side}.{m}": found[m] for m in metrics}
-        values |= {m: values[f"head.{m}"] - values[f"base.{m}"] for m in metrics}
+        for m in metrics:
+            base, head = (values[f"{side}.{m}"] for side in tables)
+            values[m] = head - base if m == REWARD else in_range(m, head) - in_range(m, base)
         return {name: values[name] for name in names}
 
     return evaluate
@@ -297,6 +304,7 @@ def _intervals(
     names: Sequence[str],
     labels: Integers,
     index: Integers,
+    served_prior: float,
     n_resamples: int,
     seed: int,
 ) -> dict[str, Interval]:
@@ -306,8 +314,8 @@ def _intervals(
         side, _, metric = name.rpartition(".")
         low, high = _RANGES[metric]
         ranges[name] = (low, high) if side else (low - high, high - low)
-        scales[name] = _SCALES[metric] if side else "identity"
-    resting = resting_groups(labels, index)
+        scales[name] = _SCALES[metric] if side else difference_scale(metric)
+    resting = resting_groups(labels, index, served_prior)
     return statistic_intervals(
         evaluate, int(index.max()) + 1, dict.fromkeys(names, resting), ranges, n_resamples,
         LEVEL, seed, scales,
@@ -326,16 +334,16 @@ def _differences(
     n_groups = int(index.max()) + 1
     evaluate = _evaluator(labels, a, b, index, served_prior, METRICS)
     names = [f"{side}{metric}" for side in ("", "base.", "head.") for metric in METRICS]
-    intervals = _intervals(evaluate, names, labels, index, n_resamples, seed)
+    intervals = _intervals(evaluate, names, labels, index, served_prior, n_resamples, seed)
+    resting = resting_groups(labels, index, served_prior)
     left_out = delete_one(evaluate, n_groups, METRICS)
     found = {}
     for metric in METRICS:
         if metric not in intervals:
             continue
         delta = intervals[metric]
-        values = left_out[metric]
-        error = float(np.sqrt((n_groups - 1) / n_groups * ((values - values.mean()) ** 2).sum()))
-        known = error if math.isfinite(error) and error > 0 and n_groups >= MIN_GROUPS else None
+        error, _ = spread(left_out[metric], resting)
+        known = error if math.isfinite(error) and error > 0 and delta.low is not None else None
         needed = groups_needed(delta.value, known, n_groups)
         found[metric] = Difference(
             metric, intervals[f"base.{metric}"], intervals[f"head.{metric}"], delta, known, needed,
@@ -375,7 +383,7 @@ def _slices(
                 p_value = same_mcc_p(*pair, n_resamples, seed)
                 weights = prior_weights(y, served_prior)
                 base, head = (all_metrics(y, p[scored], weights)["mcc"] for p in (a, b))
-                if resting_groups(y, group) < MIN_GROUPS:
+                if resting_groups(y, group, served_prior).effective < MIN_EFFECTIVE:
                     p_value = None
             found.append(
                 SliceDifference(name, value, n, n_groups, base, head, delta, p_value, None)

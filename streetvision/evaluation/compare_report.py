@@ -17,7 +17,7 @@ NAMES = {
 }  # fmt: skip
 _METHODS = {
     BOOTSTRAP: "percentile bootstrap over groups (10,000 resamples, expanded by Student's t)",
-    JACKKNIFE: "delete-one-group jackknife with Student's t, as there are fewer than 60 groups",
+    JACKKNIFE: "delete-one-group jackknife with Student's t, as there are fewer than 60 effective groups",
 }
 Rows = Sequence[Sequence[str]]
 
@@ -49,7 +49,7 @@ def json_report(found: Review) -> dict[str, Any]:
             "base_images": matching.n_base, "head_images": matching.n_head,
             "common_images": matching.n_common, "label_conflicts": len(matching.conflicts),
             "compared_images": comparison.n, "positives": comparison.n_positive,
-            "groups": comparison.n_groups,
+            "groups": comparison.n_groups, "effective_groups": comparison.effective_groups,
         },
         "notes": {f"note_{number}": note for number, note in enumerate(found.notes, 1)},
         "metrics": {
@@ -154,8 +154,9 @@ def _report(
     parts = [
         heading(escape(f"{found.head} against {found.base}")),
         (
-            f"{comparison.n:,} test images in {comparison.n_groups:,} groups, {comparison.n_positive:,} with "
-            f"roadwork; metrics as if {100 * comparison.served_prior:g} % of the served images had it."
+            f"{comparison.n:,} test images in {comparison.n_groups:,} groups, which tell as much as "
+            f"{comparison.effective_groups:.1f} of equal size; {comparison.n_positive:,} with roadwork; "
+            f"metrics as if {100 * comparison.served_prior:g} % of the served images had it."
         ),
         *(f"Note: {escape(note)}." for note in found.notes),
         table(
@@ -163,8 +164,8 @@ def _report(
             metric_rows(comparison),
         ),
         (
-            f"Intervals: {_METHODS.get(mcc.method, mcc.method)}; those of ECE are about what a test set of "
-            "this size expects, noise of its bins included."
+            f"Intervals: {_METHODS.get(mcc.method, mcc.method)}. ECE has none: it exceeds the model's by the "
+            "noise of its bins."
         ),
         "\n".join(bullet + sentence for sentence in tests_text(found)),
     ]

@@ -23,6 +23,8 @@ LOG_LOSS_CLIP = 1e-7
 COUNT_METRICS = ("accuracy", "precision", "recall", "f1", "mcc", "fnr", "fpr")
 RANK_METRICS = ("roc_auc", "pr_auc")
 PROBABILITY_METRICS = ("ece", "ece_equal_mass", "ece_debiased", "brier", "log_loss")
+# Their value on a sample exceeds the model's, by the noise of the bins.
+PLAIN_ECE = ("ece", "ece_equal_mass")
 METRIC_NAMES = COUNT_METRICS + RANK_METRICS + PROBABILITY_METRICS
 # Attainable range of each metric that is not [0, 1].
 METRIC_RANGES = dict.fromkeys(METRIC_NAMES, (0.0, 1.0)) | {
@@ -161,7 +163,13 @@ def all_metrics(
     prior = _implied_prior(y, weights)
     table = GroupTable.build(y, p, np.zeros(len(y), dtype=np.int64), prior)
     values = all_metrics_batch(table, np.ones((1, 1)), prior)
-    return {name: float(v[0]) for name, v in values.items() if np.isfinite(v[0])}
+    return {name: float(in_range(name, v)[0]) for name, v in values.items() if np.isfinite(v[0])}
+
+
+def in_range(metric: str, values: Floats) -> Floats:
+    """A metric's values [R] of `all_metrics_batch`, in its range: a debiased ECE is 0 where negative."""
+    clipped: Floats = np.clip(values, *METRIC_RANGES[metric])
+    return clipped
 
 
 @dataclass(frozen=True)
@@ -225,6 +233,9 @@ def all_metrics_batch(
     metrics: Sequence[str] = METRIC_NAMES,
 ) -> dict[str, Floats]:
     """Metrics [R] of R resamples; NaN where a metric is undefined for a resample.
+
+    The square of a debiased ECE may be negative, by chance or by clustered images; so then is the
+    `ece_debiased` given here, the signed root, which `all_metrics` has as 0.
 
     Parameters
     ----------
@@ -385,7 +396,7 @@ def _probability_metrics(raw: Floats, weighted: Floats, weights: Floats) -> dict
 
 
 def _debiased_error(raw: Floats, weighted: Floats, weights: Floats) -> Floats:
-    """Root of the debiased squared error, see `all_metrics`, from sums [R, 2, 2 * bins]."""
+    """Signed root of the debiased squared error, see `all_metrics`, from sums [R, 2, 2 * bins]."""
     n = _of_both(raw[:, :, :N_BINS])
     mass = _of_both(weighted[:, :, :N_BINS])
     safe = np.where(mass > 0, mass, 1.0)
@@ -396,7 +407,9 @@ def _debiased_error(raw: Floats, weighted: Floats, weights: Floats) -> Floats:
     spread = squares[:, 1] * (1 - share) ** 2 + squares[:, 0] * share**2
     variance = spread / safe**2 * n / np.maximum(n - 1, 1)
     terms = np.where(n >= 2, mass * ((mean - share) ** 2 - variance), 0.0)
-    return np.sqrt(np.maximum(_ratio(terms.sum(axis=1), mass.sum(axis=1)), 0.0))
+    square = _ratio(terms.sum(axis=1), mass.sum(axis=1))
+    root: Floats = np.sign(square) * np.sqrt(np.abs(square))
+    return root
 
 
 def _rank_metrics(table: GroupTable, multiplicities: Floats, weights: Floats) -> dict[str, Floats]:

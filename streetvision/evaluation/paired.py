@@ -18,11 +18,18 @@ from numpy.typing import ArrayLike
 from streetvision.evaluation.bootstrap import (
     MIN_GROUPS,
     Interval,
+    Resting,
     check_groups,
-    degrees_of_freedom,
     group_sign_flip_test,
+    spread,
 )
-from streetvision.evaluation.metrics import Floats, Integers, check_sample, mcc_from_counts
+from streetvision.evaluation.metrics import (
+    N_BINS,
+    Floats,
+    Integers,
+    check_sample,
+    mcc_from_counts,
+)
 from streetvision.evaluation.reward import reward_moments
 
 LEVEL, POWER = 0.95, 0.8
@@ -31,9 +38,11 @@ FISHER_Z = "fisher_z_iid"
 _NODES = 40  # of the reward's interpolation, along each rate
 
 
-def resting_groups(labels: Integers, index: Integers) -> int:
-    """Groups that a re-weighted metric rests on: those with positives or with negatives, the fewer."""
-    return min(len(np.unique(index[labels == label])) for label in (0, 1))
+def resting_groups(labels: Integers, index: Integers, served_prior: float) -> Resting:
+    """The groups that a metric rests on, re-weighted to a prior in (0, 1), of group index [N] in 0..G-1."""
+    n_groups = int(index.max()) + 1
+    images = np.bincount(index * 2 + labels, minlength=2 * n_groups).reshape(n_groups, 2)
+    return Resting.of(images.astype(np.float64), served_prior)
 
 
 def groups_needed(distance: float, standard_error: float | None, n_groups: int) -> int | None:
@@ -47,6 +56,26 @@ def groups_needed(distance: float, standard_error: float | None, n_groups: int) 
     normal = NormalDist()
     reach = normal.inv_cdf((1 + LEVEL) / 2) + normal.inv_cdf(POWER)
     return max(MIN_GROUPS, math.ceil(n_groups * (reach * standard_error / distance) ** 2))
+
+
+def groups_needed_for_ece(limit: float, ece: float, high: float, n_groups: int) -> int | None:
+    """Groups with which a debiased ECE's two-sided 95 % interval excludes a limit, with 80 % power.
+
+    `ece` is what `n_groups` groups show and `high` the upper end of its interval. Its square over B bins has
+    the variance (2 V² + 4 V ece²) / B, V the variance of a bin's share of positives, which falls as groups are
+    added: of a calibrated model the error shrinks with their number, not with its root. V here follows from the
+    interval, V that suffices from the distance to the limit. None at the limit.
+    """
+    normal = NormalDist()
+    distance = ece**2 - limit**2
+    error = (high**2 - ece**2) / normal.inv_cdf((1 + LEVEL) / 2)
+    if not distance or error <= 0:
+        return None
+    wanted = abs(distance) / (normal.inv_cdf((1 + LEVEL) / 2) + normal.inv_cdf(POWER))
+    here, sufficient = (
+        math.sqrt(ece**4 + N_BINS * each**2 / 2) - ece**2 for each in (error, wanted)
+    )
+    return max(MIN_GROUPS, math.ceil(n_groups * here / sufficient))
 
 
 def same_mcc_p(
@@ -93,9 +122,9 @@ def _jackknife_p(
     """Two-sided p-value that is at most 5 % where the jackknife interval of `bootstrap` excludes 0."""
     from scipy.special import stdtr
 
-    n_groups, resting = int(groups.max()) + 1, resting_groups(labels, groups)
-    if resting < 2:
-        return 1.0  # a class is only in one group: no spread to judge by
+    n_groups, resting = int(groups.max()) + 1, resting_groups(labels, groups, served_prior)
+    if resting.effective < 2:
+        return 1.0  # nearly all of a class is in one group: no spread to judge by
     key = groups * 2 + labels
     counts = np.array(
         [np.bincount(key, x, 2 * n_groups) for x in (np.ones(len(key)), base > 0.5, head > 0.5)]
@@ -109,10 +138,10 @@ def _jackknife_p(
         values.append(mcc_from_counts(tp=tpr, fp=odds * fpr, tn=odds * (1 - fpr), fn=1 - tpr))
     differences = values[1] - values[0]
     delta, left_out = differences[0], differences[1:]
-    error = math.sqrt((n_groups - 1) * np.var(left_out))
+    error, freedom = spread(left_out, resting)
     if error <= _NO_VARIATION:
         return 1.0
-    return 2 * float(stdtr(degrees_of_freedom(left_out, resting), -abs(delta) / error))
+    return 2 * float(stdtr(freedom, -abs(delta) / error))
 
 
 def holm(p_values: ArrayLike) -> Floats:

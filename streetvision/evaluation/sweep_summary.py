@@ -30,6 +30,7 @@ from streetvision.experiments import TEST_METRICS, Run
 Floats = NDArray[np.float64]
 CHOOSE_BY = "metrics/train.json:val_select.mcc"
 REPORTED = "metrics/evaluation.json:mcc"
+SPLIT_SEED = "data.split_seed"
 LOWEST_IS_BEST = (
     "loss",
     "log_loss",
@@ -85,6 +86,8 @@ class Summary:
     paired : every configuration has the same seeds, so what a seed does to all of them is no noise
     noise : standard deviation of one run around its configuration; None as above
     reported : the best configuration's `REPORTED`; None unless all its experiments evaluated it
+    splits : number of different splits; with several, images of one's VAL_TEST chose another, so that
+        nothing is reported
     """
 
     metric: str
@@ -95,6 +98,7 @@ class Summary:
     noise: float | None
     optimism: float | None
     reported: Score | None
+    splits: int = 1
 
     @property
     def best(self) -> Configuration:
@@ -166,9 +170,12 @@ def summarise(
         and is_number(run.metrics.get(REPORTED))
         and REPORTED.partition(":")[0] not in run.outdated
     ]
+    # The split of runs from before `data.split_seed` followed `seed`.
+    splits = len({key_of(run.params.get(SPLIT_SEED, run.params.get("seed"))) for run in used})
+    known = len(reported) == len(best) and splits == 1
     return Summary(
         name, highest, seeds, configurations, paired, noise, optimism,
-        Score.of(reported) if len(reported) == len(best) else None,
+        Score.of(reported) if known else None, splits,
     )  # fmt: skip
 
 
@@ -304,7 +311,12 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
             f"corrected for having been the best of {n}: {summary.corrected:.4f} "
             f"(optimism {summary.optimism:.4f}; noise {how} {summary.noise:.4f})"
         )
-    if summary.reported is None:
+    if summary.splits > 1:
+        lines.append(
+            f"VAL_TEST of the best is not shown: the experiments have {summary.splits} splits ({SPLIT_SEED}), "
+            "so that images of one's VAL_TEST chose another; sweep over seed alone"
+        )
+    elif summary.reported is None:
         lines.append(
             f"VAL_TEST of the best is not known, as `evaluate` did not run in {shown(best.experiments[0])}: "
             f"dvc exp apply {shown(shlex.quote(best.experiments[0]))} && dvc repro"

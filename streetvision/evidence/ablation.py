@@ -19,6 +19,7 @@ from streetvision.evidence.ablation_runs import (
     AUTO,
     BASES,
     FUSED,
+    MOVED,
     STAGES,
     VIEWS,
     Job,
@@ -188,8 +189,9 @@ def _decisions(network: Candidate, jobs: tuple[Job, ...], lines: Lines) -> list[
             for name in dict.fromkeys((params.decision.calibrator, AUTO))
         )  # fmt: skip
 
-    # What was carried so far, as the runs with views have it.
-    bare = replace(fusion.carried, jobs=jobs, names={"val_calib": base, "val_test": base})
+    # What was carried so far, as the runs with views have it, at the served prior.
+    names = dict.fromkeys(("val_calib", "val_test"), f"{base}/{MOVED}")
+    bare = replace(fusion.carried, jobs=jobs, names=names)
     calibrated, deployed = (rules(stage) for stage in STAGES)
     calibration = judge("calibration", "val_calib", "log_loss", bare, calibrated, lines)
     best = 0 if calibration.best is None else calibration.best

@@ -29,13 +29,14 @@ Written by `{command}` from one line a run (the `.jsonl` beside this file) and t
 no number here is typed by hand. Each rung is laid over what was carried before it. Networks and fusion are \
 chosen on VAL_SELECT, calibration and threshold on VAL_CALIB out of folds of groups, always on images \
 distorted as the validator does (what is served), by MCC at p > 0.5 or, for calibration, by log loss, where \
-less is better. A rung is carried on if its best variant gains more than the standard error of that gain; \
+less is better (before and after both moved to the served prior). A rung is carried on if its best variant \
+gains more than the standard error of that gain; \
 otherwise it is shown, and the next rung is laid over what was there before. The deployed rule includes its \
 calibrator. VAL_TEST was opened for the baseline and for the best variant of each rung alone. All numbers are \
 at the served prior; ± is the standard deviation over the seeds; intervals, 95 %, are of the mean over the \
 seeds and count groups and seeds (crossed; delete-one-group jackknife and t over the seeds, in quadrature); \
-none below 5 groups. A run's seconds are those of adapting, training and, from fusion on, of scoring and \
-fitting the views besides. {machine}."""
+none below 4.5 effective groups. A run's seconds are those of adapting, training and, from fusion on, of \
+scoring and fitting the views besides. {machine}."""
 _SIZES = """\
 {train.backbone}, input {train.height_px} × {train.width_px}, {train.epochs} epochs, batches of \
 {train.batch_size}; each distorted image in {repeats} version{plural}. {seeds} seeds. {parts}."""

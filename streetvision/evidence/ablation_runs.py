@@ -40,6 +40,8 @@ SINGLE, FUSED = "single", "fused"
 BASES = (SINGLE, FUSED)
 AUTO = "auto"
 STAGES = ("calibrated", "deployed")
+# Not calibrated, but moved to the served prior as what is calibrated: the rung differs by the map alone.
+MOVED = "moved"
 
 
 def rule(base: str, calibrator: str, stage: str) -> str:
@@ -206,6 +208,7 @@ def _decide(job: Job) -> Found:
     The rules are fitted on the single logit and on the fused one, since only all runs together tell
     whether fusion is carried on. On VAL_CALIB they are out of fold.
     """
+    from streetvision.decision.inputs import prior_shift
     from streetvision.models.classifier import load_classifier, pick_device
     from streetvision.models.fusion_training import LabelledViews, choose_fusion, learnt_scale
 
@@ -253,8 +256,13 @@ def _decide(job: Job) -> Found:
         },
     }
     moved = {}
+    shift = prior_shift(float(calib.labels.mean()), params.decision.served_prior)
     for base, logits in bases(calib).items():
-        log_odds["val_calib"][base] = shown(base, logits)
+        log_odds["val_calib"][f"{base}/{MOVED}"] = shown(base, logits) + shift
+        log_odds["val_test"] |= {
+            f"{base}/{MOVED} {name}": shown(base, each[base]) + shift
+            for name, each in tests.items()
+        }
         for calibrator in dict.fromkeys((params.decision.calibrator, AUTO)):
             policy, held_out = _rules(logits, calib, calibrator, params)
             moved[f"{base}/{calibrator}"] = policy.threshold_shift != 0

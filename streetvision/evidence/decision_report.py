@@ -46,7 +46,8 @@ CONDITION_NAMES = {
 _INTRODUCTION = """\
 Written by `{command}` from one line a run (the `.jsonl` beside this file); no number here is typed by hand. \
 A run takes `prepare`'s split with another seed, trains, embeds with views, chooses fusion on VAL_SELECT and \
-fits the policy on VAL_CALIB. VAL_TEST, at the served prior: *single view* is the uncalibrated probability of \
+fits the policy on VAL_CALIB. VAL_TEST, with every log-odds moved from VAL_CALIB's prior to the served one: \
+*single view* is the uncalibrated probability of \
 the global view, decided at 0.5; *fused* the same of the fused logit; *calibrated* and *deployed* by the \
 default calibrator, threshold at 0.5 and moved where its interval excludes 0.5; the last two rows with the \
 calibrator of the lowest out-of-fold log loss. ± is the standard deviation over the seeds; intervals, 95 %, \
@@ -61,7 +62,9 @@ fitted on, too, with logits of heads that did not see the group. Pooled decision
 {groups} groups, not distorted; ± over the quarters; Δ with the decisions of all of them together. Rules \
 without training have the bias and scale that they would have learnt, the single view is as it is. `auto` \
 chose {chosen}. *Reference*: balanced logistic regression on the global view's features beside the mean of \
-the tiles', fitted on the same images as the head. *All*: the head and the reference fitted on all other \
+the tiles', fitted on the same images as the head. Only what **auto** gains was chosen without a look at these \
+groups; \
+Holm's p corrects the fusions' for being so many. *All*: the head and the reference fitted on all other \
 groups, VAL_SELECT's too; the gain of the one over the other is {gain_all}."""
 
 
@@ -181,7 +184,7 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
     from streetvision.decision.inputs import sigmoid
     from streetvision.evaluation.bootstrap import paired_group_interval
     from streetvision.evaluation.metrics import all_metrics
-    from streetvision.evaluation.paired import same_mcc_p
+    from streetvision.evaluation.paired import holm, same_mcc_p
 
     quarters = sorted({line["number"] for line in lines})
 
@@ -199,13 +202,14 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
 
     labels, groups = pool("labels"), pool("groups")
     single = sigmoid(pool("logits", "single"))
-    rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "same MCC: p"]]
+    rows = [["fusion", "MCC", "ROC AUC", "log loss", "Δ MCC, paired", "same MCC: p", "Holm"]]
+    p_values: dict[str, float] = {}
 
-    def gain(before: NDArray[Any], after: NDArray[Any]) -> tuple[str, str]:
+    def gain(before: NDArray[Any], after: NDArray[Any]) -> tuple[str, float]:
         # An image counts once a quarter, and its group stays one group.
         pair = (labels.ravel(), before.ravel(), after.ravel(), groups.ravel())
         apart = as_dict(paired_group_interval(*pair, n_resamples=N_RESAMPLES, seed=seed))
-        return interval(apart, "+"), f"{same_mcc_p(*pair, float(labels.mean()), seed=seed):.3f}"
+        return interval(apart, "+"), same_mcc_p(*pair, float(labels.mean()), seed=seed)
 
     for mode in (*MODES, AUTO, *REFERENCES):
         fused = sigmoid(pool("logits", mode))
@@ -214,9 +218,17 @@ def held_out_text(lines: Sequence[Line], seed: int) -> list[str]:
             Spread.of([each[name] for each in found]).text()
             for name in ("mcc", "roc_auc", "log_loss")
         ]
-        gains = ("", "") if mode == "single" else gain(single, fused)
+        gains = ["", ""]
+        if mode != "single":
+            text, p_values[mode] = gain(single, fused)
+            gains = [text, f"{p_values[mode]:.3f}"]
         marks = (dict.fromkeys(REFERENCES, "*") | {AUTO: "**"}).get(mode, "")
-        rows.append([f"{marks}{mode}{marks}", *cells, *gains])
+        rows.append([f"{marks}{mode}{marks}", *cells, *gains, ""])
+    # The modes are as many looks at the same groups; what was chosen without them is one.
+    looks = [mode for mode in MODES if mode in p_values]
+    adjusted = dict(zip(looks, holm([p_values[mode] for mode in looks]).tolist(), strict=True))
+    for row in rows[1:]:
+        row[-1] = f"{adjusted[row[0]]:.3f}" if row[0] in adjusted else ""
     gain_all, _ = gain(*(sigmoid(pool("logits", name)) for name in (SINGLE_ALL, REFERENCE_ALL)))
     names = [line["chosen"] for line in lines]
     chosen = ", ".join(f"{name} {names.count(name)} times" for name in sorted(set(names)))

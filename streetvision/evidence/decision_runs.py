@@ -152,12 +152,18 @@ def decide(
     test: LabelledViews,
     params: Params,
 ) -> dict[str, Any]:
-    """Fit the policy on fused VAL_CALIB logits, by the default calibrator and by `auto`; report all steps."""
-    from streetvision.decision.inputs import sigmoid
+    """Fit the policy on fused VAL_CALIB logits, by the default calibrator and by `auto`; report all steps.
+
+    All of them, the uncalibrated ones, too, are moved from VAL_CALIB's prior to the served one.
+    """
+    from streetvision.decision.inputs import prior_shift, sigmoid
     from streetvision.decision.policy import fit_rule
 
     decision = params.decision
-    probabilities = {"single": sigmoid(test.scores.logits[:, 0]), "fused": sigmoid(test_logits)}
+    moved = prior_shift(float(calib.labels.mean()), decision.served_prior)
+    probabilities = {
+        "single": sigmoid(test.scores.logits[:, 0] + moved), "fused": sigmoid(test_logits + moved)
+    }  # fmt: skip
     found: dict[str, Any] = {"out_of_fold": {}, "calibrator": {}, "threshold_shift": {}}
     for name, suffix in ((decision.calibrator, ""), (AUTO, f"_{AUTO}")):
         arguments = (decision.served_prior, decision.n_resamples, params.seed, name)
@@ -177,11 +183,17 @@ def decide(
 def _out_of_fold(
     logits: Floats, calib: LabelledViews, calibrator: str, params: Params
 ) -> dict[str, Any]:
-    """VAL_CALIB at the served prior, before and after a deployed rule that did not see the group."""
+    """VAL_CALIB at the served prior, before and after a deployed rule that did not see the group.
+
+    Both moved there from VAL_CALIB's own, so that they differ by the rule alone.
+    """
+    from streetvision.decision.inputs import prior_shift
+
     found = rule_out_of_fold(logits, calib.labels, calib.groups, calibrator, params)
     if found is None:
         return {}
-    return compare(calib.labels, calib.groups, logits, found[1], params)
+    moved = logits + prior_shift(float(calib.labels.mean()), params.decision.served_prior)
+    return compare(calib.labels, calib.groups, moved, found[1], params)
 
 
 def rule_out_of_fold(

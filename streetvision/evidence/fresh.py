@@ -123,7 +123,8 @@ _TEXT = """\
 
 Written by `{command}`; no number here is typed by hand. {n:,} scenes ({condition}, what its \
 policy was fitted on: `decision.fit_on: {fit_on}`) of {cities} cities that nobody has seen (seed {seed}), \
-{n_groups:,} groups, through the bundle `{bundle}`. At the served prior {served_prior:g}; 95 % intervals \
+{n_groups:,} groups, which tell as much as {effective:.1f} of equal size, \
+through the bundle `{bundle}`. At the served prior {served_prior:g}; 95 % intervals \
 count groups. The deployed log-odds are the calibrated ones \
 {shift:+.3f}, which moves the threshold that is best for MCC on VAL_CALIB to 0.5.
 
@@ -169,6 +170,7 @@ def write_report(found: dict[str, Any], out: Path, command: str) -> str:
         fit_on=found["condition"],
         cities=found["cities"], seed=found["seed"], n_groups=report["n_groups"],
         bundle=found["bundle_sha256"][:12], served_prior=report["served_prior"],
+        effective=min(report["effective_groups"].values()),
         shift=found["threshold_shift"], rows="\n".join(rows), bins=detail["bins"],
         floor=detail["noise_floor"], floor_upper=detail["noise_floor_upper"], high=high,
         target=ECE_TARGET, verdict="below" if high < ECE_TARGET else "not below",

@@ -14,7 +14,7 @@ import numpy as np
 
 from streetvision.artifacts import library_versions, write_bytes_atomic
 from streetvision.escaping import markdown, shortened
-from streetvision.evaluation.bootstrap import Interval, statistic_intervals
+from streetvision.evaluation.bootstrap import Interval, Resting, statistic_intervals
 from streetvision.evaluation.metrics import (
     METRIC_RANGES,
     Floats,
@@ -212,13 +212,12 @@ def test_intervals(
         found["gain"] = found["chosen"] - found["baseline"]
         return {name: found[name] for name in names}
 
-    has = tables["baseline"][0].sums[:, :, 0] > 0  # [G, 2]
-    resting = int(has.sum(axis=0).min())
+    images = tables["baseline"][0].sums[:, :, 0]  # [G, 2]
     low, high = METRIC_RANGES["mcc"]
     intervals = statistic_intervals(
         evaluate,
-        len(has),
-        dict.fromkeys(("baseline", "chosen", "gain"), resting),
+        len(images),
+        dict.fromkeys(("baseline", "chosen", "gain"), Resting.of(images)),
         {"baseline": (low, high), "chosen": (low, high), "gain": (low - high, high - low)},
         N_RESAMPLES,
         scales={"baseline": "atanh", "chosen": "atanh", "gain": "identity"},

@@ -1,20 +1,37 @@
-"""The augmentation gate: whether training with augmentation costs MCC on VAL_SELECT."""
+"""The augmentation gate: whether training with augmentation costs MCC on VAL_SELECT.
+
+Training on distorted images costs some MCC on images as they are and gains more on distorted ones: what is
+served has to decide, so both conditions are scored and `train.augmentation_gate_on` names the one that judges.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.data.challenge_images import challenge_images
+from streetvision.data.store import Split
+from streetvision.data.transforms import Preprocessing
+from streetvision.decision.inputs import sigmoid
 from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import check_groups, statistic_intervals
+from streetvision.evaluation.bootstrap import Resting, check_groups, statistic_intervals
 from streetvision.evaluation.metrics import Floats, GroupTable, all_metrics_batch
+from streetvision.models.classifier import RoadworkClassifier
+from streetvision.models.multiview import score_all_views
+from streetvision.params import Challenge, ViewGrid
 
 MARGIN = 0.03  # loss of MCC that is put up with
+REPEATS = 4  # distorted versions of each image of VAL_SELECT, levels mixed
+SCORE_BATCH = 64  # images a forward pass
 
+log = logging.getLogger(__name__)
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 
@@ -33,6 +50,71 @@ class GateResult:
     method: str
     seeds: tuple[int, ...]
     delta_std: float
+
+    def report(self) -> dict[str, Any]:
+        """The fields for `metrics/train.json`; what does not exist is no number to compare."""
+        found = asdict(self)
+        del found["seeds"]
+        return {
+            name: value
+            for name, value in found.items()
+            if value is not None and (name != "delta_std" or len(self.seeds) > 1)
+        }
+
+
+def distorted_probabilities(
+    model: RoadworkClassifier,
+    preprocessing: Preprocessing,
+    split: Split,
+    levels: Sequence[float],
+    seed: int,
+    device: torch.device,
+    workers: int,
+) -> NDArray[np.float64]:
+    """Probabilities of `REPEATS` distorted versions of each image, in the split's order.
+
+    `levels` are shares of the validator's four levels, of any sum. `seed` draws the distortions.
+    """
+    shares = np.array(levels, dtype=np.float64) / sum(levels)
+    challenge = Challenge(**{f"level_{level}": share for level, share in enumerate(shares)})
+    images = challenge_images(split, challenge, REPEATS, seed, workers)
+    grid = ViewGrid(grid=1, flip=False)
+    scores = score_all_views(model, preprocessing, images, grid, SCORE_BATCH, device)
+    return sigmoid(scores.logits[:, 0])
+
+
+def conditions_gate(
+    runs: Mapping[tuple[bool, int], Mapping[str, Sequence[float]]],
+    labels: NDArray[np.int64],
+    groups: NDArray[np.object_],
+    seeds: Sequence[int],
+) -> dict[str, GateResult]:
+    """Judge runs by (with augmentation, seed) on images as they are and on distorted ones.
+
+    A run has the probabilities of VAL_SELECT's images, labels and groups [N], by condition: `clean` [N] and
+    `challenge` [`REPEATS` N].
+    """
+    gates = {}
+    for condition, repeats in (("clean", 1), ("challenge", REPEATS)):
+        found = augmentation_gate(
+            partial(_probabilities, runs, condition), np.repeat(labels, repeats),
+            np.repeat(groups, repeats), seeds,
+        )  # fmt: skip
+        log.info(
+            "augmentation gate on %s images: %s (MCC %+.4f, %s)", condition, found.verdict, found.delta,
+            found.method if found.low is None else f"interval [{found.low:+.4f}, {found.high:+.4f}]",
+        )  # fmt: skip
+        gates[condition] = found
+    return gates
+
+
+def _probabilities(
+    runs: Mapping[tuple[bool, int], Mapping[str, Sequence[float]]],
+    condition: str,
+    augmented: bool,
+    seed: int,
+) -> NDArray[np.float64]:
+    return np.array(runs[augmented, seed][condition])
 
 
 def gate_verdict(low: float, high: float, margin: float = MARGIN) -> Verdict:
@@ -60,9 +142,9 @@ def augmentation_gate(
     Parameters
     ----------
     run
-        From (with augmentation, seed) to the probabilities [N] of VAL_SELECT.
+        From (with augmentation, seed) to the probabilities [N] of VAL_SELECT's images.
     labels, groups
-        [N] in {0, 1} and [N] of any sortable type, of VAL_SELECT.
+        [N] in {0, 1} and [N] of any sortable type, of these images.
     seeds
         At least one.
     margin
@@ -100,7 +182,7 @@ def augmentation_gate(
     found = statistic_intervals(
         lambda multiplicities, _: {"mcc": differences(multiplicities).mean(axis=0)},
         len(has),
-        {"mcc": int(has.sum(axis=0).min())},
+        {"mcc": Resting.of(pairs[0][0].sums[:, :, 0])},
         {"mcc": (-2.0, 2.0)},
         n_resamples,
         level,

@@ -6,17 +6,51 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.nn import functional
 
 from streetvision.errors import UserError
 from streetvision.params import Train
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Values = torch.Tensor | ArrayLike
+Loss = Callable[[Values, Values], torch.Tensor]
+
+
+def log_odds(logits: Values) -> torch.Tensor:
+    """Log-odds [B] of roadwork in float32 from a tensor, array or list of logits.
+
+    [B] or [B, 1] are log-odds; [B, 2] are logits of the classes None and Roadwork, whose softmax has the
+    log-odds of their difference. UserError for another shape.
+    """
+    values = torch.as_tensor(logits).float()
+    if values.ndim == 1:
+        return values
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values[:, 0]
+    if values.ndim == 2 and values.shape[1] == 2:
+        return values[:, 1] - values[:, 0]
+    raise UserError(
+        f"logits have shape {tuple(values.shape)}; [B], [B, 1] or [B, 2] (None, Roadwork) is needed"
+    )
+
+
+def _pair(logits: Values, targets: Values) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-odds [B] and targets [B] of one batch, on one device."""
+    odds = log_odds(logits)
+    wanted = torch.as_tensor(targets).to(odds.device).float()
+    if wanted.ndim == 2 and wanted.shape[1] == 1:
+        wanted = wanted[:, 0]
+    if wanted.shape != odds.shape:
+        raise UserError(
+            f"{len(odds)} logits but targets of shape {tuple(wanted.shape)}; one each, [B] in [0, 1]"
+        )
+    return odds, wanted
 
 
 def make_loss(train: Train, labels: NDArray[np.int64]) -> Loss:
-    """Loss that `train` describes, from logits [B] and targets [B] in [0, 1] to a float32 scalar.
+    """Loss that `train` describes, from logits and targets [B] in [0, 1] to a float32 scalar.
+
+    Logits are tensors, arrays or lists as `log_odds` takes them; so are targets, [B] or [B, 1].
 
     Targets are smoothed first, to t (1 - s) + s / 2. `ce` is the binary cross entropy; `weighted_ce`
     weighs each class inversely to its frequency, so that the images' mean weight is 1; `focal` is
@@ -42,15 +76,16 @@ def make_loss(train: Train, labels: NDArray[np.int64]) -> Loss:
     weights = balanced_weights(labels) if train.loss == "weighted_ce" else train.focal_alpha
     negative_weight, positive_weight = weights
 
-    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        smooth = targets.float() * (1 - smoothing) + smoothing / 2
-        return functional.binary_cross_entropy_with_logits(logits.float(), smooth)
+    def cross_entropy(logits: Values, targets: Values) -> torch.Tensor:
+        odds, wanted = _pair(logits, targets)
+        smooth = wanted * (1 - smoothing) + smoothing / 2
+        return functional.binary_cross_entropy_with_logits(odds, smooth)
 
-    def weighted(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = logits.float()
-        smooth = targets.float() * (1 - smoothing) + smoothing / 2
+    def weighted(logits: Values, targets: Values) -> torch.Tensor:
+        odds, wanted = _pair(logits, targets)
+        smooth = wanted * (1 - smoothing) + smoothing / 2
         # -log p and -log(1 - p). Powers of p are exponentials of these: stable, with finite gradients.
-        positive, negative = functional.softplus(-logits), functional.softplus(logits)
+        positive, negative = functional.softplus(-odds), functional.softplus(odds)
         losses = (
             positive_weight * smooth * torch.exp(-gamma * negative) * positive
             + negative_weight * (1 - smooth) * torch.exp(-gamma * positive) * negative

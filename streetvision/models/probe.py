@@ -101,6 +101,7 @@ def probe_report(
             "mcc": gain.value,
             **({"low": gain.low, "high": gain.high} if gain.low is not None else {}),
             "interval_method": gain.method,
+            "effective_groups": gain.effective_groups,
             "same_mcc_p": same_mcc_p(
                 labels, before, after, groups, float(labels.mean()), seed=seed
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from streetvision.models.frozen import (
     features_of,
     head_alone,
 )
-from streetvision.models.gate import augmentation_gate
+from streetvision.models.gate import conditions_gate, distorted_probabilities
 from streetvision.models.loop import CHECKPOINT, LoopSettings, describe, precision, run_loop
 from streetvision.models.peft import merge_adapters
 from streetvision.models.selection import (
@@ -112,8 +112,9 @@ def train_classifier(
 ) -> TrainingResult:
     """Build and fit the classifier; with `train.augmentation_gate`, without augmentation if that is better.
 
-    The gate trains with and without what `PLAIN` turns off, for as many seeds; its runs keep their results
-    in sub-folders of `scratch`, and the run that is wanted in the end goes on from its own.
+    The gate trains with and without what `PLAIN` turns off, for as many seeds, and judges by VAL_SELECT's
+    images as `train.augmentation_gate_on` has them; its runs keep their results in sub-folders of `scratch`,
+    and the run that is wanted in the end goes on from its own.
 
     Raises
     ------
@@ -140,31 +141,35 @@ def train_classifier(
     def folder(augmented: bool, number: int) -> Path:
         return scratch / f"{'with' if augmented else 'without'}-{number}"
 
-    def probabilities(augmented: bool, number: int) -> NDArray[np.float64]:
+    def score(augmented: bool, number: int) -> dict[str, list[float]]:
         own = folder(augmented, number)
         if not (own / "gate.json").exists():
             log.info("augmentation gate: %s", own.name)
             result = fit(augmented, number, own)
-            found = torch.from_numpy(result.select_logits).double().sigmoid()
+            device = pick_device(hardware.device)
+            distorted = distorted_probabilities(
+                result.model.to(device).eval(), result.config.preprocessing, select_split,
+                train.challenge_levels, seed, device, hardware.workers,
+            )  # fmt: skip
+            clean = torch.from_numpy(result.select_logits).double().sigmoid()
+            found = {"clean": clean.tolist(), "challenge": distorted.tolist()}
             if not main_process():
-                return found.numpy()
-            write_json_atomic(own / "gate.json", {"probabilities": found.tolist()})
+                return found
+            write_json_atomic(own / "gate.json", found)
             if number != seed:
                 (own / CHECKPOINT).unlink()
-        return np.array(json.loads((own / "gate.json").read_text())["probabilities"])
+        return dict(json.loads((own / "gate.json").read_text()))
 
     seeds = list(range(seed, seed + train.augmentation_gate))
-    gate = augmentation_gate(probabilities, select_split.labels, select_split.groups, seeds)
-    augmented = gate.verdict != "fail"
-    log.info(
-        "augmentation gate: %s (MCC %+.4f, %s)", gate.verdict, gate.delta,
-        gate.method if gate.low is None else f"interval [{gate.low:+.4f}, {gate.high:+.4f}]",
-    )  # fmt: skip
+    runs = {(augmented, number): score(augmented, number)
+            for number in seeds for augmented in (False, True)}  # fmt: skip
+    gates = conditions_gate(runs, select_split.labels, select_split.groups, seeds)
+    augmented = gates[train.augmentation_gate_on].verdict != "fail"
     result = fit(augmented, seed, folder(augmented, seed))
-    found = asdict(gate) | {"seeds": len(seeds), "augmented": augmented}
-    if len(seeds) == 1:
-        del found["delta_std"]  # of one seed there is none
-    result.metrics["gate"] = found
+    result.metrics["gate"] = {
+        "seeds": len(seeds), "judged_on": train.augmentation_gate_on, "augmented": augmented,
+        **{f"on_{condition}": gate.report() for condition, gate in gates.items()},
+    }  # fmt: skip
     return result
 
 

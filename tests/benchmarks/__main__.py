@@ -25,6 +25,7 @@ from tests.benchmarks.comparison import comparison
 from tests.benchmarks.data import prepare_memory
 from tests.benchmarks.gpu import gpu
 from tests.benchmarks.inference import inference, latency, shared
+from tests.benchmarks.intervals import intervals
 from tests.benchmarks.leakage import leakage
 from tests.benchmarks.limits import fuzz, limits, payloads
 from tests.benchmarks.pipeline import dvc, repro, startup
@@ -35,11 +36,11 @@ from tests.benchmarks.training import memory
 TABLES = {
     "calibrators": calibrators, "comparison": comparison, "inference": inference, "latency": latency,
     "memory": memory, "shared": shared, "gpu": gpu, "prepare_memory": prepare_memory,
-    "leakage": leakage, "limits": limits, "payloads": payloads, "fuzz": fuzz, "startup": startup, "dvc": dvc,
-    "repro": repro,
+    "intervals": intervals, "leakage": leakage, "limits": limits, "payloads": payloads, "fuzz": fuzz,
+    "startup": startup, "dvc": dvc, "repro": repro,
 }  # fmt: skip
 # Minutes of simulation each, about how right something is and not how fast.
-ON_REQUEST = ("calibrators", "comparison", "leakage")
+ON_REQUEST = ("calibrators", "comparison", "intervals", "leakage")
 RESULTS = Path(__file__).parent / "results.json"
 COLUMNS = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)", "to reach"]
 

@@ -35,8 +35,8 @@ from tests.benchmarks.runner import Table
 PRIOR = 0.5
 NULLS = ("exchangeable", "operating point", "correlation")
 BETTER = "better"
-METRICS = ("mcc", "accuracy", "log_loss", "reward", "ece", "ece_debiased")
-_COLUMNS = ("mcc", "accuracy", "log_loss", "ece", "ece_debiased", "fnr", "fpr")
+METRICS = ("mcc", "accuracy", "log_loss", "reward", "ece_debiased")
+_COLUMNS = ("mcc", "accuracy", "log_loss", "ece_debiased", "fnr", "fpr")
 REPEATS = 1000
 RESAMPLES = 500
 
@@ -104,11 +104,8 @@ class Rates:
         Share with p <= 0.05.
     given, fisher_covered
         Share with an interval of MCC; how often Fisher's z holds the truth.
-    covered, covered_mean
-        By metric the share of intervals that hold the true difference, and that hold the mean of what the
-        test sets show: an ECE expects more than its true value, so the two differ.
-    bias
-        By metric that mean less the true difference, in standard deviations of what the test sets show.
+    covered
+        By metric the share of intervals that hold the true difference.
     excluded, halfwidth
         Share whose interval of MCC excludes 0; its mean half width.
     """
@@ -118,8 +115,6 @@ class Rates:
     given: float
     fisher_covered: float
     covered: dict[str, float]
-    covered_mean: dict[str, float]
-    bias: dict[str, float]
     excluded: float
     halfwidth: float
 
@@ -136,7 +131,7 @@ def rates(
     rng = np.random.default_rng([seed, n_groups, (*NULLS, BETTER).index(world)])
     truth = true_differences(world)
     tests = np.empty((repeats, 4))  # p of ours, p of McNemar, bounds of Fisher's z
-    deltas = np.full((repeats, len(metrics), 3), np.nan)  # value, low, high
+    deltas = np.full((repeats, len(metrics), 2), np.nan)  # low, high
     for repeat in range(repeats):
         labels, base, head, groups = simulate(world, n_groups, rng)
         pair = (labels, base, head, groups, PRIOR)
@@ -146,19 +141,16 @@ def rates(
         bounds = (fisher.low, fisher.high) if fisher else (np.nan, np.nan)
         tests[repeat] = same_mcc_p(*pair, resamples, repeat), exact, *bounds
         found = difference_intervals(*pair, metrics, resamples, repeat)
-        deltas[repeat] = [(found[m].value, found[m].low, found[m].high) for m in metrics]
+        deltas[repeat] = [(found[m].low, found[m].high) for m in metrics]
     p, exact_p, fisher_low, fisher_high = tests.T
-    low, high = deltas[:, 0, 1:].T
+    low, high = deltas[:, 0].T
     given = np.isfinite(low)
-    covered, covered_mean, bias = {}, {}, {}
-    for place, metric in enumerate(metrics):
-        value, *ends = deltas[:, place].T
-        covered[metric] = _held(*ends, truth[metric])
-        covered_mean[metric] = _held(*ends, float(value.mean()))
-        bias[metric] = float((value.mean() - truth[metric]) / value.std())
+    covered = {
+        metric: _held(*deltas[:, place].T, truth[metric]) for place, metric in enumerate(metrics)
+    }
     return Rates(
         float((p <= 0.05).mean()), float((exact_p <= 0.05).mean()), float(given.mean()),
-        _held(fisher_low, fisher_high, truth["mcc"]), covered, covered_mean, bias,
+        _held(fisher_low, fisher_high, truth["mcc"]), covered,
         _mean((low > 0) | (high < 0), given), _mean((high - low) / 2, given),
     )  # fmt: skip
 
@@ -209,11 +201,7 @@ def comparison() -> list[Table]:
                 f"{found.covered['mcc']:.1%}", f"± {found.halfwidth:.3f}", f"{found.fisher_covered:.1%}",
             ])  # fmt: skip
             if all_of_them:
-                covers.append([
-                    f"{n_groups}", world, *(f"{found.covered[m]:.1%}" for m in metrics),
-                    *(f"{found.covered_mean[m]:.1%}" for m in metrics[-2:]),
-                    *(f"{found.bias[m]:+.2f}" for m in metrics[-2:]),
-                ])  # fmt: skip
+                covers.append([f"{n_groups}", world, *(f"{found.covered[m]:.1%}" for m in metrics)])
     title = f"{REPEATS:,} simulated test sets a row (so that 5 % and 95 % are ± {noise:.1f}), 20 images a group"
     return [
         Table(
@@ -224,10 +212,8 @@ def comparison() -> list[Table]:
             tests,
         ),
         Table(
-            f"{title}; how often a 95 % interval of a difference holds the true one or, of ECE, the mean of "
-            "what such test sets show, and how many standard deviations that mean is off",
-            ["groups", "world", *METRICS, *(f"mean of {m}" for m in METRICS[-2:]),
-             *(f"bias of {m}" for m in METRICS[-2:])],
+            f"{title}; how often a 95 % interval of a difference holds the true one",
+            ["groups", "world", *METRICS],
             covers,
         ),
         _speed(),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from streetvision.artifacts import json_text
+from stages.common import Stage
+from stages.prepare import prepare as stage_prepare
+from streetvision.artifacts import ArtifactSchema, json_text
 from streetvision.data.prepare import prepare_splits, prepare_whole
 from streetvision.data.schema import RAW_SCHEMA, SPLIT_SCHEMA, SPLITS
 from streetvision.errors import UserError
-from streetvision.params import Data
+from streetvision.params import Data, check_params
+from tests.pipeline.project import REPOSITORY
 
 SETTINGS = {"side_px": 24, "max_bad_fraction": 0.2}
 Row = dict[str, Any]
@@ -83,6 +87,24 @@ def prepare(
     options = {} if progress is None else {"progress": progress}
     data = Data(**{**SETTINGS, **settings})
     return prepare_splits(raw, paths, out / "quarantine.csv", scratch, data, 7, workers, **options)
+
+
+def test_the_stage_splits_by_the_splits_own_seed(tmp_path: Path) -> None:
+    rows = make_rows()
+
+    def run(name: str, **changes: Any) -> dict[str, bytes]:
+        paths = ArtifactSchema(tmp_path / name)
+        paths.root.mkdir()
+        shutil.copy(REPOSITORY / "dvc.yaml", paths.root)
+        write_raw(paths.raw, rows)
+        data = SETTINGS | {"split_seed": changes.pop("split_seed")}
+        document = {"data": data, "hardware": {"workers": 1}} | changes
+        stage_prepare(Stage("prepare", check_params(document, "test"), paths))
+        return {split: paths.split(split).read_bytes() for split in SPLITS}
+
+    first = run("first", seed=1, split_seed=7)
+    assert run("seed", seed=2, split_seed=7) == first
+    assert run("split", seed=1, split_seed=8) != first
 
 
 def read(out: Path, split: str) -> list[Row]:

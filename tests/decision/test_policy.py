@@ -162,7 +162,7 @@ def test_a_threshold_of_one_gives_a_finite_shift(monkeypatch: pytest.MonkeyPatch
 
     def certain(*arguments: Any) -> Any:
         result = bagged(*arguments)
-        return type(result)(1.0, 1.0, 1.0, result.n_groups, result.n_resamples, result.n_used)
+        return type(result)(1.0, 1.0, 1.0, result.n_groups, 9.0, result.n_resamples, result.n_used)
 
     monkeypatch.setattr(policy_module, "bagged_median_threshold", certain)
     policy, _ = fit_policy(*simulated(0, PRIOR, 20, 10), 0.5, 10, 0)
@@ -183,8 +183,9 @@ def test_report_is_out_of_fold_and_agrees_with_sklearn(
     weights = prior_weights(labels, 0.5)
     before, after = report["metrics"]["before"], report["metrics"]["after"]
     assert before["natural"]["log_loss"] == pytest.approx(log_loss(labels, expit(logits)), rel=1e-3)
+    shift = np.log(0.5 / 0.5) - np.log(labels.mean() / (1 - labels.mean()))
     assert before["served"]["brier"] == pytest.approx(
-        brier_score_loss(labels, expit(logits), sample_weight=weights)
+        brier_score_loss(labels, expit(logits + shift), sample_weight=weights)
     )
     for prior in ("natural", "served"):
         for name in ("log_loss", "brier", "ece"):
@@ -193,6 +194,21 @@ def test_report_is_out_of_fold_and_agrees_with_sklearn(
     assert in_sample < after["natural"]["log_loss"] < in_sample + 0.002
     assert (report["n"], report["n_groups"], report["n_folds"]) == (4000, 200, 5)
     assert report["calibration_prior"] == labels.mean()
+
+
+def test_a_calibrated_model_gains_nothing_by_the_shift_to_the_served_prior() -> None:
+    """Before and after differ by the calibrator alone: the shift, which both get, is no gain of its."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(1.5, 2, 6000)
+    labels = (rng.random(6000) < expit(logits)).astype(int)
+    _, report = fit_policy(logits, labels, np.arange(6000) // 20, 0.2, 50, 0)
+    before, after = report["metrics"]["before"], report["metrics"]["after"]
+    for prior in ("natural", "served"):
+        assert after[prior]["log_loss"] == pytest.approx(before[prior]["log_loss"], abs=0.002)
+        assert before[prior]["ece"] < 0.03
+    weights = prior_weights(labels, 0.2)
+    unshifted = log_loss(labels, expit(logits), sample_weight=weights)
+    assert unshifted > before["served"]["log_loss"] + 0.05
 
 
 def test_out_of_fold_means_whole_groups() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -92,6 +94,57 @@ def test_grid_counts_equal_brute_force_and_never_beat_the_exact_optimum(
         assert curve.tn[row] == (~decided & (labels == 0)).sum()
         assert curve.mcc[row] == pytest.approx(matthews_corrcoef(labels, decided), abs=1e-12)
     assert curve.mcc[curve.best_index] == curve.mcc.max() <= mcc + 1e-12
+
+
+def forms(logits: NDArray[np.float64]) -> dict[str, Any]:
+    """The same log-odds, as people have them."""
+    two = np.stack([3 - logits, 3 + 0 * logits], axis=1)
+    return {
+        "[N, 1]": logits[:, None],
+        "[N, 2]": two,
+        "list": logits.tolist(),
+        "list [N, 2]": two.tolist(),
+        "tensor": torch.from_numpy(logits),
+        "tensor [N, 2] with a gradient": torch.from_numpy(two).requires_grad_(),
+        "BF16": torch.from_numpy(logits).bfloat16(),
+    }
+
+
+def test_logits_of_two_classes_are_their_softmax() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    # Sixteenths, which BF16 holds exactly.
+    logits = np.clip(np.round(16 * (2 * labels - 1 + rng.normal(0, 1.5, 200))) / 16, -7, 7)
+    wanted = select_threshold_max_mcc(logits, labels)
+    # Independently: the softmax of two classes, thresholded at every value it takes.
+    two = forms(logits)["[N, 2]"]
+    p = np.exp(two[:, 1]) / np.exp(two).sum(axis=1)
+    best = max(matthews_corrcoef(labels, p > t) for t in np.append(0, np.unique(p)))
+    assert wanted[1] == pytest.approx(best)
+    for name, values in forms(logits).items():
+        for truth in (labels, labels.tolist(), torch.from_numpy(labels), labels[:, None]):
+            found = select_threshold_max_mcc(values, truth)
+            assert found[0] == pytest.approx(wanted[0], abs=1e-6), name
+            assert found[1:] == (pytest.approx(wanted[1]), pytest.approx(wanted[2])), name
+            curve = select_threshold_max_mcc(values, truth, 50, return_curve=True)[3]
+            assert len(curve.mcc) == 50
+        assert metrics_at_threshold(values, labels, wanted[0]) == pytest.approx(wanted[2])
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (np.zeros((4, 3)), r"logits have shape \(4, 3\); \[N\], \[N, 1\] or \[N, 2\]"),
+        (np.zeros((4, 2, 1)), r"logits have shape \(4, 2, 1\)"),
+        (0.5, r"logits have shape \(\)"),
+        ([["a", "b"]] * 4, "logits are of type <U1; numbers are needed"),
+        ([[1.0, 2.0], [1.0]], "rows of different lengths are no array"),
+        (np.full((4, 2), np.inf), "4 of 4 logits are not finite"),
+    ],
+)
+def test_other_logits_are_refused(logits: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        select_threshold_max_mcc(logits, [0, 1, 0, 1])
 
 
 def test_the_widest_optimal_plateau_wins_and_its_centre_is_returned() -> None:
@@ -252,7 +305,13 @@ def test_interval_is_withheld_below_five_groups_and_wider_with_few() -> None:
     assert few.low is None
     assert few.high is None
     assert not few.excludes(0.999)
+    # One group with most of the images is little more than one group.
+    large = bagged_median_threshold(logits, labels, np.where(groups < 50, 0, groups), 50, seed=0)
+    assert (large.low, large.n_groups) == (None, 15)
+    positives, negatives = (np.bincount(groups[labels == label]) for label in (1, 0))
+    wanted = min(n.sum() ** 2 / (n**2).sum() for n in (positives, negatives))
     many = bagged_median_threshold(logits, labels, groups, 4000, seed=0)
+    assert many.effective_groups == pytest.approx(wanted)
     assert many.low is not None
     assert many.high is not None
     assert many.low <= many.median <= many.high
@@ -311,7 +370,7 @@ def test_document_has_the_schema_and_is_finite_json() -> None:
     threshold, mcc, metrics, curve = select_threshold_max_mcc(
         logits, labels, 100, return_curve=True
     )
-    bagged = BaggedThreshold(0.4, None, None, 3, 10, 9)
+    bagged = BaggedThreshold(0.4, None, None, 3, 2.5, 10, 9)
     document = thresholds_document(threshold, metrics, curve, bagged, "val_calib")
     assert document["policy_type"] == "threshold"
     assert document["optimize_metric"] == "mcc"

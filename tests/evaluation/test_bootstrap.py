@@ -4,27 +4,33 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 
 from streetvision.errors import UserError
 from streetvision.evaluation import bootstrap
 from streetvision.evaluation.bootstrap import (
+    BIASED,
     BOOTSTRAP,
     JACKKNIFE,
+    Resting,
     degrees_of_freedom,
     group_intervals,
     group_sign_flip_test,
     paired_group_interval,
     resample_multiplicities,
+    spread,
 )
 from streetvision.evaluation.metrics import (
     METRIC_NAMES,
+    PLAIN_ECE,
     GroupTable,
     all_metrics,
     all_metrics_batch,
     mcc_from_counts,
     prior_weights,
 )
+from tests.benchmarks.intervals import WORLDS, ece_coverage, unequal_coverage
 
 # Their bins are cut at quantiles of the whole sample, which a loop over resamples cannot see.
 FIXED_BINS = {"ece_equal_mass", "ece_debiased"}
@@ -77,7 +83,8 @@ def test_fixed_bins_of_a_resample_equal_a_naive_loop():
                 share = m @ y / m.sum()
                 square += m.sum() / n * (error**2 - share * (1 - share) / (m.sum() - 1))
         assert fast["ece_equal_mass"][r] == pytest.approx(gap, abs=1e-12)
-        assert fast["ece_debiased"][r] == pytest.approx(np.sqrt(max(square, 0)), abs=1e-9)
+        root = np.sign(square) * np.sqrt(abs(square))
+        assert fast["ece_debiased"][r] == pytest.approx(root, abs=1e-9)
 
 
 def test_multiplicities_are_draws_with_replacement_whatever_the_block():
@@ -106,32 +113,99 @@ def test_intervals_are_the_same_in_blocks_of_a_few_rows(n_groups, monkeypatch):
     assert sum(rows) == 1 + n_groups + 150 * (n_groups == 90)
     assert max(rows) == 7
     assert pieces.keys() == whole.keys()
-    for name, interval in whole.items():
+    for name in set(whole) - set(PLAIN_ECE):
+        interval = whole[name]
         found = (pieces[name].value, pieces[name].low, pieces[name].high)
         assert found == pytest.approx((interval.value, interval.low, interval.high), abs=1e-12)
 
 
-def student_t(left_out, level=0.95):
-    """Reach in standard errors at Satterthwaite's degrees of freedom, with SciPy's unbiased kurtosis."""
+def freedom(left_out, effective):
+    """Satterthwaite's degrees of freedom, with SciPy's unbiased kurtosis; no more than the groups have."""
     n = len(left_out)
     excess = max(scipy.stats.kurtosis(left_out, bias=False), 0)
-    return scipy.stats.t.ppf((1 + level) / 2, 2 / (excess / n + 2 / (n - 1)))
+    return min(2 / (excess / n + 2 / (n - 1)), effective - 1)
+
+
+def standard_errors(left_out, sizes):
+    """Jackknife's, and that of contributions whose variance is τ² + ω² / n, by SciPy's NNLS."""
+    n, has = len(left_out), sizes > 0
+    jackknife = (n - 1) / n * sum((x - left_out.mean()) ** 2 for x in left_out)
+    share = sizes[has] / sizes.sum()
+    squares = [
+        ((x - left_out.mean()) * (1 - w) / w) ** 2 * n / (n - 1)
+        for x, w in zip(left_out[has], share, strict=True)
+    ]
+    design = np.stack([np.ones(len(share)), 1 / share], axis=1)
+    modelled = share**2 @ (design @ scipy.optimize.nnls(design, np.array(squares))[0])
+    return np.sqrt([jackknife, modelled])
+
+
+def of_metric(name, y, groups, prior):
+    """Images of a metric's classes by group [K times G], weighed to the prior, and the effective number."""
+    classes = {"recall": [1], "fnr": [1], "fpr": [0]}.get(name, [0, 1])
+    counts = [np.bincount(groups[y == c], minlength=groups.max() + 1) for c in classes]
+    effective = min(n.sum() ** 2 / (n**2).sum() for n in counts)
+    shares = [1.0] if len(classes) == 1 else [1 - prior, prior]
+    return sum(w * n / n.sum() for w, n in zip(shares, counts, strict=True)), effective
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_spread_is_the_larger_of_two_standard_errors(equal):
+    rng = np.random.default_rng(0)
+    differ = []
+    for _ in range(30):
+        sizes = np.full(40, 7.0) if equal else np.ceil(5 * (rng.pareto(1.5, 40) + 1))
+        errors = rng.normal(0, np.sqrt(0.05 + 2 / sizes))
+        total = sizes @ errors
+        left_out = (total - sizes * errors) / (sizes.sum() - sizes)
+        resting = Resting.of(sizes[:, None])
+        assert resting.effective == pytest.approx(sizes.sum() ** 2 / (sizes**2).sum())
+        wanted = standard_errors(left_out, sizes)
+        got = spread(left_out, resting)
+        assert got == pytest.approx((wanted.max(), freedom(left_out, resting.effective)))
+        differ.append(wanted[1] / wanted[0])
+    if equal:
+        np.testing.assert_allclose(differ, 1)
+    else:
+        assert min(differ) < 0.99
+        assert max(differ) > 1.01
+
+
+def test_effective_groups_are_those_of_the_class_with_fewer():
+    images = np.array([[8.0, 1.0], [8.0, 1.0], [0.0, 1.0]])
+    two = Resting.of(images, 0.25)
+    assert two.effective == pytest.approx(2)
+    np.testing.assert_allclose(two.share, [0.375 + 1 / 12, 0.375 + 1 / 12, 1 / 12])
+    np.testing.assert_allclose(Resting.of(images).share, [9 / 19, 9 / 19, 1 / 19])
+    assert Resting.of(images[:, 1:]).effective == pytest.approx(3)
+    assert Resting.of(images * [1, 0]).effective == 0
 
 
 def test_percentiles_of_the_resamples_are_the_interval():
-    """At the level at which percentiles have Student's t and the factor G / (G - 1) of a variance."""
-    y, p, groups = clustered(70, np.random.default_rng(1))
-    [rows] = resample_multiplicities(70, 500, np.random.default_rng(9))
+    """At the level at which percentiles have Student's t and the factor G / (G - 1) of a variance.
+
+    Then they are moved away from the value, by what the jackknife does not see.
+    """
+    y, p, groups = clustered(90, np.random.default_rng(1))
+    [rows] = resample_multiplicities(90, 500, np.random.default_rng(9))
     table = GroupTable.build(y, p, groups, 0.5)
     values = all_metrics_batch(table, rows, 0.5)
-    left_out = all_metrics_batch(table, 1 - np.eye(70), 0.5)
+    left_out = all_metrics_batch(table, 1 - np.eye(90), 0.5)
     got = group_intervals(y, p, groups, 0.5, n_resamples=500, level=0.9, seed=9)
-    for name in METRIC_NAMES:
-        tail = scipy.stats.norm.sf(student_t(left_out[name], 0.9) * np.sqrt(70 / 69))
+    factors = []
+    for name in set(METRIC_NAMES) - {*PLAIN_ECE, "ece_debiased"}:
+        sizes, effective = of_metric(name, y, groups, 0.5)
+        reach = scipy.stats.t.ppf(0.95, freedom(left_out[name], effective))
+        tail = scipy.stats.norm.sf(reach * np.sqrt(90 / 89))
         assert 0.02 < tail < 0.05
-        low, high = np.quantile(values[name], [tail, 1 - tail])
-        assert (got[name].low, got[name].high) == pytest.approx((low, high))
+        errors = standard_errors(left_out[name], sizes)
+        factors.append(errors.max() / errors[0])
+        ends = np.quantile(values[name], [tail, 1 - tail])
+        low, high = got[name].value + (ends - got[name].value) * factors[-1]
+        assert (got[name].low, got[name].high) == pytest.approx((low, min(high, 1)))
         assert got[name].method == BOOTSTRAP
+        assert got[name].effective_groups == pytest.approx(effective)
+    assert max(factors) > 1.05
     point = all_metrics(y, p, prior_weights(y, 0.5))
     assert {k: v.value for k, v in got.items()} == pytest.approx(point)
 
@@ -150,6 +224,62 @@ def test_degrees_of_freedom_are_those_of_the_variance():
     assert degrees_of_freedom(np.tile([-1.0, 1.0], 25), 50) == pytest.approx(49)
     assert degrees_of_freedom(np.array([0.0, 0.0, 9.0]), 3) == 2
     assert degrees_of_freedom(np.ones(9), 7) == 6
+
+
+@pytest.mark.parametrize(("n_groups", "exponent"), [(60, 1.2), (300, 1.2), (100, 2.0)])
+def test_intervals_hold_where_few_groups_are_large_and_some_fail(n_groups, exponent):
+    """Pareto sizes; the model fails in one group of 25, of which resamples of the large ones see nothing."""
+    for metric in ("mcc", "fnr"):
+        found = unequal_coverage(n_groups, exponent, 300, metric)
+        assert found.covered >= 0.885, metric  # of 300: 92 % less twice the standard error
+        assert found.given > 0.85
+
+
+def test_no_interval_where_few_groups_make_most_of_the_data():
+    y, p, groups = equal(70)
+    big = np.where(groups < 50, 0, groups)  # 21 groups, one of which has 70 % of the images
+    got = group_intervals(y, p, big, 0.5, 50)["mcc"]
+    assert (got.low, got.high) == (None, None)
+    assert got.effective_groups < 5
+    assert "rests on 1.9 effective groups (of 21), at least 4.5 are needed" in got.method
+
+
+@pytest.mark.parametrize("name", PLAIN_ECE)
+def test_a_plain_ece_has_no_interval(name):
+    """A calibrated model shows as much as the noise of the bins: no interval around that holds 0."""
+    y, p, groups = clustered(80, np.random.default_rng(0))
+    for prior in (None, 0.5):
+        got = group_intervals(y, p, groups, prior, 50, metrics=(name,))[name]
+        assert (got.low, got.high, got.method) == (None, None, BIASED)
+        assert got.value > 0
+    paired = paired_group_interval(y, p, p**2, groups, name)
+    assert (paired.low, paired.method) == (None, BIASED)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("n_groups", [40, 200])
+def test_the_interval_of_the_debiased_ece_holds_the_models(world, n_groups):
+    found, fails, _ = ece_coverage(world, 400, n_groups, 150)
+    assert found.given == 1
+    assert found.covered >= 0.9
+    if world == "calibrated":
+        assert fails == 0
+
+
+def test_the_interval_of_the_debiased_ece_is_a_jackknife_of_its_square():
+    y, p, groups = clustered(40, np.random.default_rng(6))
+    p = 0.5 + 0.7 * (p - 0.5)
+    table = GroupTable.build(y, p, groups, 0.5)
+    roots = all_metrics_batch(table, np.vstack([np.ones(40), 1 - np.eye(40)]), 0.5)["ece_debiased"]
+    squares = np.sign(roots) * roots**2
+    sizes, effective = of_metric("ece_debiased", y, groups, 0.5)
+    error = standard_errors(squares[1:], sizes).max()
+    reach = scipy.stats.t.ppf(0.975, freedom(squares[1:], effective)) * error
+    got = group_intervals(y, p, groups, 0.5)["ece_debiased"]
+    assert got.value == pytest.approx(np.sqrt(squares[0]))
+    ends = np.sqrt(np.maximum([squares[0] - reach, squares[0] + reach], 0))
+    assert (got.low, got.high) == pytest.approx(tuple(ends))
+    assert got.method == JACKKNIFE
 
 
 def coverage(n_groups, n_simulations, seed, iid=False, prior=0.5):
@@ -185,18 +315,31 @@ def test_iid_bootstrap_undercovers_clustered_data():
     ("n_groups", "method"), [(60, BOOTSTRAP), (59, JACKKNIFE), (5, JACKKNIFE), (4, None)]
 )
 def test_number_of_groups_decides_the_method(n_groups, method):
-    y, p, groups = clustered(n_groups, np.random.default_rng(4), size=20)
+    y, p, groups = equal(n_groups)
     for name, got in group_intervals(y, p, groups, 0.5, 50).items():
+        if name in PLAIN_ECE:
+            continue
         if method is None:
             assert (got.low, got.high) == (None, None), name
-            assert "4 groups" in got.method
+            assert "4.0 effective groups" in got.method
+        elif name == "ece_debiased":
+            assert (got.method, got.effective_groups) == (JACKKNIFE, pytest.approx(n_groups))
         else:
             assert got.method == method, name
             assert got.low < got.high, name
 
 
+def equal(n_groups, size=20):
+    """Groups of one size, half of whose images are positive."""
+    rng = np.random.default_rng(4)
+    groups = np.repeat(np.arange(n_groups), size)
+    y = np.arange(len(groups)) % 2
+    logit = (2 * y - 1) * rng.normal(1.5, 1, n_groups)[groups] + rng.normal(0, 1, len(y))
+    return y, 1 / (1 + np.exp(-logit)), groups
+
+
 def test_groups_without_positives_do_not_count_for_recall():
-    y, p, groups = clustered(70, np.random.default_rng(4))
+    y, p, groups = clustered(90, np.random.default_rng(4))
     y[groups >= 10] = 0
     served = group_intervals(y, p, groups, 0.5, 50)
     assert served["recall"].method == served["mcc"].method == JACKKNIFE
@@ -212,11 +355,9 @@ def test_jackknife_of_a_mean_is_the_t_interval():
     p = np.clip(y + rng.normal(0, 0.02, 50)[groups] - 0.3 * (2 * y - 1), 0, 1)
     got = group_intervals(y, p, groups, metrics=("brier",))["brier"]
     means = ((p - y) ** 2).reshape(50, 40).mean(axis=1)
-    reach = student_t(means) * scipy.stats.sem(means)
+    reach = scipy.stats.t.ppf(0.975, freedom(means, 50)) * scipy.stats.sem(means)
     expected = means.mean() - reach, means.mean() + reach
     assert (got.low, got.high) == pytest.approx(expected, rel=2e-3)
-    ece = group_intervals(y, p, groups, metrics=("ece",))["ece"]
-    assert ece.method == JACKKNIFE
 
 
 def test_perfect_predictions_get_no_pretended_certainty():
@@ -229,7 +370,7 @@ def test_perfect_predictions_get_no_pretended_certainty():
 
 
 def test_intervals_depend_on_the_seed_alone():
-    y, p, groups = clustered(70, np.random.default_rng(1))
+    y, p, groups = clustered(90, np.random.default_rng(1))
     names = np.array([f"drive-{g}" for g in groups])
     first = group_intervals(y, p, names, 0.5, 200, seed=3)
     assert first == group_intervals(y, p, names, 0.5, 200, seed=3)
@@ -280,6 +421,17 @@ def test_sign_flip_equals_exact_enumeration():
         b = clustered(7, np.random.default_rng(seed))[1]
         b = np.where(np.random.default_rng(seed).random(len(y)) < 0.3, 1 - a, b)
         assert group_sign_flip_test(y, a, b, groups) == slow_sign_flip(y, a, b, groups)
+
+
+@pytest.mark.parametrize("n_groups", [8, 12, 13, 40])
+def test_no_permutation_gives_a_p_of_0(n_groups):
+    """The observed swap is one of all, enumerated or drawn: the least p is 1 over their number."""
+    y = np.tile([0, 0, 1, 1], n_groups)
+    groups = np.repeat(np.arange(n_groups), 4)
+    wrong, right = np.full(len(y), 0.4), np.where(y == 1, 0.9, 0.1)
+    p = group_sign_flip_test(y, wrong, right, groups, 0.5, n_permutations=99)
+    # Of an enumeration the swap of all groups is as extreme as that of none.
+    assert p == (2 / 2**n_groups if n_groups <= 12 else 1 / 100)
 
 
 def test_sign_flip_at_the_class_share_equals_no_prior():

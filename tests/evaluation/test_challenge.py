@@ -137,7 +137,7 @@ def test_too_few_groups_give_no_interval() -> None:
     report = challenge_report(
         labels, p, index, ONE_SOURCE[: len(labels)], [0, 1, 2, 3], Challenge(**SMALL), 0.5, 3
     ).report
-    assert report["interval_method"].startswith("none: rests on 4 groups")
+    assert report["interval_method"].startswith("none: rests on 3.7 effective groups (of 4)")
     assert set(report["interval"]["mcc"]) == set()
     assert "low" not in report["reward"]
     json_text(report)

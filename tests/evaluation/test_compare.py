@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import BOOTSTRAP, JACKKNIFE, group_intervals
+from streetvision.evaluation.bootstrap import BIASED, BOOTSTRAP, JACKKNIFE, group_intervals, spread
 from streetvision.evaluation.compare import (
     METRICS,
     Comparison,
@@ -15,7 +15,7 @@ from streetvision.evaluation.compare import (
     difference_intervals,
 )
 from streetvision.evaluation.metrics import all_metrics, prior_weights
-from streetvision.evaluation.paired import groups_needed, same_mcc_p
+from streetvision.evaluation.paired import groups_needed, resting_groups, same_mcc_p
 from streetvision.evaluation.predictions import Predictions, joined_groups, parse_predictions
 from streetvision.evaluation.reward import reward_moments
 from tests.benchmarks.comparison import BETTER, NULLS, rates, simulate, true_differences
@@ -37,6 +37,14 @@ def rows(table: Predictions, chosen: object) -> Predictions:
     )
 
 
+def equal_groups(table: Predictions, n_groups: int) -> Predictions:
+    """The same predictions, dealt to groups of one size and one share of both classes."""
+    size = min((table.labels == label).sum() for label in (0, 1)) // n_groups
+    chosen = np.concatenate([np.flatnonzero(table.labels == i)[: size * n_groups] for i in (0, 1)])
+    names = np.tile(np.arange(n_groups).repeat(size), 2).astype(str)
+    return replace(rows(table, chosen), groups=names)
+
+
 def values(labels: np.ndarray, p: np.ndarray, prior: float) -> dict[str, float]:
     """The slow way to every metric."""
     found = all_metrics(labels, p, prior_weights(labels, prior))
@@ -55,15 +63,18 @@ def test_values_differences_and_standard_errors_are_those_of_the_images(prior: f
         kept = base.groups != group
         one, two = (values(t.labels[kept], t.probabilities[kept], prior) for t in (base, head))
         left_out.append([two[m] - one[m] for m in METRICS])
-    deviations = np.array(left_out) - np.mean(left_out, axis=0)
-    errors = np.sqrt(19 / 20 * (deviations**2).sum(axis=0))
+    index = np.unique(base.groups, return_inverse=True)[1]
+    resting = resting_groups(base.labels, index, prior)
+    errors = [spread(np.array(each), resting)[0] for each in zip(*left_out, strict=True)]
     for metric, error in zip(METRICS, errors, strict=True):
         each = found.differences[metric]
         assert each.base.value == pytest.approx(first[metric])
         assert each.head.value == pytest.approx(second[metric])
         assert each.delta.value == pytest.approx(second[metric] - first[metric])
+        if metric == "ece":
+            assert (each.standard_error, each.groups_needed) == (None, None)
         # Without a group, equal-mass bins would be cut elsewhere; ours stay.
-        if metric != "ece_debiased":
+        elif metric != "ece_debiased":
             assert each.standard_error == pytest.approx(error)
             assert each.groups_needed == groups_needed(each.delta.value, each.standard_error, 20)
 
@@ -74,7 +85,8 @@ def test_intervals_of_one_side_are_those_of_the_evaluation(n_groups: int) -> Non
     found = compare_predictions(base, head, PRIOR, n_resamples=400, seed=3)
     index = np.unique(head.groups, return_inverse=True)[1]
     alone = group_intervals(
-        head.labels, head.probabilities, index, PRIOR, 400, seed=3, metrics=("mcc", "ece", "log_loss", "fnr")
+        head.labels, head.probabilities, index, PRIOR, 400, seed=3,
+        metrics=("mcc", "ece", "ece_debiased", "log_loss", "fnr"),
     )  # fmt: skip
     for metric, interval in alone.items():
         each = found.differences[metric].head
@@ -102,10 +114,14 @@ def test_difference_intervals_are_those_of_the_comparison() -> None:
     ("n_groups", "method"), [(60, BOOTSTRAP), (59, JACKKNIFE), (5, JACKKNIFE), (4, None)]
 )
 def test_number_of_groups_decides_the_method(n_groups: int, method: str | None) -> None:
-    for each in compare_predictions(*tables(n_groups), PRIOR, n_resamples=200).differences.values():
-        if method is None:
+    sides = [equal_groups(each, n_groups) for each in tables(2 * n_groups)]
+    found = compare_predictions(*sides, PRIOR, n_resamples=200)
+    assert found.effective_groups == pytest.approx(n_groups)
+    for metric, each in found.differences.items():
+        if method is None or metric == "ece":
             assert each.delta.low is None
-            assert "4 groups" in each.delta.method
+            reason = BIASED if metric == "ece" else "none: rests on 4.0 effective groups (of 4)"
+            assert each.delta.method.startswith(reason)
             assert each.verdict == "not told apart"
         else:
             assert each.delta.method == method
@@ -121,6 +137,9 @@ def test_a_swap_of_the_sides_turns_every_sign() -> None:
     )
     for metric in METRICS:
         one, two = there.differences[metric].delta, back.differences[metric].delta
+        if metric == "ece":
+            assert (one.low, two.low) == (None, None)
+            continue
         assert (one.low, one.high) == pytest.approx((-two.high, -two.low))
         verdicts = {there.differences[metric].verdict, back.differences[metric].verdict}
         assert verdicts in ({"better", "worse"}, {"not told apart"})
@@ -322,11 +341,8 @@ def test_intervals_cover_a_true_difference_and_are_wider_with_few_groups() -> No
     for metric in COVERED[:4]:
         assert many.covered[metric] == pytest.approx(0.95, abs=0.015 + 2.5 * noise), metric
         assert few.covered[metric] >= 0.935 - 2.5 * noise, metric
-    # An ECE that images show is larger than the true one; its interval is about what they show.
-    for metric in COVERED[4:]:
-        assert many.covered_mean[metric] >= 0.935 - 2.5 * noise, metric
-        assert few.covered_mean[metric] >= 0.935 - 2.5 * noise, metric
-    assert few.bias["ece"] < -0.3
+    for found in (many, few):
+        assert found.covered["ece_debiased"] >= 0.935 - 2.5 * noise
     assert few.halfwidth > many.halfwidth * np.sqrt(80 / 12)
     assert rates(BETTER, 4, 50, seed=2, resamples=100).given == 0
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import matthews_corrcoef, roc_auc_score
 
+from streetvision.artifacts import ArtifactSchema
 from streetvision.bundle.predictor import Predictor
 from streetvision.data.store import Split, open_split
 from streetvision.errors import UserError
@@ -29,6 +31,7 @@ from streetvision.evaluation.evaluate import (
     write_evaluation,
 )
 from streetvision.evaluation.report import safe_key
+from streetvision.params import check_params
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -47,6 +50,42 @@ def predictor(trained: Trained) -> Predictor:
 @pytest.fixture(scope="module")
 def evaluation(predictor: Predictor, split: Split) -> Evaluation:
     return evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=7)
+
+
+def test_the_seed_is_that_of_the_resamples(
+    evaluation: Evaluation, predictor: Predictor, split: Split
+) -> None:
+    other = evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=8).report
+    noise = [each["ece_detail"].pop("noise_floor") for each in (deepcopy(evaluation.report), other)]
+    assert noise[0] != noise[1]
+    assert other["served"] == evaluation.report["served"]
+
+
+def test_the_stage_takes_the_seed_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All else of the stage is stubbed; `tests/pipeline` runs it whole."""
+    from stages import evaluate as stage_evaluate
+    from stages.common import Stage
+    from streetvision.bundle import predictor as predictors
+    from streetvision.data import store
+    from streetvision.evaluation import evaluate
+
+    asked = []
+
+    class AskedError(Exception):
+        pass
+
+    def record(*_: Any, **settings: Any) -> None:
+        asked.append(settings["seed"])
+        raise AskedError
+
+    monkeypatch.setattr(predictors.Predictor, "load", lambda *_: None)
+    monkeypatch.setattr(store, "open_split", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate_split", record)
+    for seed in (7, 11):
+        params = check_params({"seed": seed}, "test")
+        with pytest.raises(AskedError):
+            stage_evaluate.evaluate(Stage("evaluate", params, ArtifactSchema(Path())))
+    assert asked == [7, 11]
 
 
 def leaves(tree: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import Interval
+from streetvision.evaluation.bootstrap import Interval, group_intervals
 from streetvision.evaluation.compare import compare_predictions
 from streetvision.evaluation.gates import GateResult, judge, overall, read_timing
 from streetvision.evaluation.paired import groups_needed
@@ -102,10 +102,47 @@ def test_without_an_interval_nothing_passes_but_equal_decisions(found: Review) -
     [(0.05, "pass"), (0.0499, "inconclusive"), (0.01, "inconclusive"), (0.0099, "fail")],
 )
 def test_ece_is_judged_on_heads_interval(found: Review, limit: float, outcome: str) -> None:
-    changed = with_interval(found, "ece", "head", Interval(0.03, 0.01, 0.05, "x"))
+    changed = with_interval(found, "ece_debiased", "head", Interval(0.03, 0.01, 0.05, "x", 7.25))
     result = only(changed, max_ece=limit)
     assert result.outcome == outcome
-    assert "ECE 0.0300 [0.0100, 0.0500]" in result.reason
+    seen = "debiased ECE 0.0300 [0.0100, 0.0500] over 7.2 effective groups"
+    assert result.reason.startswith(seen)
+    assert ("would decide" in result.reason) == (outcome == "inconclusive")
+    none = with_interval(found, "ece_debiased", "head", Interval(0.0, None, None, "none: why"))
+    assert only(none, max_ece=limit).outcome == "inconclusive"
+
+
+def calibrated(n: int, rng: np.random.Generator) -> Interval:
+    """The debiased ECE that a perfectly calibrated model shows on n independent images."""
+    logits = rng.normal(0, 2, n)
+    p = 1 / (1 + np.exp(-logits))
+    labels = (rng.random(n) < p).astype(int)
+    return group_intervals(labels, p, np.arange(n), 0.5, metrics=["ece_debiased"])["ece_debiased"]
+
+
+def test_a_calibrated_model_does_not_fail_and_the_size_that_decides_does(found: Review) -> None:
+    """On 200 images; then on as many as the median gate named, most pass."""
+    rng = np.random.default_rng(0)
+
+    def judged(n: int, times: int) -> list[GateResult]:
+        sized = replace(found, comparison=replace(found.comparison, n=n, n_groups=n))
+        return [
+            only(with_interval(sized, "ece_debiased", "head", calibrated(n, rng)), max_ece=0.05)
+            for _ in range(times)
+        ]
+
+    small = judged(200, 300)
+    assert sum(each.outcome == "fail" for each in small) == 0
+    named = [
+        int(each.reason.partition("about ")[2].partition(" ")[0].replace(",", ""))
+        for each in small
+        if each.outcome == "inconclusive"
+    ]
+    assert len(named) > 250
+    needed = int(np.median(named))
+    assert 500 < needed < 4000
+    passed = np.mean([each.outcome == "pass" for each in judged(needed, 60)])
+    assert 0.6 <= passed <= 1
 
 
 def test_gates_that_are_off_are_not_judged(found: Review) -> None:

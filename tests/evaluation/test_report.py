@@ -9,6 +9,7 @@ import pytest
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import (
     METRIC_NAMES,
+    PLAIN_ECE,
     all_metrics,
     mcc_from_counts,
     prior_weights,
@@ -81,10 +82,21 @@ def test_headline_is_at_the_served_prior_and_natural_beside_it(full):
 def test_every_metric_has_an_interval_round_it(full):
     assert full["interval_method"] == "group_bootstrap_percentile"
     for kind in ("served", "natural"):
-        assert sorted(full[f"{kind}_interval"]) == sorted(METRIC_NAMES)
+        assert set(full[f"{kind}_interval"]) == set(METRIC_NAMES) - set(PLAIN_ECE)
         for name in ("mcc", "accuracy", "roc_auc", "brier"):
             interval = full[f"{kind}_interval"][name]
             assert interval["low"] < full[kind][name] < interval["high"]
+
+
+def test_effective_groups_are_those_of_each_class(full):
+    for label, name in enumerate(("negatives", "positives")):
+        sizes = np.bincount(GROUPS[label == Y], minlength=N_GROUPS)
+        wanted = sizes.sum() ** 2 / (sizes**2).sum()
+        assert full["effective_groups"][name] == pytest.approx(wanted)
+    one = report(groups=np.where(GROUPS < 60, 0, GROUPS))
+    assert one["effective_groups"]["positives"] < 2
+    assert one["served_interval"] == {}
+    assert "effective groups (of 21), at least 4.5 are needed" in one["interval_method"]
 
 
 def test_ece_comes_with_what_it_takes_to_read_it(full):
@@ -129,7 +141,7 @@ def test_slice_of_one_class_reports_what_exists():
 def test_too_few_groups_leave_out_intervals_and_say_why():
     got = report(groups=GROUPS % 4)
     assert got["served_interval"] == {}
-    assert "4 groups" in got["interval_method"]
+    assert "rests on 4.0 effective groups (of 4)" in got["interval_method"]
     assert report(groups=GROUPS % 30)["interval_method"] == "group_jackknife_t"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from streetvision.evaluation.review_plots import plot_parallel_coordinates
 from streetvision.evaluation.sweep_summary import (
     CHOOSE_BY,
     REPORTED,
+    SPLIT_SEED,
     Summary,
     columns,
     document,
@@ -32,7 +34,7 @@ GAIN = "metrics/cvfm.json:gain.log_loss"
 
 
 def run(name: str, metrics: Mapping[str, Any], outdated: str = "", **params: Any) -> Run:
-    given = {"seed": 7, "hardware.workers": 1, "train.epochs": 3} | {
+    given = {"seed": 7, SPLIT_SEED: 7, "hardware.workers": 1, "train.epochs": 3} | {
         key.replace("__", "."): value for key, value in params.items()
     }
     return Run(name, name * 8, given, metrics, frozenset(outdated.split()))
@@ -126,6 +128,26 @@ def test_one_seed_cannot_be_corrected() -> None:
     summary = summarise(grid({(0.1, 1): 0.7, (0.2, 1): 0.6}))
     assert summary.optimism is summary.noise is summary.corrected is None
     assert "no configuration was run with two seeds" in render(summary)
+
+
+def test_val_test_is_not_shown_over_several_splits() -> None:
+    """Images of one split's VAL_TEST are in another's VAL_SELECT, which chose."""
+    runs = [
+        run(f"x{i}", {CHOOSE_BY: 0.7 + i / 100, REPORTED: 0.9}, seed=i, data__split_seed=i)
+        for i in (1, 2)
+    ]
+    older = [
+        replace(each, params={k: v for k, v in each.params.items() if k != SPLIT_SEED})
+        for each in runs  # their split followed `seed`
+    ]
+    fixed = [replace(each, params=each.params | {SPLIT_SEED: 7}) for each in runs]
+    for several in (runs, older):
+        summary = summarise(several)
+        assert (summary.reported, summary.splits) == (None, 2)
+        assert "the experiments have 2 splits (data.split_seed)" in render(summary)
+        assert "0.9" not in render(summary)
+    assert summarise(fixed).reported is not None
+    assert "VAL_TEST of the best, metrics/evaluation.json:mcc: 0.9000" in render(summarise(fixed))
 
 
 def test_only_runs_whose_stage_ran_count() -> None:

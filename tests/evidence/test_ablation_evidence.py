@@ -16,9 +16,10 @@ from sklearn.metrics import log_loss, matthews_corrcoef
 from streetvision import cli
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
+from streetvision.evaluation.bootstrap import Resting
 from streetvision.evidence import ablation, ladder
 from streetvision.evidence.ablation import Candidate, Climb, climb, judge
-from streetvision.evidence.ablation_runs import BASES, CONDITIONS, FUSED, VIEWS, Job, rule
+from streetvision.evidence.ablation_runs import BASES, CONDITIONS, FUSED, MOVED, VIEWS, Job, rule
 from streetvision.evidence.ablation_runs import _write as write_arrays
 from streetvision.evidence.data import rotate
 from streetvision.evidence.gains import Gain, Sample, crossed, paired_gain
@@ -161,7 +162,7 @@ def test_coverage_with_crossed_groups_and_seeds(
         effects = effects + rng.normal(0, 0.3, (3, groups))  # [S, G]
         total = effects.sum(axis=1, keepdims=True)
         left_out = ((total - effects) / (groups - 1)).mean(axis=0)
-        gain = crossed(effects.mean(axis=1), left_out)
+        gain = crossed(effects.mean(axis=1), left_out, Resting.of(np.ones((groups, 1))))
         assert gain.low is not None
         assert gain.high is not None
         inside += gain.low <= 0 <= gain.high
@@ -209,10 +210,11 @@ def pretend(quality: Quality) -> Callable[[Job], dict[str, Any]]:
             noise, sign = rng.normal(0, 1, len(opened)), 2 * opened.labels - 1
             names = {"val_select": ["challenge"], "val_test": list(CONDITIONS), "val_calib": []}
             if job.network is not None:
+                moved = [f"{base}/{MOVED}" for base in BASES]
                 names = {
                     "val_select": [f"{FUSED} challenge"],
-                    "val_calib": [*BASES, *rules],
-                    "val_test": [f"{n} {c}" for n in (*BASES, *rules) for c in CONDITIONS],
+                    "val_calib": [*moved, *rules],
+                    "val_test": [f"{n} {c}" for n in (*BASES, *moved, *rules) for c in CONDITIONS],
                 }
             write_arrays(
                 job.scores(split), {n: noise + quality(job, n) * sign for n in names[split]}
@@ -262,7 +264,7 @@ def test_a_rung_that_helps_is_carried_and_one_that_does_not_is_not(
     assert all(each["trainable"] == "lora" for each in after)
     views = found.outcomes[3].candidates[0].jobs
     assert {job.network.run.variant for job in views if job.network} == {"lora"}
-    assert found.outcomes[-1].carried.names["val_test"] == FUSED
+    assert found.outcomes[-1].carried.names["val_test"] == f"{FUSED}/{MOVED}"
     # A rerun finds everything done.
     monkeypatch.setattr(ablation, "finish", lambda job: pytest.fail("done again"))
     ablation.run_all(ladders("smoke", "synthetic"), 2, clean, clean, 1)

@@ -19,14 +19,24 @@ from sklearn.preprocessing import StandardScaler
 from streetvision import cli
 from streetvision.data.schema import CONDITIONS
 from streetvision.data.store import open_split
+from streetvision.data.views import ViewScores
 from streetvision.errors import UserError
 from streetvision.evidence import decision, decision_held_out, decision_report
 from streetvision.evidence.data import WHOLE
 from streetvision.evidence.decision_held_out import fit_head, run_held_out
-from streetvision.evidence.decision_runs import METRICS, STEPS, Run, compare, measured
+from streetvision.evidence.decision_runs import (
+    DEFAULT,
+    METRICS,
+    STEPS,
+    Run,
+    compare,
+    decide,
+    measured,
+)
 from streetvision.evidence.runs import results_file
 from streetvision.evidence.variants import SIZES
 from streetvision.models.fusion import MODES
+from streetvision.models.fusion_training import LabelledViews
 from streetvision.params import Cvfm, Params, ViewGrid
 
 QUICK = {
@@ -160,6 +170,26 @@ def sample(n: int = 400, seed: int = 0) -> tuple[Any, Any, Any, Any]:
         labels, rng.integers(0, 20, n).astype(str), signal + rng.normal(0, 2, n),
         2 * signal + rng.normal(0, 2, n),
     )  # fmt: skip
+
+
+def test_a_calibrated_model_gains_nothing_by_the_shift() -> None:
+    """What is compared with the calibrated rule is moved to the served prior, too: steps and out of fold."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(1.5, 2, (2, 4000))
+    labels = (rng.random((2, 4000)) < 1 / (1 + np.exp(-logits))).astype(np.int64)
+    groups = (np.arange(4000) // 40).astype(str)
+    calib, test = (
+        LabelledViews(ViewScores(z[:, None], None, np.ones((4000, 1)), np.zeros((4000, 1, 4))), y, groups)
+        for z, y in zip(logits, labels, strict=True)
+    )  # fmt: skip
+    params = Params(**QUICK)  # type: ignore[arg-type]
+    found = decide(logits[0], calib, logits[1], test, params)
+    steps = found["steps"]
+    for step in ("single", "fused"):
+        assert steps[step]["log_loss"]["value"] == pytest.approx(
+            steps["calibrated"]["log_loss"]["value"], abs=0.003
+        )
+    assert abs(found["out_of_fold"][DEFAULT]["gain_log_loss"]["value"]) < 0.003
 
 
 def test_measures_against_scikit_learn() -> None:

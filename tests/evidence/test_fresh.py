@@ -86,6 +86,7 @@ def report_of(low: float, high: float) -> dict[str, Any]:
     report = {
         "n": 20000, "n_groups": 80, "served": values, "served_prior": 0.5,
         "served_interval": {"ece_debiased": {"low": low, "high": high}},
+        "effective_groups": {"negatives": 71.25, "positives": 74.0},
         "ece_detail": {"bins": 15, "noise_floor": 0.004, "noise_floor_upper": 0.006},
     }  # fmt: skip
     deployed = report | {"served_interval": {"ece_debiased": {"low": 0.04, "high": 0.06}}}
@@ -103,6 +104,8 @@ def test_the_verdict_is_about_the_upper_bound(tmp_path: Path) -> None:
     text = out.read_text()
     assert "| debiased ECE | 0.0080 | [0.0000, 0.0200] | 0.0080 | [0.0400, 0.0600] |" in text
     assert "calibrated ones -0.600" in text
+    assert "80 groups, which tell as much as 71.2 of equal size" in text
+    assert "| ECE | 0.0100 | none | 0.0100 | none |" in text
     report = report_of(0, 0)
     report["calibrated"]["served_interval"] = {}
     with pytest.raises(UserError, match="80 groups give no interval"):

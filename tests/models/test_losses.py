@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from streetvision.errors import UserError
@@ -71,6 +72,62 @@ def test_focal_is_torchvisions(alpha: float, gamma: float) -> None:
     wanted = sigmoid_focal_loss(logits, targets, alpha, gamma, reduction="mean")
     train = Train(loss="focal", focal_alpha=[1 - alpha, alpha], focal_gamma=gamma)
     torch.testing.assert_close(make_loss(train, LABELS)(logits, targets), wanted)
+
+
+FORMS = {
+    "[N]": lambda two: two[:, 1] - two[:, 0],
+    "[N, 1]": lambda two: two[:, 1:] - two[:, :1],
+    "[N, 2]": lambda two: two,
+    "array [N, 2]": lambda two: two.numpy(),
+    "list [N, 2]": lambda two: two.tolist(),
+    "BF16 [N, 2]": lambda two: two.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_of_two_classes_are_their_softmax(loss: Any, form: str) -> None:
+    """Against PyTorch's cross entropy over the two classes, weighed image by image."""
+    rng = np.random.default_rng(3)
+    two = torch.from_numpy(rng.normal(0, 3, (40, 2))).float()
+    targets = torch.from_numpy(rng.integers(0, 2, 40))
+    train = Train(loss=loss, focal_gamma=1.5, focal_alpha=[0.4, 1.7])
+    given = two.bfloat16().float() if form.startswith("BF16") else two
+    each = functional.cross_entropy(given, targets, reduction="none")
+    if loss == "focal":
+        each = torch.tensor([0.4, 1.7])[targets] * (1 - torch.exp(-each)) ** 1.5 * each
+    if loss == "weighted_ce":
+        each = torch.tensor(balanced_weights(LABELS))[targets] * each
+    found = make_loss(train, LABELS)(FORMS[form](two), targets)
+    tolerance = 2e-2 if form == "BF16 [N, 2]" else 1e-5  # a difference of BF16 numbers is one
+    torch.testing.assert_close(found, each.mean().float(), rtol=tolerance, atol=1e-6)
+    for other in (targets.tolist(), targets.numpy(), targets[:, None]):
+        torch.testing.assert_close(make_loss(train, LABELS)(FORMS[form](two), other), found)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_reach_both_logits(loss: Any) -> None:
+    two = torch.randn(8, 2, requires_grad=True)
+    make_loss(Train(loss=loss), LABELS)(two, torch.arange(8) % 2).backward()
+    assert two.grad is not None
+    torch.testing.assert_close(two.grad[:, 0], -two.grad[:, 1])
+    assert (two.grad != 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("logits", "targets", "message"),
+    [
+        (np.zeros((4, 3)), np.zeros(4), r"logits have shape \(4, 3\); \[B\], \[B, 1\] or \[B, 2\]"),
+        (np.zeros((4, 2, 1)), np.zeros(4), r"logits have shape \(4, 2, 1\)"),
+        (0.5, [1.0], r"logits have shape \(\)"),
+        (np.zeros((4, 2)), np.zeros((4, 2)), r"4 logits but targets of shape \(4, 2\)"),
+        (np.zeros(4), np.zeros(3), r"4 logits but targets of shape \(3,\)"),
+    ],
+)
+def test_other_shapes_are_refused(loss: Any, logits: Any, targets: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_loss(Train(loss=loss), LABELS)(logits, targets)
 
 
 def test_focal_without_gamma_and_weights_is_cross_entropy() -> None:

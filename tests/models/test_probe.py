@@ -78,7 +78,7 @@ def test_report(groups: int, wrong: tuple[float, float], finding: str) -> None:
     assert report["read_groups"] == groups
     if groups < 5:
         assert "low" not in difference  # null is no number to compare
-        assert difference["interval_method"].startswith("none: rests on 4 groups")
+        assert difference["interval_method"].startswith("none: rests on 4.0 effective groups")
     else:
         assert difference["low"] < difference["mcc"] < difference["high"]
         method = "group_bootstrap_percentile" if groups >= 60 else "group_jackknife_t"

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import log_loss, matthews_corrcoef
 from torch.utils.data import Dataset
 
+from streetvision.data.challenge_images import challenge_images
 from streetvision.data.loader import (
     EpochSampler,
     EvaluationImages,
@@ -29,8 +30,10 @@ from streetvision.data.loader import (
 )
 from streetvision.data.store import open_split
 from streetvision.data.transforms import training_transform
+from streetvision.data.views import views_of
 from streetvision.errors import UserError
 from streetvision.models import gate, selection, training
+from streetvision.models.classifier import score
 from streetvision.models.peft import merge_adapters
 from streetvision.models.selection import WeightAverage, predict_logits
 from streetvision.models.task import ClassifierTask
@@ -40,7 +43,7 @@ from streetvision.models.training import (
     fit_classifier,
     train_classifier,
 )
-from streetvision.params import Compile, Hardware, Train, TrainLora
+from streetvision.params import Challenge, Compile, Hardware, Train, TrainLora, ViewGrid
 from tests.models.ranks import distance, run_ranks
 
 State = dict[str, torch.Tensor]
@@ -850,16 +853,18 @@ def test_the_gate_decides_and_is_resumed(
     splits = [open_split("train", n, tiny_splits[n]) for n in ("train", "val_select")]
     steps = count_steps(monkeypatch)
 
-    def run(scratch: str, low: float, **changes: Any) -> TrainingResult:
-        real = gate.augmentation_gate
+    real = gate.augmentation_gate
 
-        def judged(*arguments: Any, **more: Any) -> Any:
-            found = real(*arguments, **more)
+    def run(scratch: str, low: float, **changes: Any) -> TrainingResult:
+        def judged(run: Any, labels: Any, *arguments: Any, **more: Any) -> Any:
+            found = real(run, labels, *arguments, **more)
+            # What is served decides: images as they are say the contrary.
+            bound = low if len(labels) == 4 * len(splits[1]) else -0.2 - low
             return replace(
-                found, low=low, high=low + 0.01, verdict=gate.gate_verdict(low, low + 0.01)
+                found, low=bound, high=bound + 0.01, verdict=gate.gate_verdict(bound, bound + 0.01)
             )
 
-        monkeypatch.setattr(training, "augmentation_gate", judged)
+        monkeypatch.setattr(gate, "augmentation_gate", judged)
         steps.clear()
         return train_classifier(
             lambda train, seed: build_classifier(train, False, seed, tmp_path),
@@ -873,14 +878,37 @@ def test_the_gate_decides_and_is_resumed(
     failed = run("gated", -0.2, **noisy, augmentation_gate=2)
     assert len(steps) == 4 * 6
     found = failed.metrics.pop("gate")
-    assert (found["verdict"], found["augmented"], found["seeds"]) == ("fail", False, 2)
+    assert (found["judged_on"], found["augmented"], found["seeds"]) == ("challenge", False, 2)
+    assert [found[f"on_{name}"]["verdict"] for name in ("challenge", "clean")] == ["fail", "pass"]
     assert_same(plain, failed)
     passed = run("gated", 0.0, **noisy, augmentation_gate=2)
     assert steps == []
     assert passed.metrics.pop("gate")["augmented"]
     assert_same(augmented, passed)
+    by_clean = run("gated", 0.0, **noisy, augmentation_gate=2, augmentation_gate_on="clean")
+    assert not by_clean.metrics.pop("gate")["augmented"]
+    assert_same(plain, by_clean)
     with pytest.raises(UserError, match="none is on"):
         run("nothing", 0.0, augmentation_gate=2)
+
+
+def test_the_gate_scores_what_embed_would_score(
+    tmp_path: Path, tiny_train: Train, tiny_splits: dict[str, Path]
+) -> None:
+    """Distorted versions by the levels that training draws, one image at a time."""
+    split = open_split("train", "val_select", tiny_splits["val_select"])
+    model, config = build_classifier(tiny_train, False, 7, tmp_path)
+    found = gate.distorted_probabilities(
+        model.eval(), config.preprocessing, split, [1, 0, 0, 3], 5, torch.device("cpu"), 1
+    )
+    shares = Challenge(level_0=0.25, level_1=0, level_2=0, level_3=0.75)
+    wanted = []
+    for image in challenge_images(split, shares, gate.REPEATS, 5, 1):
+        [view] = views_of(image, config.preprocessing, ViewGrid()).inputs
+        logits, _ = score(model, config.preprocessing, [view], 1, torch.device("cpu"))
+        wanted.append(1 / (1 + np.exp(-float(logits[0]))))
+    assert len(found) == gate.REPEATS * len(split)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- several devices
