@@ -48,6 +48,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from tests.bundle.forging import swap_when_hashed
+
 if TYPE_CHECKING:
     from tests.conftest import Trained
 
@@ -177,11 +179,10 @@ def test_a_second_pass_is_honoured(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", TRAINED)
-def test_every_trained_fusion_runs_in_onnxruntime(mode: str, tmp_path: Path) -> None:
+def test_every_trained_fusion_runs_in_onnxruntime(mode: str) -> None:
     fusion = random_fusion(mode, 12)
     assert fusion.network is not None
-    path = tmp_path / "fusion.onnx"
-    path.write_bytes(onnx_export.export_fusion(fusion.network, fusion.n_views, 12))
+    exported = onnx_export.export_fusion(fusion.network, fusion.n_views, 12)
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 0.5, (6, 5, 2))
     boxes = np.concatenate([corner, corner + 0.4], axis=2)
@@ -191,7 +192,7 @@ def test_every_trained_fusion_runs_in_onnxruntime(mode: str, tmp_path: Path) -> 
     content[4, 1:] = 0  # no tile at all
     views = (rng.normal(size=(6, 5)), rng.normal(size=(6, 5, 12)), content, boxes)
     expected = fusion.fuse(*views)
-    ported = OnnxFusion(fusion.config, path)
+    ported = OnnxFusion(fusion.config, exported, Path("fusion.onnx"))
     np.testing.assert_allclose(ported.fuse(*views), expected, atol=1e-5)
     first = ported.fuse(*(each[:1] for each in views))
     np.testing.assert_allclose(first, expected[:1], atol=1e-5)
@@ -296,7 +297,7 @@ def test_two_exports_are_equal_to_the_byte(exported: Exported, trained: Trained)
 
 
 def test_int8_answers_nearly_as_torch_does(
-    exported: Exported, trained: Trained, photos: list[Image.Image], tmp_path: Path
+    exported: Exported, trained: Trained, photos: list[Image.Image]
 ) -> None:
     expected = Predictor.load(exported.single, "cpu").logits(photos)
     found = load_predictor(exported.single, "onnx_int8").logits(photos)
@@ -307,8 +308,7 @@ def test_int8_answers_nearly_as_torch_does(
     assert small == onnx_export.quantise(model, "dynamic", [])
     kinds = {node.op_type for node in onnx.load_from_string(small).graph.node}
     assert "MatMulInteger" in kinds, "nothing was quantised"
-    (tmp_path / "model.onnx").write_bytes(small)
-    dynamic = Network(tmp_path / "model.onnx", config.preprocessing, features=False)
+    dynamic = Network(small, Path("model.onnx"), config.preprocessing, features=False)
     inputs = [config.preprocessing.apply(image) for image in photos]
     assert np.abs(dynamic(inputs)[0] - expected).max() < 0.2 * expected.std()
 
@@ -473,18 +473,33 @@ def test_models_that_do_not_fit_are_refused(bundle: Path, exported: Exported) ->
     assert "are needed" in refusal(bundle)
 
 
-@pytest.mark.parametrize("place", ["../secret.bin", "{folder}/secret.bin"])
-def test_no_file_outside_is_read(bundle: Path, place: str) -> None:
+@pytest.mark.parametrize("place", ["weights.bin", "../secret.bin", "{folder}/secret.bin"])
+def test_no_other_file_is_read(bundle: Path, place: str) -> None:
     document = onnx.load(bundle / "model.onnx")
     head = next(each for each in document.graph.initializer if each.name.endswith("head.weight"))
-    (bundle.parent / "secret.bin").write_bytes(head.raw_data)
+    for path in (bundle / "weights.bin", bundle.parent / "secret.bin"):
+        path.write_bytes(head.raw_data)
     head.ClearField("raw_data")
     head.data_location = onnx.TensorProto.EXTERNAL
     location = head.external_data.add()
     location.key, location.value = "location", place.format(folder=bundle.parent)
     (bundle / "model.onnx").write_bytes(document.SerializeToString())
     forge(bundle, lambda _: None)
-    assert "cannot be run by onnxruntime" in refusal(bundle)
+    assert "names data in another file" in refusal(bundle)
+    with pytest.raises(UserError, match="names data in another file"):
+        BundleValidator().validate(bundle)
+
+
+def test_what_was_hashed_is_what_runs(
+    bundle: Path, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = OnnxPredictor.load(bundle).logits(photos[:2])
+    document = onnx.load(bundle / "model.onnx")
+    head = next(each for each in document.graph.initializer if each.name.endswith("head.weight"))
+    values = onnx.numpy_helper.to_array(head)
+    head.CopyFrom(onnx.numpy_helper.from_array(-values, head.name))
+    swap_when_hashed(monkeypatch, bundle / "model.onnx", document.SerializeToString())
+    np.testing.assert_array_equal(OnnxPredictor.load(bundle).logits(photos[:2]), expected)
 
 
 def test_fusion_and_its_model_go_together(exported: Exported, tmp_path: Path) -> None:
