@@ -11,10 +11,11 @@ import io
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
+import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,18 +163,21 @@ class ArtifactSchema:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
-    A reader sees the old file or the whole new one, never a part; a failure leaves no temporary file.
+    A reader sees the old file or the whole new one, never a part; a failure leaves no temporary file. Who may
+    read it is for the umask to say, as with any new file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        # Not `mkstemp`, which makes it the owner's alone: the system itself applies the umask.
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
-        temporary = Path(name)
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(mode)  # `write` may have made the file anew
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

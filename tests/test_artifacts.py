@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -108,8 +109,29 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -
     assert write_atomic(path, write) == path
     assert path.read_bytes() == b"new"
     assert path.stat().st_ino != before
-    assert path.stat().st_mode & 0o777 == 0o644
     assert names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_says_who_may_read_what_is_written(umask: int, tmp_path: Path) -> None:
+    """Also of what a library writes by a file of its own, as safetensors does."""
+
+    def anew(temporary: Path) -> None:
+        temporary.unlink()
+        temporary.write_bytes(b"new")
+        temporary.chmod(0o600)
+
+    before = os.umask(umask)
+    try:
+        paths = [
+            write_bytes_atomic(tmp_path / "a/one", b""),
+            write_atomic(tmp_path / "a/two", anew),
+        ]
+    finally:
+        os.umask(before)
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,17 @@ _PRODUCTS = {"MatMul", "MatMulInteger", "QLinearMatMul", "Gemm", "Einsum"}
 _CONVOLUTIONS = {"Conv", "ConvInteger", "QLinearConv"}
 _POOLS = {"MaxPool", "AveragePool", "LpPool"}
 # What torch exports of image networks and the quantiser adds; each reads and writes its numbers once.
-_PLAIN = frozenset(
-    """
+_NAMES = """
     Abs Add And ArgMax ArgMin BatchNormalization Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos
     DepthToSpace DequantizeLinear Div DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather
     GatherElements GatherND Gelu GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization
-    HardSigmoid HardSwish Identity InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
-    LogSoftmax Max Mean Min Mish Mod Mul Neg Not Or PRelu Pad Pow QuantizeLinear RMSNormalization Range
-    Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu
+    HardSigmoid HardSwish Identity InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less
+    LessOrEqual Log LogSoftmax Max Mean Min Mish Mod Mul Neg Not Or PRelu Pad Pow QuantizeLinear
+    RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu
     Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size Slice Softmax Softplus
     SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tanh Tile TopK Transpose Trilu Unsqueeze Where
-    """.split()
-)
+"""
+_PLAIN = frozenset(_NAMES.split())
 
 
 def check_model(data: bytes, place: Path, rows: int = 1, images: int = 1) -> None:
@@ -138,7 +138,9 @@ class _Run:
         for each in model.graph.input:
             if each.name not in self.types:
                 self._add_input(each)
-        self.opset = max([o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}] + [0])
+        self.opset = max(
+            [o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}] + [0]
+        )
 
     def check(self, images: int) -> None:
         """Raise `UserError` where memory or operations exceed their bounds."""
@@ -183,14 +185,15 @@ class _Run:
             count = math.prod(tensor.dims)
             # Half a byte is the smallest number.
             if count < 0 or count > 2 * tensor.ByteSize():
-                raise UserError(f'{self.place}: "{tensor.name[:100]}" has other data than its shape')
+                raise UserError(
+                    f'{self.place}: "{tensor.name[:100]}" has other data than its shape'
+                )
             self.types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
             self.constant.add(tensor.name)
-            if count <= _SHAPE_NUMBERS:
-                try:
+            # Of a kind or size that is wrong, the runtime refuses it.
+            with suppress(Exception):
+                if count <= _SHAPE_NUMBERS:
                     self.known[tensor.name] = numpy_helper.to_array(tensor)
-                except Exception:  # of a kind or size that is wrong: the runtime refuses it
-                    continue
 
     def _add_input(self, given: Any) -> None:
         tensor = given.type.tensor_type
@@ -224,7 +227,9 @@ class _Run:
             )
         except Exception as error:  # ONNX's own kinds share no base class
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.place}: {node.op_type} cannot be understood: {reason}") from error
+            raise UserError(
+                f"{self.place}: {node.op_type} cannot be understood: {reason}"
+            ) from error
         for name in node.output:
             if not name:
                 continue
@@ -274,13 +279,17 @@ class _Run:
         except Exception:  # not known, then
             return
         self.known |= {
-            name: np.asarray(value) for name, value in zip(node.output, values, strict=False) if name
+            name: np.asarray(value)
+            for name, value in zip(node.output, values, strict=False)
+            if name
         }
 
 
 def _einsum_sizes(node: Any, shapes: list[list[int]]) -> dict[str, int]:
     """The length of each index; of an ellipsis every axis counts as one of its own."""
-    equation = next((a.s.decode("ascii", "replace") for a in node.attribute if a.name == "equation"), "")
+    equation = next(
+        (a.s.decode("ascii", "replace") for a in node.attribute if a.name == "equation"), ""
+    )
     terms = equation.replace(" ", "").replace("...", ".").partition("->")[0].split(",")
     sizes: dict[str, int] = {}
     for number, (term, shape) in enumerate(zip(terms, shapes, strict=False)):

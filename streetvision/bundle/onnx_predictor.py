@@ -132,4 +132,6 @@ def _fusion(manifest: BundleManifest) -> Fusion:
             f"bundle {manifest.folder}: views.mode {config.mode} "
             f"{'needs' if model is None else 'has no'} onnx_fusion"
         )
-    return Fusion(config) if model is None else OnnxFusion(config, model, manifest.path("onnx_fusion"))
+    return (
+        Fusion(config) if model is None else OnnxFusion(config, model, manifest.path("onnx_fusion"))
+    )

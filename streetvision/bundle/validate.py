@@ -193,7 +193,13 @@ def load_bundle(folder: Path) -> Bundle:
     UserError
         Names the key, file or tensor that is wrong.
     """
-    from streetvision.bundle.parts import build_model, build_views, check_answer, check_cost, tensors
+    from streetvision.bundle.parts import (
+        build_model,
+        build_views,
+        check_answer,
+        check_cost,
+        tensors,
+    )
 
     manifest = read_bundle(folder, "policy", "model_checkpoint", "cvfm_weights")
     document = manifest.document
@@ -209,7 +215,9 @@ def load_bundle(folder: Path) -> Bundle:
         check_cost(model, config, document)
         path = manifest.path("cvfm_weights")
         trained = manifest.contents.pop("cvfm_weights", None)
-        fusion = build_views(document, None if trained is None else tensors(trained, path), path, model)
+        fusion = build_views(
+            document, None if trained is None else tensors(trained, path), path, model
+        )
         check_answer(model, config, fusion, policy)
     return Bundle(document, model, config, fusion, policy)
 

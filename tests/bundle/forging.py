@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from streetvision.artifacts import json_text, sha256_file
+from streetvision.bundle.validate import BUNDLE_JSON, sealed
 
 
 def swap_when_hashed(monkeypatch: pytest.MonkeyPatch, path: Path, other: bytes) -> None:
@@ -27,3 +32,22 @@ def swap_when_hashed(monkeypatch: pytest.MonkeyPatch, path: Path, other: bytes) 
 
     monkeypatch.setattr(hashlib, "sha256", swapped)
     monkeypatch.setattr(hashlib, "file_digest", file_swapped)
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+    """Change `bundle.json`, give all files their SHA-256 and seal it."""
+    document = json.loads((folder / BUNDLE_JSON).read_text())
+    for name in document["files"]:
+        document["files"][name] = sha256_file(folder / name)
+    change(document)
+    (folder / BUNDLE_JSON).write_text(json_text(sealed(document)))
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))

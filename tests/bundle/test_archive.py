@@ -180,7 +180,10 @@ def test_bombs_are_stopped(
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         tar.addfile(contents[0][0], io.BytesIO(contents[0][1]))
     whole = raw.getvalue()[: 512 + (len(contents[0][1]) + 511) // 512 * 512]
-    for size, said in ((MAX_FILE_BYTES, "is cut off"), (MAX_FILE_BYTES + 1, '"model.pth" is larger')):
+    for size, said in (
+        (MAX_FILE_BYTES, "is cut off"),
+        (MAX_FILE_BYTES + 1, '"model.pth" is larger'),
+    ):
         info.size = size
         (tmp_path / "said.tar.gz").write_bytes(gzip.compress(whole + info.tobuf()))
         assert said in refusal(tmp_path / "said.tar.gz")

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from streetvision.artifacts import json_text, sha256_file
-from streetvision.bundle.predictor import Predictor
+from streetvision.artifacts import json_text
 from streetvision.bundle.limits import MAX_FILE_BYTES, MAX_FILES, MAX_JSON_BYTES
+from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.validate import BUNDLE_JSON, check_views, sealed
 from streetvision.errors import UserError
-from tests.bundle.forging import swap_when_hashed
+from tests.bundle.forging import Payload, forge, swap_when_hashed
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -40,15 +40,6 @@ def bundle(tmp_path: Path, trained: Trained) -> Path:
     return tmp_path / "bundle"
 
 
-def forge(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
-    """Change `bundle.json`, give all files their SHA-256 and seal it."""
-    document = json.loads((folder / BUNDLE_JSON).read_text())
-    for name in document["files"]:
-        document["files"][name] = sha256_file(folder / name)
-    change(document)
-    (folder / BUNDLE_JSON).write_text(json_text(sealed(document)))
-
-
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
         Predictor.load(folder, "cpu")
@@ -57,16 +48,6 @@ def refusal(folder: Path) -> str:
 
 
 # --------------------------------------------------------------------------- pickles
-
-
-class Payload:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
 
 
 def test_a_pickle_payload_is_never_run(bundle: Path, tmp_path: Path) -> None:
@@ -273,7 +254,9 @@ def test_what_was_hashed_is_what_is_loaded(
         other = save(state | {"head.bias": state["head.bias"] + 3})
     swap_when_hashed(monkeypatch, bundle / name, other)
     assert Predictor.load(bundle, "cpu")(GREY) == expected
-    assert (bundle / name).read_bytes() == other, "nothing was swapped: the test would hold for any code"
+    assert (bundle / name).read_bytes() == other, (
+        "nothing was swapped: the test would hold for any code"
+    )
 
 
 def test_loading_in_threads_counts_for_each_alone(bundle: Path, trained: Trained) -> None:
@@ -307,7 +290,9 @@ def test_tensors_that_do_not_fit(bundle: Path) -> None:
     assert "1 unexpected" in refused(surprise=torch.zeros(1))
     assert "1 of another shape" in refused(**{"head.bias": torch.zeros(2)})
     # Finite, until it is a float32.
-    assert "head.bias is of type float64" in refused(**{"head.bias": torch.tensor([1e300]).double()})
+    assert "head.bias is of type float64" in refused(
+        **{"head.bias": torch.tensor([1e300]).double()}
+    )
     assert "not finite, in head.bias" in refused(**{"head.bias": torch.tensor([torch.inf])})
     # Finite, but no answer is.
     assert "the parts give no answer" in refused(**{"head.weight": torch.full((1, 64), 3e38)})

@@ -43,12 +43,11 @@ from streetvision.models.classifier import load_classifier
 from streetvision.models.fusion import TRAINED, Fusion, FusionConfig, save_fusion
 from streetvision.models.fusion_networks import build_network
 from streetvision.params import Cvfm, Export, Hardware, Params, ViewGrid
+from tests.bundle.forging import swap_when_hashed
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-from tests.bundle.forging import swap_when_hashed
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

@@ -34,7 +34,9 @@ def model(*nodes: Any, **constants: Any) -> Any:
     """A model of images uint8 [B, 32, 32, 3] → logits [?] with these nodes and initializers."""
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch"])
-    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    weights = [
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
+    ]
     graph = helper.make_graph(list(nodes), "graph", [images], [logits], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
@@ -277,7 +279,9 @@ def test_other_formats_and_sizes_are_refused() -> None:
     good = model(*mean(), axes=AXES)
     data = good.SerializeToString()
     for wrong in (b"", b"no model", data[: len(data) // 2], b"\x00\x00\x00\x00ORTM" + bytes(60)):
-        assert "cannot be run by onnxruntime" in refusal(wrong) or "cannot be understood" in refusal(wrong)
+        assert "cannot be run by onnxruntime" in refusal(
+            wrong
+        ) or "cannot be understood" in refusal(wrong)
     good.doc_string = "x" * MAX_GRAPH_BYTES
     assert "bytes besides its weights" in refusal(good)
     good.doc_string = ""
