@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from streetvision.params import Export
 
 log = logging.getLogger(__name__)
 MODEL, INT8_MODEL, FUSION = ONNX_FILES
-# Images whose activations the ranges of static int8 are taken from.
+# Images whose activations the ranges of static int8 are taken from, at most.
 RANGE_IMAGES = 200
 
 
@@ -86,9 +85,12 @@ def make_onnx(
     )
     if settings.int8 == "none":
         return OnnxParts(files, metrics)
+    # Neighbours are frames of one drive: the ranges are those of images from all over the split.
+    rows = set(np.linspace(0, len(reference) - 1, RANGE_IMAGES).round().astype(int).tolist())
     some = (
         views_of(image, predictor.preprocessing, fusion.config.grid).inputs
-        for image in islice(images.calib(), RANGE_IMAGES)
+        for row, image in enumerate(images.calib())
+        if row in rows
     )
     small = quantise(model, settings.int8, some)
     write_bytes_atomic(folder / INT8_MODEL, small)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.metrics import matthews_corrcoef
 
 from streetvision import cli
 from streetvision.artifacts import ArtifactSchema, json_text, read_json, sha256_file
@@ -383,6 +384,49 @@ def test_int8_that_costs_too_much_is_not_shipped(
     assert int8["shipped"] is False
     assert int8["mcc_drop"] > 0.1
     assert "static int8 is not shipped: MCC on VAL_SELECT falls from" in caplog.text
+
+
+@pytest.mark.usefixtures("no_export")
+def test_int8_ranges_are_of_images_from_all_over_val_calib(
+    exported: Exported, gate: GateImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[NDArray[np.uint8]] = []
+
+    def quantise(model: bytes, _: str, batches: Any) -> bytes:
+        seen.extend(batches)
+        return model
+
+    monkeypatch.setattr(onnx_gate, "quantise", quantise)
+    predictor = Predictor.load(exported.single, "cpu")
+    apply = predictor.preprocessing.apply
+    calib = [apply(image) for image in gate.calib()]
+    make_onnx(predictor, tmp_path, SETTINGS, gate)
+    np.testing.assert_array_equal(np.concatenate(seen), calib)  # 40 are fewer than 200
+    seen.clear()
+    monkeypatch.setattr(onnx_gate, "RANGE_IMAGES", 4)
+    make_onnx(predictor, tmp_path, SETTINGS, gate)
+    np.testing.assert_array_equal(np.concatenate(seen), [calib[row] for row in (0, 13, 26, 39)])
+
+
+@pytest.mark.usefixtures("no_export")
+def test_int8_is_judged_at_the_served_prior(
+    exported: Exported, gate: GateImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against scikit-learn's MCC with the weights written out."""
+    monkeypatch.setattr(onnx_gate, "quantise", lambda model, *_: model)
+    predictor = Predictor.load(exported.single, "cpu")
+    predictor.policy = replace(predictor.policy, served_prior=0.2)
+    decided = predictor.policy.decide(predictor.logits(gate.select()))
+    labels = decided.astype(np.int64)
+    labels[np.flatnonzero(decided)[::3]] = 0  # false alarms, and fewer missed
+    labels[np.flatnonzero(~decided.astype(bool))[::7]] = 1
+    share = labels.mean()
+    weights = np.where(labels == 1, 0.2 / share, 0.8 / (1 - share))
+    expected = matthews_corrcoef(labels, decided, sample_weight=weights)
+    judged = replace(gate, labels=labels)
+    found = make_onnx(predictor, tmp_path, SETTINGS, judged).metrics["onnx_int8"]
+    assert found["torch_mcc"] == found["mcc"] == pytest.approx(expected)
+    assert abs(expected - matthews_corrcoef(labels, decided)) > 0.01
 
 
 @pytest.mark.usefixtures("no_export")
