@@ -32,14 +32,15 @@ _CONVOLUTIONS = {"Conv", "ConvInteger", "QLinearConv"}
 _POOLS = {"MaxPool", "AveragePool", "LpPool"}
 # What torch exports of image networks and the quantiser adds; each reads and writes its numbers once.
 _NAMES = """
-    Abs Add And ArgMax ArgMin BatchNormalization Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos
-    DepthToSpace DequantizeLinear Div DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather
-    GatherElements GatherND Gelu GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization
-    HardSigmoid HardSwish Identity InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less
-    LessOrEqual Log LogSoftmax Max Mean Min Mish Mod Mul Neg Not Or PRelu Pad Pow QuantizeLinear
-    RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-    ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size Slice Softmax Softplus
-    SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tanh Tile TopK Transpose Trilu Unsqueeze Where
+    Abs Add And ArgMax ArgMin BatchNormalization Cast CastLike Ceil Clip Concat Constant
+    ConstantOfShape Cos DepthToSpace DequantizeLinear Div DynamicQuantizeLinear Elu Equal Erf Exp
+    Expand Flatten Floor Gather GatherElements GatherND Gelu GlobalAveragePool GlobalMaxPool Greater
+    GreaterOrEqual GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization IsInf
+    IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Max Mean Min Mish Mod Mul Neg
+    Not Or PRelu Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2
+    ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round
+    ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth
+    Split Sqrt Squeeze Sub Sum Swish Tanh Tile TopK Transpose Trilu Unsqueeze Where
 """
 _PLAIN = frozenset(_NAMES.split())
 
@@ -76,7 +77,6 @@ def check_model(data: bytes, place: Path, rows: int = 1, images: int = 1) -> Non
 def _parsed(data: bytes, place: Path) -> Any:
     try:
         import onnx
-        from google.protobuf.message import DecodeError
     except ImportError as error:
         raise UserError(
             f"this engine needs {error.name}: pip install 'streetvision[onnx]'"
@@ -86,7 +86,7 @@ def _parsed(data: bytes, place: Path) -> Any:
         raise UserError(f"{place} cannot be run by onnxruntime: it is no ONNX model")
     try:
         model = onnx.load_model_from_string(data)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's own kind
         raise UserError(f"{place} cannot be run by onnxruntime: it is no ONNX model") from error
     weights = sum(len(each.raw_data) for each in model.graph.initializer)
     if len(data) - weights > MAX_GRAPH_BYTES:
@@ -212,7 +212,7 @@ class _Run:
         import onnx
         from onnx import numpy_helper, shape_inference
 
-        given = {name: self.types.get(name) for name in node.input if name}
+        given: dict[str, Any] = {name: self.types.get(name) for name in node.input if name}
         try:
             if missing := [name for name, kind in given.items() if kind is None]:
                 raise ValueError(f"{missing[0]} comes from nowhere")
@@ -238,6 +238,7 @@ class _Run:
                 kind is None
                 or not kind.tensor_type.HasField("shape")
                 or not all(dim.HasField("dim_value") for dim in kind.tensor_type.shape.dim)
+                or min(_shape(kind), default=0) < 0
             ):
                 raise UserError(
                     f'{self.place}: the size of "{name[:100]}" ({node.op_type}) depends on the image'
@@ -245,18 +246,21 @@ class _Run:
         return {name: found[name] for name in node.output if name}
 
     def _operations(self, node: Any, found: dict[str, Any]) -> int:
-        shapes = [_shape(self.types[name]) if name else [] for name in node.input]
+        shapes: list[list[int]] = [_shape(self.types[name]) if name else [] for name in node.input]
         results = sum(_count(kind) for kind in found.values())
         if node.op_type == "Einsum":
             return 2 * math.prod(_einsum_sizes(node, shapes).values())
         if node.op_type in _PRODUCTS:
             transposed = any(each.name == "transA" and each.i for each in node.attribute)
-            return 2 * results * (shapes[0][0 if transposed else -1] if shapes[0] else 1)
+            summed = shapes[0][0 if transposed else -1] if shapes[0] else 1
+            return 2 * results * summed
         if node.op_type in _CONVOLUTIONS:
             weights = shapes[3 if node.op_type == "QLinearConv" else 1]
             return 2 * results * math.prod(weights[1:])
         if node.op_type in _POOLS:
-            window = next((list(a.ints) for a in node.attribute if a.name == "kernel_shape"), [])
+            window: list[int] = next(
+                (list(a.ints) for a in node.attribute if a.name == "kernel_shape"), []
+            )
             return results * math.prod(window)
         return results + sum(math.prod(shape) for shape in shapes)
 

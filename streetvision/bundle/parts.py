@@ -34,7 +34,9 @@ from streetvision.params import ViewGrid
 _ARGUMENTS = {"img_size"}.union(*(each.arguments for each in ARCHITECTURES.values()))
 _DTYPES = {"float32", "float16", "bfloat16", "int64"}
 # What an architecture may build and throw away again while it is built.
-_SPARE_PARAMETERS = 2**20
+SPARE_PARAMETERS = 2**20
+# Of the numbers in its weights: buffers and shared weights are few.
+PARAMETERS_A_NUMBER = 2
 State = dict[str, torch.Tensor]
 
 
@@ -177,7 +179,7 @@ def _building(key: str, state: State) -> Iterator[None]:
     """Bound what is built by what the weights hold, and turn torch's errors into one line."""
     stored = sum(tensor.numel() for tensor in state.values())
     try:
-        with _at_most(2 * stored + _SPARE_PARAMETERS):
+        with _at_most(PARAMETERS_A_NUMBER * stored + SPARE_PARAMETERS):
             yield
     except UserError:
         raise

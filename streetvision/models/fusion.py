@@ -281,5 +281,5 @@ def trained_fusion(
     given = {name: value for name, value in network.state_dict().items() if name not in own}
     if given.keys() & state.keys():
         raise UserError(f"{weights} would replace the classifier's head")
-    fill(network, given | state, weights)
+    fill(network, {**given, **state}, weights)
     return Fusion(config, network)
