@@ -3,8 +3,7 @@
 A revision is a commit hash and never changes, so a complete copy in the cache is used without any
 request. What was downloaded is kept: a broken connection goes on where it broke, a new run with the
 next file. The hub (or whatever HF_ENDPOINT names) is held to what it says: it must answer for the pinned
-commit, and each file, from the cache, too, must have the SHA-256 (or, of small ones, the Git hash) that the
-commit lists.
+commit, and each file, from the cache, too, must have the hash that the commit lists.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from streetvision.artifacts import sha256_file
 from streetvision.errors import UserError
@@ -148,25 +146,42 @@ def _cached_files(
         path = try_to_load_from_cache(
             repo_id, name, cache_dir=cache_dir, revision=revision, repo_type="dataset"
         )
-        if not isinstance(path, str) or not _is_listed(Path(path), entries[name]):
+        if not isinstance(path, str) or not _is_listed(
+            Path(path), entries[name].size, entries[name].blob_id
+        ):
             return None
         files.append(Path(path))
     return files
 
 
-def _is_listed(path: Path, entry: Any) -> bool:
-    """Whether a file has the size and the hash of its entry in the commit's tree."""
-    size = path.stat().st_size
-    if size != entry.size:
+def _is_listed(path: Path, size: int, blob: str) -> bool:
+    """Whether a file has a size and is a Git blob: the file itself or, of a large one, its LFS pointer.
+
+    The pointer is the file's SHA-256 and size in a fixed form, so that its hash is one of the file:
+    https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    """
+    if path.stat().st_size != size:
         return False
-    if entry.lfs is not None:
-        return bool(sha256_file(path) == entry.lfs.sha256)
-    # Small files lie in Git itself: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256_file(path)}\nsize {size}\n"
+    )
+    return blob == _git_blob([pointer.encode()], len(pointer)) or blob == _git_blob(
+        _blocks(path), size
+    )
+
+
+def _git_blob(blocks: Iterable[bytes], size: int) -> str:
+    """Git's hash of content: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         while block := file.read(2**20):
-            digest.update(block)
-    return bool(digest.hexdigest() == entry.blob_id)
+            yield block
 
 
 def latest_revision(repo_id: str) -> str:

@@ -60,13 +60,20 @@ class FakeHub:
             return {"_id": "0", "id": self.repo_id, "sha": commit, "siblings": siblings}
         entries = []
         for name, data in self.files.items():
-            blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            entry = {"type": "file", "path": name, "size": len(data), "oid": blob}
-            if name.endswith(".parquet"):
+            entry = {"type": "file", "path": name, "size": len(data), "oid": git_blob(data)}
+            if name.endswith(".parquet"):  # in Git there is but a pointer
                 digest = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 134}
+                pointer = "version https://git-lfs.github.com/spec/v1\n"
+                pointer += f"oid sha256:{digest}\nsize {len(data)}\n"
+                entry["oid"] = git_blob(pointer.encode())
+                entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": len(pointer)}
             entries.append(entry)
         return entries
+
+
+def git_blob(data: bytes) -> str:
+    """What `git hash-object` prints."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):

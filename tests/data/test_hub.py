@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 pytest.importorskip("huggingface_hub")
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_hub import FakeHub
+
+from streetvision.data.hub import _is_listed
 
 REPO, REVISION = "natix-network-org/roadwork", "0123456789abcdef0123456789abcdef01234567"
 PATTERN = "data/*.parquet"
@@ -135,6 +138,28 @@ def test_a_file_is_what_its_commit_lists(name, hub, tmp_path):
     assert (
         "not complete" in download(hub.endpoint, tmp_path, pattern="data/*", offline=True)["error"]
     )
+
+
+def test_hashes_are_those_of_git(tmp_path):
+    """Of a file, and of the pointer that the specification of Git LFS shows."""
+    (tmp_path / "file").write_bytes(b"image,label\n")
+    command = ["git", "hash-object", "--no-filters"]
+    own = subprocess.run(
+        [*command, "file"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert _is_listed(tmp_path / "file", 12, own.stdout.strip())
+    sha256 = hashlib.sha256(b"image,label\n").hexdigest()
+    (tmp_path / "pointer").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize 12\n"
+    )
+    pointed = subprocess.run(
+        [*command, "pointer"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert _is_listed(tmp_path / "file", 12, pointed.stdout.strip())
+    assert not _is_listed(tmp_path / "file", 13, pointed.stdout.strip())
+    (tmp_path / "file").write_bytes(b"image,lobel\n")
+    assert not _is_listed(tmp_path / "file", 12, own.stdout.strip())
+    assert not _is_listed(tmp_path / "file", 12, pointed.stdout.strip())
 
 
 def test_the_hub_answers_for_the_pinned_commit(hub, tmp_path):

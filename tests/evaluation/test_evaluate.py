@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 from collections.abc import Callable
@@ -74,6 +75,24 @@ def test_the_numbers_are_scikit_learns(evaluation: Evaluation, split: Split) -> 
     assert evaluation.report["n"] == len(split)
     assert evaluation.report["n_groups"] == len(set(split.groups))
     assert evaluation.report["served_prior"] == 0.3
+
+
+def test_the_seed_is_that_of_the_intervals(
+    evaluation: Evaluation, predictor: Predictor, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streetvision.evaluation import report
+
+    seeds = []
+
+    def reporting(*arguments: Any, **options: Any) -> dict[str, Any]:
+        seeds.append(inspect.signature(real).bind(*arguments, **options).arguments["seed"])
+        return evaluation.report
+
+    real = report.evaluation_report
+    monkeypatch.setattr(report, "evaluation_report", reporting)
+    for seed in (7, 8):
+        evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=seed)
+    assert seeds == [7, 8]
 
 
 def test_predictions_are_the_predictors(
