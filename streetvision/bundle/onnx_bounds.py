@@ -88,6 +88,8 @@ def _parsed(data: bytes, place: Path) -> Any:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's own kind
         raise UserError(f"{place} cannot be run by onnxruntime: it is no ONNX model") from error
+    if not model.graph.output:  # such as no bytes at all
+        raise UserError(f"{place} cannot be run by onnxruntime: it is no ONNX model")
     weights = sum(len(each.raw_data) for each in model.graph.initializer)
     if len(data) - weights > MAX_GRAPH_BYTES:
         raise UserError(

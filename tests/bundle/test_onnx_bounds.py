@@ -279,9 +279,7 @@ def test_other_formats_and_sizes_are_refused() -> None:
     good = model(*mean(), axes=AXES)
     data = good.SerializeToString()
     for wrong in (b"", b"no model", data[: len(data) // 2], b"\x00\x00\x00\x00ORTM" + bytes(60)):
-        assert "cannot be run by onnxruntime" in refusal(
-            wrong
-        ) or "cannot be understood" in refusal(wrong)
+        assert "cannot be run by onnxruntime" in refusal(wrong)
     good.doc_string = "x" * MAX_GRAPH_BYTES
     assert "bytes besides its weights" in refusal(good)
     good.doc_string = ""
