@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -163,15 +164,18 @@ class ArtifactSchema:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
-    A reader sees the old file or the whole new one, never a part; a failure leaves no temporary file.
+    A reader sees the old file or the whole new one, never a part; a failure leaves no temporary file. Who may
+    read it is for the umask to say, as with any new file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(mode)  # `write` may have made the file anew
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -181,7 +185,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    """A new, empty file beside `path`, with the permissions that the user's umask leaves."""
+    """A new, empty file beside `path`, with the permissions that the umask leaves; `mkstemp` asks it not."""
     while True:
         # The name of a file may be as long as a name may be.
         found = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")

@@ -76,5 +76,6 @@ _MUST = {
     "exclusiveMaximum": "it must be < {}",
     "minItems": "it needs at least {} items",
     "maxItems": "it may have at most {} items",
+    "maxProperties": "it may have at most {} keys",
     "pattern": "it must match {}",
 }

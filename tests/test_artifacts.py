@@ -112,16 +112,6 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -
     assert names(path.parent) == ["file"]
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_permissions_are_those_that_the_umask_leaves(tmp_path: Path, mask: int, mode: int) -> None:
-    before = os.umask(mask)
-    try:
-        path = write_bytes_atomic(tmp_path / "file", b"new")
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == mode
-
-
 def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
     path = write_bytes_atomic(tmp_path / ("ä" * 120 + ".csv"), b"new")
     assert path.read_bytes() == b"new"
@@ -142,6 +132,28 @@ def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", fsync)
     write_bytes_atomic(path, b"new")
     assert (path.stat().st_ino, 3, False) in flushed
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_says_who_may_read_what_is_written(umask: int, tmp_path: Path) -> None:
+    """Also of what a library writes by a file of its own, as safetensors does."""
+
+    def anew(temporary: Path) -> None:
+        temporary.unlink()
+        temporary.write_bytes(b"new")
+        temporary.chmod(0o600)
+
+    before = os.umask(umask)
+    try:
+        paths = [
+            write_bytes_atomic(tmp_path / "a/one", b""),
+            write_atomic(tmp_path / "a/two", anew),
+        ]
+    finally:
+        os.umask(before)
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

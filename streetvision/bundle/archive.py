@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streetvision.bundle.validate import BUNDLE_JSON, MAX_JSON_BYTES, parse_manifest
+from streetvision.bundle.limits import (
+    MAX_FILE_BYTES,
+    MAX_JSON_BYTES,
+    MAX_RATIO,
+    MAX_RATIO_EXTRA_BYTES,
+)
+from streetvision.bundle.validate import BUNDLE_JSON, parse_manifest
 from streetvision.errors import UserError
 
-# Weights hardly compress: what unpacks to far more than the archive's size is a bomb.
-MAX_RATIO = 20
-MAX_RATIO_EXTRA_BYTES = 64 * 2**20
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2**20
 
@@ -63,8 +66,10 @@ def unpack(archive: Path, target: Path) -> None:
 
 def _unpack(reader: _Reader, archive: Path, target: Path) -> None:
     name, size = _header(reader, archive) or ("", 0)
-    if name != BUNDLE_JSON or size > MAX_JSON_BYTES:
+    if name != BUNDLE_JSON:
         raise UserError(f"{archive}: the first file must be {BUNDLE_JSON}, as `export` writes it")
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{archive}: {BUNDLE_JSON} is larger than {MAX_JSON_BYTES:,} bytes")
     data = reader.read(size)
     wanted = set(parse_manifest(data, archive)["files"])
     (target / name).write_bytes(data)
@@ -75,6 +80,8 @@ def _unpack(reader: _Reader, archive: Path, target: Path) -> None:
             raise UserError(
                 f'{archive}: {BUNDLE_JSON} names no file "{name}", or it is there twice'
             )
+        if size > MAX_FILE_BYTES:
+            raise UserError(f'{archive}: "{name}" is larger than {MAX_FILE_BYTES:,} bytes')
         wanted.remove(name)
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from streetvision.data.transforms import Preprocessing
@@ -59,10 +59,16 @@ def prediction_cost(
 def forward_flops(model: torch.nn.Module, images: torch.Tensor) -> int:
     """Floating-point operations of one forward pass of images [B, 3, H, W] on the meta device."""
     try:
-        on_meta = copy.deepcopy(model).to("meta")
-        return _counted(lambda: on_meta(images))
+        return counted_on_meta(model, images)
     except (NotImplementedError, RuntimeError):  # something in it needs numbers
         return _counted(lambda: model(torch.zeros(images.shape)))
+
+
+def counted_on_meta(model: torch.nn.Module, images: torch.Tensor) -> int:
+    """As `forward_flops`, but without an answer where the model needs numbers: it raises torch's error."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    return _counted(lambda: functional_call(model, empty, (images,)))
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ bundle; only then does it get its name.
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.artifacts import ArtifactSchema, read_json, sha256_file, write_json_atomic
+from streetvision.artifacts import (
+    ArtifactSchema,
+    read_json,
+    sha256_file,
+    write_atomic,
+    write_json_atomic,
+)
 from streetvision.bundle.archive import bundle_folder
 from streetvision.bundle.validate import load_bundle
 from streetvision.data.embeddings import read_embeddings
@@ -210,8 +216,9 @@ def _write(made: HfModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     state = {name: value.detach().contiguous() for name, value in made.state.items()}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
+    write_atomic(
+        folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"})
+    )
     write_json_atomic(folder / "config.json", made.config)
     if made.processor is not None:
         write_json_atomic(folder / "preprocessor_config.json", made.processor)
@@ -326,12 +333,12 @@ def _replacing(output: Path) -> Iterator[Path]:
         raise UserError(f"{output} holds no folded model; give a new folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        temporary = output.with_name(f".{output.name}.{secrets.token_hex(6)}")
+        temporary.mkdir()  # unlike `mkdtemp` as the umask says
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
         if output.exists():
             shutil.rmtree(output)
         temporary.rename(output)

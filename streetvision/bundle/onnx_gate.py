@@ -15,7 +15,7 @@ from PIL.Image import Image
 from streetvision.artifacts import write_bytes_atomic
 from streetvision.bundle.base import BasePredictor
 from streetvision.bundle.onnx_export import export_fusion, export_network, quantise
-from streetvision.bundle.onnx_predictor import OnnxPredictor
+from streetvision.bundle.onnx_predictor import OnnxPredictor, batch_of
 from streetvision.bundle.onnx_session import ONNX_FILES, Network, OnnxFusion, OnnxParts
 from streetvision.bundle.predictor import Predictor
 from streetvision.data.views import views_of
@@ -152,8 +152,12 @@ def _check_equal(found: dict[str, Any], allowed: float, files: list[Path]) -> No
 def _in_onnxruntime(predictor: Predictor, folder: Path, model: str) -> OnnxPredictor:
     fusion = predictor.fusion
     if fusion.network is not None:
-        fusion = OnnxFusion(fusion.config, folder / FUSION)
-    network = Network(folder / model, predictor.preprocessing, features=fusion.needs_features)
+        fusion = OnnxFusion(fusion.config, (folder / FUSION).read_bytes(), folder / FUSION)
+    network = Network(
+        (folder / model).read_bytes(), folder / model, predictor.preprocessing,
+        features=fusion.needs_features, batch=batch_of(fusion, predictor.batch_size),
+        views=fusion.n_views,
+    )  # fmt: skip
     return OnnxPredictor(
         network, predictor.preprocessing, fusion, predictor.policy, predictor.batch_size,
         predictor.max_pixels,

@@ -13,7 +13,7 @@ from streetvision.bundle.archive import bundle_folder
 from streetvision.bundle.base import BasePredictor
 from streetvision.bundle.inputs import MAX_PIXELS
 from streetvision.bundle.onnx_session import Network, OnnxFusion
-from streetvision.bundle.validate import BundleManifest, read_bundle
+from streetvision.bundle.validate import BundleManifest, check_views, read_bundle
 from streetvision.data.transforms import Preprocessing
 from streetvision.decision.policy import Policy
 from streetvision.errors import UserError
@@ -55,7 +55,7 @@ class OnnxPredictor(BasePredictor):
         """Load a bundle folder or `bundle.tar.gz` that was exported with `export.onnx`.
 
         Seal, schema, hashes and policy are checked as `Predictor.load` does; of the networks their inputs
-        and outputs, and that they give an answer.
+        and outputs, what they take to run with the bundle's views and batch, and that they give an answer.
 
         Parameters
         ----------
@@ -68,20 +68,22 @@ class OnnxPredictor(BasePredictor):
             The bundle is incomplete, was changed, or has no such model; onnxruntime is not installed.
         """
         with bundle_folder(Path(bundle)) as folder:
-            manifest = read_bundle(folder)
             key, parameter = MODELS[engine]
-            name = manifest.document.get(key)
-            if name is None:
+            manifest = read_bundle(folder, "policy", key, "onnx_fusion")
+            document = manifest.document
+            if key not in document:
                 raise UserError(
                     f"bundle {bundle} has no {key}: it was exported without {parameter}"
                 )
+            check_views(document)
             policy = manifest.policy()
-            preprocessing = Preprocessing.from_dict(
-                manifest.document["classifier"]["preprocessing"]
-            )
+            preprocessing = Preprocessing.from_dict(document["classifier"]["preprocessing"])
             fusion = _fusion(manifest)
-            network = Network(folder / name, preprocessing, features=fusion.needs_features)
-        batch_size = int(manifest.document["batch_size"])
+            batch_size = int(document["batch_size"])
+            network = Network(
+                manifest.contents.pop(key), manifest.path(key), preprocessing,
+                features=fusion.needs_features, batch=batch_of(fusion, batch_size), views=fusion.n_views,
+            )  # fmt: skip
         predictor = cls(network, preprocessing, fusion, policy, batch_size, max_pixels)
         predictor.check_answer()
         return predictor
@@ -102,13 +104,34 @@ class OnnxPredictor(BasePredictor):
             raise UserError(f"the parts give no answer: {reason}") from error
 
 
+def check_onnx(folder: Path) -> None:
+    """Load each ONNX model of a checked bundle folder as `OnnxPredictor` does.
+
+    Raises
+    ------
+    UserError
+        One would not load, or onnxruntime is not installed.
+    """
+    document = read_bundle(folder).document
+    for engine, (key, _) in MODELS.items():
+        if key in document:
+            OnnxPredictor.load(folder, engine)
+
+
+def batch_of(fusion: Fusion, batch_size: int) -> int:
+    """How many images go through the network at once: with several views one, as `network_scores` has it."""
+    return 1 if fusion.n_views > 1 else batch_size
+
+
 def _fusion(manifest: BundleManifest) -> Fusion:
     views: dict[str, Any] = manifest.document["views"]
     config = FusionConfig.from_dict(views)
-    name = manifest.document.get("onnx_fusion")
-    if (name is not None) != (config.mode in TRAINED):
+    model = manifest.contents.pop("onnx_fusion", None)
+    if (model is not None) != (config.mode in TRAINED):
         raise UserError(
             f"bundle {manifest.folder}: views.mode {config.mode} "
-            f"{'needs' if name is None else 'has no'} onnx_fusion"
+            f"{'needs' if model is None else 'has no'} onnx_fusion"
         )
-    return Fusion(config) if name is None else OnnxFusion(config, manifest.folder / name)
+    return (
+        Fusion(config) if model is None else OnnxFusion(config, model, manifest.path("onnx_fusion"))
+    )

@@ -44,17 +44,32 @@ def onnx_libraries() -> tuple[Any, Any]:
 
 
 class Network:
-    """The classifier: inputs uint8 [B, H, W, 3] → logits [B] and, where it has them, features [B, D]."""
+    """The classifier: inputs uint8 [B, H, W, 3] → logits [B] and, where it has them, features [B, D].
 
-    def __init__(self, path: Path, preprocessing: Preprocessing, *, features: bool) -> None:
-        self.session = open_session(path)
+    Parameters
+    ----------
+    model, place: the file's content, and what errors call it
+    batch, views: the largest B is a batch of images with so many views each
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        place: Path,
+        preprocessing: Preprocessing,
+        *,
+        features: bool,
+        batch: int = 1,
+        views: int = 1,
+    ) -> None:
+        self.session = open_session(model, place, batch * views, batch)
         inputs = [(each.name, each.type, each.shape[1:]) for each in self.session.get_inputs()]
         wanted = [(IMAGES, "tensor(uint8)", [preprocessing.height, preprocessing.width, 3])]
         outputs = [LOGITS, FEATURES] if features else [LOGITS]
         found = [each.name for each in self.session.get_outputs()]
         if inputs != wanted or found != outputs:
             raise UserError(
-                f"{path} takes {inputs} and gives {found}; {wanted} and {outputs} are needed"
+                f"{place} takes {inputs} and gives {found}; {wanted} and {outputs} are needed"
             )
 
     def __call__(
@@ -66,14 +81,14 @@ class Network:
 
 
 class OnnxFusion(Fusion):
-    """A trained fusion, with its network in onnxruntime in float32."""
+    """A trained fusion, with its network in onnxruntime in float32; parameters as `Network` has them."""
 
-    def __init__(self, config: FusionConfig, path: Path) -> None:
+    def __init__(self, config: FusionConfig, model: bytes, place: Path) -> None:
         super().__init__(config)
-        self.session = open_session(path)
+        self.session = open_session(model, place)
         inputs = tuple(each.name for each in self.session.get_inputs())
         if inputs != FUSION_INPUTS:
-            raise UserError(f"{path} takes {inputs}; {FUSION_INPUTS} are needed")
+            raise UserError(f"{place} takes {inputs}; {FUSION_INPUTS} are needed")
 
     def fuse_trained(
         self,
@@ -94,26 +109,37 @@ class OnnxFusion(Fusion):
         return np.asarray(fused, dtype=np.float64)
 
 
-def open_session(path: Path) -> Any:
+def open_session(model: bytes, place: Path, rows: int = 1, images: int = 1) -> Any:
     """Open an ONNX model with as many threads as torch would take: `OMP_NUM_THREADS`, or all cores.
+
+    Parameters
+    ----------
+    model, place
+        The file's content: no other bytes are read, here or by the runtime. What errors call it.
+    rows, images
+        The largest batch, and how many images it is: `onnx_bounds.check_model` bounds what that takes.
 
     Raises
     ------
     UserError
-        onnxruntime is not installed, or the file is no model that it can run.
+        onnx or onnxruntime is not installed, or the file is no model that may be run, or can be.
     """
+    from streetvision.bundle.onnx_bounds import check_model
+
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError(
             "this engine needs onnxruntime: pip install 'streetvision[onnx]'"
         ) from error
+    check_model(model, place, rows, images)
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = 3  # errors
     threads = os.environ.get("OMP_NUM_THREADS", "")
     options.intra_op_num_threads = int(threads) if threads.isdigit() else usable_cores()
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds share no base class
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} cannot be run by onnxruntime: {reason}") from error
+        raise UserError(f"{place} cannot be run by onnxruntime: {reason}") from error

@@ -14,6 +14,9 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from streetvision.bundle.cost import counted_on_meta
+from streetvision.bundle.limits import MAX_OPERATIONS
+from streetvision.bundle.validate import views_of_grid
 from streetvision.data.views import view_names
 from streetvision.decision.policy import Policy
 from streetvision.errors import UserError
@@ -21,23 +24,49 @@ from streetvision.models.backbone import ARCHITECTURES
 from streetvision.models.classifier import (
     ClassifierConfig,
     RoadworkClassifier,
-    load_weights_into,
+    filled,
 )
-from streetvision.models.fusion import TRAINED, Fusion, fusion_from
+from streetvision.models.fusion import TRAINED, Fusion, FusionConfig, trained_fusion
 from streetvision.models.multiview import score_views
 from streetvision.params import ViewGrid
 
 # All that an export writes; timm has more that fetch, read a file or change what is built.
 _ARGUMENTS = {"img_size"}.union(*(each.arguments for each in ARCHITECTURES.values()))
-_DTYPES = {"F32", "F16", "BF16", "I64"}
+_DTYPES = {"float32", "float16", "bfloat16", "int64"}
 # What an architecture may build and throw away again while it is built.
-_SPARE_PARAMETERS = 2**20
+SPARE_PARAMETERS = 2**20
+# Of the numbers in its weights: buffers and shared weights are few.
+PARAMETERS_A_NUMBER = 2
+State = dict[str, torch.Tensor]
+
+
+def tensors(data: bytes, place: Path) -> State:
+    """The tensors of a safetensors file by name, copied from its bytes; `place` is what errors call it.
+
+    Raises
+    ------
+    UserError
+        The bytes are no safetensors file, or hold numbers of a kind that no export writes.
+    """
+    from safetensors.torch import load
+
+    try:
+        state = dict(load(data))
+    except Exception as error:  # of a kind that torch does not know: KeyError
+        raise UserError(f"weights file {place} cannot be read: {_line(error)}") from error
+    for name, tensor in state.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in _DTYPES:
+            raise UserError(
+                f"{place}: {name} is of type {kind}; allowed: {', '.join(sorted(_DTYPES))}"
+            )
+    return state
 
 
 def build_model(
-    document: Mapping[str, Any], weights: Path
+    document: Mapping[str, Any], state: State, place: Path
 ) -> tuple[RoadworkClassifier, ClassifierConfig]:
-    """Build the classifier that `bundle.json` describes, with its weights, on the CPU.
+    """Build the classifier that `bundle.json` describes, with its weights, read from `place`, on the CPU.
 
     Raises
     ------
@@ -58,16 +87,18 @@ def build_model(
     size = [config.preprocessing.height, config.preprocessing.width]
     if config.arguments.get("img_size", size) != size:
         raise UserError(f"classifier.arguments.img_size must be {size}, as in preprocessing")
-    with _building("classifier", weights):
-        model = load_weights_into(config, weights)
+    with _building("classifier", state):
+        model = filled(config, state, place)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != document["parameters"]:
         raise UserError(f"parameters is {document['parameters']}; the model has {parameters}")
     return model, config
 
 
-def build_views(document: Mapping[str, Any], weights: Path, model: RoadworkClassifier) -> Fusion:
-    """Build the fusion that `bundle.json` describes.
+def build_views(
+    document: Mapping[str, Any], state: State | None, place: Path, model: RoadworkClassifier
+) -> Fusion:
+    """Build the fusion that `bundle.json` describes, a trained one with its weights, read from `place`.
 
     Raises
     ------
@@ -80,18 +111,40 @@ def build_views(document: Mapping[str, Any], weights: Path, model: RoadworkClass
         raise UserError(
             f"views.mode {views['mode']} {'needs' if trained else 'has no'} cvfm_weights"
         )
-    if not trained:
-        return fusion_from(views, weights, lambda: model.head)
+    if not trained or state is None:
+        return Fusion(FusionConfig.from_dict(views))
     if views["features"] != model.backbone.num_features:
         raise UserError(
             f"views.features is {views['features']}; the backbone has {model.backbone.num_features}"
         )
-    with _building("views", weights):
-        fusion = fusion_from(views, weights, lambda: model.head)
+    with _building("views", state):
+        fusion = trained_fusion(FusionConfig.from_dict(views), state, place, lambda: model.head)
     network = fusion.network
     if network is None or not all(bool(t.isfinite().all()) for t in network.state_dict().values()):
-        raise UserError(f"{weights} holds numbers that are not finite")
+        raise UserError(f"{place} holds numbers that are not finite")
     return fusion
+
+
+def check_cost(
+    model: RoadworkClassifier, config: ClassifierConfig, document: Mapping[str, Any]
+) -> None:
+    """Count the operations of an image's views, on tensors without numbers: nothing is computed.
+
+    Raises
+    ------
+    UserError
+        They are more than `MAX_OPERATIONS`.
+    """
+    size = (config.preprocessing.height, config.preprocessing.width)
+    try:
+        one_view = counted_on_meta(model, torch.zeros(1, 3, *size, device="meta"))
+    except (NotImplementedError, RuntimeError):  # something in it needs numbers
+        return
+    operations = views_of_grid(document) * one_view
+    if operations > MAX_OPERATIONS:
+        raise UserError(
+            f"all views of an image take {operations:.1e} operations; {MAX_OPERATIONS:.0e} are allowed"
+        )
 
 
 def check_answer(
@@ -122,37 +175,16 @@ def check_answer(
 
 
 @contextmanager
-def _building(key: str, weights: Path) -> Iterator[None]:
-    """Bound what is built by what `weights` hold, and turn torch's errors into one line."""
+def _building(key: str, state: State) -> Iterator[None]:
+    """Bound what is built by what the weights hold, and turn torch's errors into one line."""
+    stored = sum(tensor.numel() for tensor in state.values())
     try:
-        with _at_most(2 * _stored_numbers(weights) + _SPARE_PARAMETERS):
+        with _at_most(PARAMETERS_A_NUMBER * stored + SPARE_PARAMETERS):
             yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{key} cannot be built: {_line(error)}") from error
-
-
-def _stored_numbers(weights: Path) -> int:
-    """How many numbers a safetensors file holds, by its header."""
-    from safetensors import SafetensorError, safe_open
-
-    if not weights.is_file():
-        raise UserError(f"weights file {weights} does not exist")
-    count = 0
-    try:
-        with safe_open(str(weights), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a handle, no mapping)
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{weights}: {name} is of type {tensor.get_dtype()}; "
-                        f"allowed: {', '.join(sorted(_DTYPES))}"
-                    )
-                count += int(np.prod(tensor.get_shape(), dtype=object))
-    except SafetensorError as error:
-        raise UserError(f"weights file {weights} cannot be read: {error}") from error
-    return count
 
 
 @contextmanager

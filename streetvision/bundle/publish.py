@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from streetvision.artifacts import (
 )
 from streetvision.bundle.archive import bundle_folder
 from streetvision.bundle.cards import Facts, hub_card
-from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, read_bundle
+from streetvision.bundle.publishable import FOLDED_FILES, check_fold, check_publishable
+from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, load_bundle, read_bundle
 from streetvision.data.hub import CONNECT_SECONDS
 from streetvision.errors import UserError
 
@@ -127,12 +130,14 @@ def publication(
     Raises
     ------
     UserError
-        The bundle is not whole; a licence is not named; the metrics are missing or of another bundle; so is
-        `folded`.
+        The bundle is not whole, or holds a file that is not published (`publishable`); a licence is not
+        named; the metrics are missing or of another bundle; so is `folded`.
     """
-    with bundle_folder(bundle) as folder:
+    with _copies(bundle, folded) as (folder, model):
         BundleValidator().validate(folder)
-        document = read_bundle(folder).document
+        parts = load_bundle(folder)
+        document = parts.document
+        check_publishable(folder, document)
         licence = _recorded_licence(document["classifier"]["backbone"])
         facts = Facts(
             document,
@@ -140,7 +145,7 @@ def publication(
             challenge=_measured(project, "challenge", "challenge", folder),
             data=read_json(project.metric("data"), "prepare"),
             recorded_licence=licence,
-            fold=None if folded is None else _checked_fold(folded, document),
+            fold=None if model is None else check_fold(model, parts),
         )
         _check_licences(submission, facts)
         if facts.evaluation is None:
@@ -153,11 +158,47 @@ def publication(
         write_bytes_atomic(output / HUB_CARD, text.encode())
         place = "" if folded is None else f"{BUNDLE_FOLDER}/"
         files = {f"{place}{name}": folder / name for name in (BUNDLE_JSON, *document["files"])}
-        if folded is not None and facts.fold is not None:
+        if model is not None and facts.fold is not None:
             from streetvision.bundle.folded import RECORD
 
-            files |= {name: folded / name for name in (RECORD, *facts.fold["files"])}
+            files |= {name: model / name for name in (RECORD, *facts.fold["files"])}
         yield files | {name: output / name for name in (MODEL_CARD, HUB_CARD)}
+
+
+@contextmanager
+def _copies(bundle: Path, folded: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """Copies of the bundle and of the folded model that nobody else writes to: what is checked is published.
+
+    Errors raised meanwhile name the originals.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="streetvision-") as home,
+        bundle_folder(bundle) as source,
+    ):
+        copies = {source: Path(home) / "bundle"}
+        document = read_bundle(source).document
+        _copy(source, copies[source], (BUNDLE_JSON, *document["files"]))
+        if folded is not None:
+            from streetvision.bundle.folded import RECORD
+
+            record = read_json(folded / RECORD, "python -m streetvision fold")
+            copies[folded] = Path(home) / "folded"
+            names = FOLDED_FILES & set(record.get("files") or ())
+            _copy(folded, copies[folded], (RECORD, *names))
+        try:
+            yield copies[source], None if folded is None else copies[folded]
+        except UserError as error:
+            text = str(error)
+            for original, copy in copies.items():
+                text = text.replace(str(copy), str(original))
+            raise UserError(text) from error
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():  # what is missing is said when the copy is checked
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def upload(
@@ -232,19 +273,6 @@ def _measured(
     if sha256_file(folder / BUNDLE_JSON) not in read or sha256_file(path) not in wrote:
         return None
     return read_json(path, step)
-
-
-def _checked_fold(folded: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    from streetvision.bundle.folded import RECORD
-
-    record = read_json(folded / RECORD, "python -m streetvision fold")
-    if record["bundle_sha256"] != document["sha256"]:
-        raise UserError(f"{folded} was folded from another bundle; run `fold` again")
-    for name, expected in record["files"].items():
-        path = folded / name
-        if path.name != name or not path.is_file() or sha256_file(path) != expected:
-            raise UserError(f"{folded}: {name} is missing or was changed; run `fold` again")
-    return record
 
 
 def _recorded_licence(backbone: str) -> str | None:

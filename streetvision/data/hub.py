@@ -2,16 +2,20 @@
 
 A revision is a commit hash and never changes, so a complete copy in the cache is used without any
 request. What was downloaded is kept: a broken connection goes on where it broke, a new run with the
-next file.
+next file. The hub (or whatever HF_ENDPOINT names) is held to what it says: it must answer for the pinned
+commit, and each file, from the cache, too, must have the hash that the commit lists.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from streetvision.artifacts import sha256_file
 from streetvision.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,16 +44,9 @@ def download_dataset(
         connection (or `HF_HUB_OFFLINE`) while the cache is incomplete.
     """
     try:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise UserError(MISSING_EXTRA) from error
-
     if revision == UNPINNED:
         raise UserError(
             f"params.yaml: data.sources: the revision of {repo_id} is not pinned; "
@@ -59,17 +56,46 @@ def download_dataset(
     if files is not None:
         return files
     place = f"hub data set {repo_id} at {revision[:12]}"
+    snapshot = _snapshot(repo_id, revision, patterns, cache_dir, place)
+    files = _cached_files(repo_id, revision, patterns, cache_dir)
+    if files is None:
+        # The library takes any file it finds in its cache for whole.
+        folder = Path(snapshot).parents[1]
+        raise UserError(
+            f"{place} is not what its commit lists, or damaged in the local cache: delete {folder} and rerun"
+        )
+    return files
+
+
+def _snapshot(
+    repo_id: str, revision: str, patterns: Sequence[str], cache_dir: Path | None, place: str
+) -> str:
+    """Download what is missing of a commit; return its folder in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         # Fails at once where there is no connection; the download itself would retry for minutes.
-        HfApi().dataset_info(repo_id, revision=revision, timeout=CONNECT_SECONDS)
+        answered = HfApi().dataset_info(repo_id, revision=revision, timeout=CONNECT_SECONDS).sha
+        if answered != revision:
+            raise UserError(
+                f"{place}: the hub answers for another commit ({str(answered)[:40]!r}); nothing was downloaded"
+            )
         logger.info("downloading %s", place)
-        snapshot = snapshot_download(
+        return snapshot_download(
             repo_id,
             repo_type="dataset",
             revision=revision,
             allow_patterns=list(patterns),
             cache_dir=cache_dir,
         )
+    except UserError:
+        raise
     except GatedRepoError as error:
         raise UserError(
             f"{place} is gated: accept its terms on the hub, then set HF_TOKEN"
@@ -93,18 +119,12 @@ def download_dataset(
             "check the connection and rerun, what has arrived is kept; or copy the cache from a "
             "machine that has it (HF_HOME)"
         ) from error
-    files = _cached_files(repo_id, revision, patterns, cache_dir)
-    if files is None:
-        # The library takes any file it finds in its cache for whole.
-        folder = Path(snapshot).parents[1]
-        raise UserError(f"{place} is damaged in the local cache: delete {folder} and rerun")
-    return files
 
 
 def _cached_files(
     repo_id: str, revision: str, patterns: Sequence[str], cache_dir: Path | None
 ) -> list[Path] | None:
-    """Return the matching files if the cache has all of them at full size, without any request."""
+    """Return the matching files if the cache has all of them, with their hashes, without any request."""
     from huggingface_hub import get_cached_repo_tree, try_to_load_from_cache
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -114,22 +134,54 @@ def _cached_files(
         )
     except CachedRepoTreeNotFoundError:
         return None
-    sizes = {entry.path: entry.size for entry in tree}
-    wanted = sorted(name for name in sizes if any(fnmatch(name, like) for like in patterns))
+    entries = {entry.path: entry for entry in tree}
+    wanted = sorted(name for name in entries if any(fnmatch(name, like) for like in patterns))
     if not wanted:
         raise UserError(
             f"hub data set {repo_id} has no files like {' or '.join(patterns)}; "
-            f"it has {', '.join(sorted(sizes)[:10]) or 'none'}"
+            f"it has {', '.join(sorted(entries)[:10]) or 'none'}"
         )
     files = []
     for name in wanted:
         path = try_to_load_from_cache(
             repo_id, name, cache_dir=cache_dir, revision=revision, repo_type="dataset"
         )
-        if not isinstance(path, str) or Path(path).stat().st_size != sizes[name]:
+        if not isinstance(path, str) or not _is_listed(
+            Path(path), entries[name].size, entries[name].blob_id
+        ):
             return None
         files.append(Path(path))
     return files
+
+
+def _is_listed(path: Path, size: int, blob: str) -> bool:
+    """Whether a file has a size and is a Git blob: the file itself or, of a large one, its LFS pointer.
+
+    The pointer is the file's SHA-256 and size in a fixed form, so that its hash is one of the file:
+    https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    """
+    if path.stat().st_size != size:
+        return False
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256_file(path)}\nsize {size}\n"
+    )
+    return blob == _git_blob([pointer.encode()], len(pointer)) or blob == _git_blob(
+        _blocks(path), size
+    )
+
+
+def _git_blob(blocks: Iterable[bytes], size: int) -> str:
+    """Git's hash of content: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            yield block
 
 
 def latest_revision(repo_id: str) -> str:
@@ -145,11 +197,14 @@ def latest_revision(repo_id: str) -> str:
     except ImportError as error:
         raise UserError(MISSING_EXTRA) from error
     try:
-        return str(HfApi().dataset_info(repo_id, timeout=CONNECT_SECONDS).sha)
+        revision = str(HfApi().dataset_info(repo_id, timeout=CONNECT_SECONDS).sha)
     except Exception as error:
         raise UserError(
             f"hub data set {repo_id} cannot be reached: {_first_line(error)}"
         ) from error
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise UserError(f"hub data set {repo_id}: the hub names no commit")
+    return revision
 
 
 def _first_line(error: Exception) -> str:

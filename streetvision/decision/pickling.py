@@ -58,10 +58,24 @@ def load_policy_pickle(data: bytes, expected_sha256: str) -> Policy:
         raise UserError(
             f"the policy pickle has SHA-256 {actual}, not {expected_sha256}; it was not loaded"
         )
+    return policy_from_document(plain_document(data))
+
+
+def plain_document(data: bytes) -> dict[str, Any]:
+    """Return what a pickle of plain containers holds; no class or function is loaded.
+
+    Raises
+    ------
+    UserError
+        The pickle is damaged, names a class or function, holds no dictionary, or something follows it.
+    """
+    stream = io.BytesIO(data)
     try:
-        document = _PlainUnpickler(io.BytesIO(data)).load()
+        document = _PlainUnpickler(stream).load()
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"the policy pickle is damaged: {error}") from error
-    return policy_from_document(document)
+    if not isinstance(document, dict) or stream.read(1):
+        raise UserError("the policy pickle is damaged: it is not one dictionary alone")
+    return document

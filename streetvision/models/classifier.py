@@ -141,9 +141,22 @@ def load_head(folder: Path) -> nn.Linear:
 
 
 def load_weights_into(config: ClassifierConfig, weights: Path) -> RoadworkClassifier:
-    """Build the configured model and fill it with `weights`, strictly."""
+    """Build the configured model and fill it with the tensors of a file, strictly."""
+    return filled(config, read_state_dict(weights), weights)
+
+
+def filled(
+    config: ClassifierConfig, state: dict[str, torch.Tensor], weights: Path
+) -> RoadworkClassifier:
+    """Build the configured model and fill it with `state`, read from the file `weights`, strictly.
+
+    Raises
+    ------
+    UserError
+        The tensors are those of another architecture, or hold numbers that are not finite.
+    """
     model = config.build()
-    fill(model, read_state_dict(weights), weights)
+    fill(model, state, weights)
     return model.eval().to(memory_format=torch.channels_last)
 
 

@@ -21,6 +21,7 @@ from streetvision.errors import UserError
 from streetvision.params import Cvfm, ViewGrid
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from streetvision.models.fusion_networks import FusionNetwork
@@ -256,25 +257,29 @@ def load_fusion(folder: Path, head: Callable[[], nn.Module]) -> Fusion:
     UserError
         A file is missing or does not fit the configuration.
     """
-    return fusion_from(read_json(folder / CONFIG, "cvfm"), folder / WEIGHTS, head)
-
-
-def fusion_from(
-    document: Mapping[str, Any], weights: Path, head: Callable[[], nn.Module]
-) -> Fusion:
-    """Rebuild a fusion from its configuration and the path of its weights; see `load_fusion`."""
-    config = FusionConfig.from_dict(document)
+    config = FusionConfig.from_dict(read_json(folder / CONFIG, "cvfm"))
     if config.mode not in TRAINED:
         return Fusion(config)
+    from streetvision.models.weights import read_state_dict
+
+    return trained_fusion(config, read_state_dict(folder / WEIGHTS), folder / WEIGHTS, head)
+
+
+def trained_fusion(
+    config: FusionConfig,
+    state: Mapping[str, torch.Tensor],
+    weights: Path,
+    head: Callable[[], nn.Module],
+) -> Fusion:
+    """Rebuild a trained fusion from its configuration and its tensors, read from the file `weights`."""
     from streetvision.models.fusion_networks import build_network, freeze_head
-    from streetvision.models.weights import fill, read_state_dict
+    from streetvision.models.weights import fill
 
     frozen = freeze_head(head()) if config.mode == "latent" else None
     network = build_network(config, frozen).double()
     own = network.own_state()
     given = {name: value for name, value in network.state_dict().items() if name not in own}
-    state = read_state_dict(weights)
     if given.keys() & state.keys():
         raise UserError(f"{weights} would replace the classifier's head")
-    fill(network, given | state, weights)
+    fill(network, {**given, **state}, weights)
     return Fusion(config, network)

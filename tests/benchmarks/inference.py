@@ -53,10 +53,9 @@ def inference() -> list[Table]:
             "onnxruntime, dynamic int8": quantise(data, "dynamic", []),
             "onnxruntime, static int8": quantise(data, "static", [pixels[None]]),
         }
-        with tempfile.TemporaryDirectory() as folder:
-            for version, content in versions.items():
-                onnx = onnx_predictor(ours, Path(folder), content)
-                rows.append(_row(version, "torch", onnx, ours, image))
+        for version, content in versions.items():
+            onnx = onnx_predictor(ours, content)
+            rows.append(_row(version, "torch", onnx, ours, image))
     columns = ["what", "against", "ours", "other", "ratio (of 5 pairs: least, largest)"]
     return [Table(f"One prediction, {MODEL}, batch 1, on the CPU", columns, rows)]
 
@@ -176,15 +175,14 @@ def torch_predictor(
     return Predictor(*network, _fusion(grid), policy, 1, torch.device("cpu"))
 
 
-def onnx_predictor(like: Predictor, folder: Path, model: bytes | None = None) -> OnnxPredictor:
-    """The same in onnxruntime, of an ONNX `model` or the float32 one; its file lies in `folder`."""
+def onnx_predictor(like: Predictor, model: bytes | None = None) -> OnnxPredictor:
+    """The same in onnxruntime, of an ONNX `model` or the float32 one."""
     from streetvision.bundle.onnx_export import export_network
     from streetvision.bundle.onnx_predictor import OnnxPredictor
     from streetvision.bundle.onnx_session import Network
 
-    path = folder / "model.onnx"
-    path.write_bytes(model or export_network(like.model, like.preprocessing, features=False))
-    network = Network(path, like.preprocessing, features=False)
+    data = model or export_network(like.model, like.preprocessing, features=False)
+    network = Network(data, Path("model.onnx"), like.preprocessing, features=False)
     return OnnxPredictor(network, like.preprocessing, like.fusion, like.policy, 1)
 
 

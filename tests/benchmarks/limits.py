@@ -288,17 +288,16 @@ def _prediction() -> Table:
     if other is not None:
         engines["torch"].append(lambda: other(image))
         names["torch"].append("transformers' pipeline")
-    with tempfile.TemporaryDirectory() as folder:
-        if has_onnx():
-            onnx = onnx_predictor(ours, Path(folder))
-            engines["onnxruntime"] = [_onnx_products(Path(folder)), lambda: onnx(image)]
-            names["onnxruntime"] = ["`OnnxPredictor`, float32"]
-        # One after the other: onnxruntime's threads wait busily for a while.
-        rows = [
-            row
-            for engine, works in engines.items()
-            for row in _rates(engine, works, names[engine], flops)
-        ]
+    if has_onnx():
+        onnx = onnx_predictor(ours)
+        engines["onnxruntime"] = [_onnx_products(), lambda: onnx(image)]
+        names["onnxruntime"] = ["`OnnxPredictor`, float32"]
+    # One after the other: onnxruntime's threads wait busily for a while.
+    rows = [
+        row
+        for engine, works in engines.items()
+        for row in _rates(engine, works, names[engine], flops)
+    ]
     title = (
         f"One prediction, {MODEL}, batch 1, {torch.get_num_threads()} threads: {flops / 1e9:.1f} GFLOP, "
         "against the matrix products of its blocks alone"
@@ -322,9 +321,9 @@ def _rates(
     ]
 
 
-def _onnx_products(folder: Path) -> Callable[[], object]:
+def _onnx_products() -> Callable[[], object]:
     """The matrix products of all blocks in onnxruntime, with weights that it may pack beforehand."""
-    from onnx import TensorProto, helper, numpy_helper, save
+    from onnx import TensorProto, helper, numpy_helper
 
     from streetvision.bundle.onnx_session import open_session
 
@@ -339,8 +338,8 @@ def _onnx_products(folder: Path) -> Callable[[], object]:
         feed[f"in{i}"] = rng.normal(size=(TOKENS, a)).astype(np.float32)
     graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
     versions = [helper.make_opsetid("", 17)]
-    save(helper.make_model(graph, opset_imports=versions, ir_version=8), folder / "products.onnx")
-    session = open_session(folder / "products.onnx")
+    model = helper.make_model(graph, opset_imports=versions, ir_version=8)
+    session = open_session(model.SerializeToString(), Path("products.onnx"))
     return lambda: session.run(None, feed)
 
 

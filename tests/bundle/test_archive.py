@@ -18,6 +18,7 @@ from PIL import Image
 
 from streetvision.bundle import archive
 from streetvision.bundle.archive import unpack
+from streetvision.bundle.limits import MAX_FILE_BYTES, MAX_JSON_BYTES
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator
 from streetvision.errors import UserError
@@ -175,13 +176,30 @@ def test_bombs_are_stopped(
     assert sum(written) < 20 * path.stat().st_size + 2**20
     # A size that is only said.
     info, _ = member("model.pth")
-    info.size = 7 * 2**30
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         tar.addfile(contents[0][0], io.BytesIO(contents[0][1]))
-    data = raw.getvalue()[: 512 + (len(contents[0][1]) + 511) // 512 * 512] + info.tobuf()
-    (tmp_path / "said.tar.gz").write_bytes(gzip.compress(data))
-    assert "is cut off" in refusal(tmp_path / "said.tar.gz")
+    whole = raw.getvalue()[: 512 + (len(contents[0][1]) + 511) // 512 * 512]
+    for size, said in (
+        (MAX_FILE_BYTES, "is cut off"),
+        (MAX_FILE_BYTES + 1, '"model.pth" is larger'),
+    ):
+        info.size = size
+        (tmp_path / "said.tar.gz").write_bytes(gzip.compress(whole + info.tobuf()))
+        assert said in refusal(tmp_path / "said.tar.gz")
+
+
+@pytest.mark.usefixtures("temporary")
+def test_a_bundle_json_that_is_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "large.tar.gz", [member(BUNDLE_JSON, b" " * (MAX_JSON_BYTES + 1))])
+    read: list[int] = []
+    monkeypatch.setattr(archive._Reader, "read", counted(archive._Reader.read, read))
+    assert f"bundle.json is larger than {MAX_JSON_BYTES:,} bytes" in refusal(path)
+    assert sum(read) == 512, "no more than its header"
+    just = write(tmp_path / "just.tar.gz", [member(BUNDLE_JSON, b" " * MAX_JSON_BYTES)])
+    assert "is not valid JSON" in refusal(just)
 
 
 def counted(read, written: list[int]):  # type: ignore[no-untyped-def]

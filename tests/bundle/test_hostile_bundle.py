@@ -18,12 +18,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from streetvision.artifacts import json_text, sha256_file
+from streetvision.artifacts import json_text
+from streetvision.bundle.limits import MAX_FILE_BYTES, MAX_FILES, MAX_JSON_BYTES
 from streetvision.bundle.predictor import Predictor
-from streetvision.bundle.validate import BUNDLE_JSON, MAX_JSON_BYTES, sealed
+from streetvision.bundle.validate import BUNDLE_JSON, check_views, sealed
 from streetvision.errors import UserError
+from tests.bundle.forging import Payload, forge, swap_when_hashed
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -38,15 +40,6 @@ def bundle(tmp_path: Path, trained: Trained) -> Path:
     return tmp_path / "bundle"
 
 
-def forge(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
-    """Change `bundle.json`, give all files their SHA-256 and seal it."""
-    document = json.loads((folder / BUNDLE_JSON).read_text())
-    for name in document["files"]:
-        document["files"][name] = sha256_file(folder / name)
-    change(document)
-    (folder / BUNDLE_JSON).write_text(json_text(sealed(document)))
-
-
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
         Predictor.load(folder, "cpu")
@@ -55,16 +48,6 @@ def refusal(folder: Path) -> str:
 
 
 # --------------------------------------------------------------------------- pickles
-
-
-class Payload:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
 
 
 def test_a_pickle_payload_is_never_run(bundle: Path, tmp_path: Path) -> None:
@@ -146,6 +129,18 @@ def arguments(**values: Any) -> Callable[[dict[str, Any]], object]:
     return lambda document: document["classifier"]["arguments"].update(values)
 
 
+def views(
+    grid: int, *, flip: bool, side: int, batch: int = 16
+) -> Callable[[dict[str, Any]], object]:
+    def change(document: dict[str, Any]) -> None:
+        document["classifier"]["preprocessing"].update(height=side, width=side)
+        document["views"].update(mode="simple_mean")
+        document["views"]["grid"].update(grid=grid, flip=flip)
+        document["batch_size"] = batch
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,6 +163,9 @@ def arguments(**values: Any) -> Callable[[dict[str, Any]], object]:
         (lambda d: d["classifier"]["preprocessing"].update(width=10**6), "width is 1000000; it must be"),
         (lambda d: d["classifier"]["preprocessing"].update(std=[0, 1, 1]), "std[0] is 0; it must be > 0"),
         (lambda d: d["views"]["grid"].update(grid=10**6), "views.grid.grid is 1000000; it must be <= 8"),
+        (views(8, flip=True, side=2048), "130 views an image of 2048 x 2048 pixels are too many"),
+        (views(8, flip=True, side=512), "130 views an image of 512 x 512 pixels are too many"),
+        (lambda d: d.update(batch_size=10**9), "1000000000 images a batch of 48 x 32 pixels are too many"),
         (lambda d: d["views"].update(mode="mlp"), "views.mode mlp needs cvfm_weights"),
         (lambda d: d["views"].update(mode="topk_mean"), "mode topk_mean has the options top_k"),
         (lambda d: d.update(cvfm_weights="model.safetensors"), "views.mode single has no cvfm_weights"),
@@ -190,6 +188,75 @@ def test_what_does_not_fit_is_refused_before_memory_is_taken(
     forge(bundle, change)
     assert message in refusal(bundle)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+def test_the_operations_of_all_views_are_bounded(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streetvision.bundle import parts
+    from streetvision.bundle.cost import forward_flops
+
+    predictor = Predictor.load(bundle, "cpu")
+    one = forward_flops(predictor.model, torch.zeros((1, 3, 32, 48), device="meta"))
+    forge(bundle, views_of_the_bundle)
+    monkeypatch.setattr(parts, "MAX_OPERATIONS", 5 * one)  # of four tiles and the whole
+    Predictor.load(bundle, "cpu")
+    monkeypatch.setattr(parts, "MAX_OPERATIONS", 5 * one - 1)
+    assert "all views of an image take" in refusal(bundle)
+
+
+def views_of_the_bundle(document: dict[str, Any]) -> None:
+    document["views"].update(mode="simple_mean")
+    document["views"]["grid"].update(grid=2)
+
+
+def test_the_bounds_of_views_are_where_they_are_said(trained: Trained) -> None:
+    document = json.loads((trained.bundle / BUNDLE_JSON).read_text())
+    document["classifier"]["preprocessing"].update(height=2048, width=2048)
+    document["batch_size"] = 8  # 2^25 pixels
+    check_views(document)
+    document["batch_size"] = 9
+    with pytest.raises(UserError, match="9 images a batch"):
+        check_views(document)
+    document["views"].update(mode="simple_mean")
+    document["views"]["grid"].update(grid=2)  # an image a pass: the batch plays no part
+    check_views(document)
+    document["views"]["grid"].update(flip=True)
+    with pytest.raises(UserError, match="10 views an image"):
+        check_views(document)
+
+
+def test_a_file_that_is_too_large_is_not_read(bundle: Path) -> None:
+    for name in ("model.pth", "model.safetensors", "scrc_params.json"):
+        whole = (bundle / name).read_bytes()
+        with (bundle / name).open("wb") as file:
+            file.truncate(2**40)
+        limit = MAX_JSON_BYTES if name == "scrc_params.json" else MAX_FILE_BYTES
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert f"{name} is larger than {limit:,} bytes" in refusal(bundle)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+        (bundle / name).write_bytes(whole)
+    forge(bundle, lambda d: d["files"].update({str(n): "0" * 64 for n in range(MAX_FILES)}))
+    assert f"it may have at most {MAX_FILES} keys" in refusal(bundle)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "scrc_params.json"])
+def test_what_was_hashed_is_what_is_loaded(
+    name: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Predictor.load(bundle, "cpu")(GREY)
+    if name == "scrc_params.json":
+        document = json.loads((bundle / name).read_text())
+        document["scrc_params"]["served_prior"] = 0.9
+        other = json_text(document).encode()
+    else:
+        state = load_file(bundle / name)
+        other = save(state | {"head.bias": state["head.bias"] + 3})
+    swap_when_hashed(monkeypatch, bundle / name, other)
+    assert Predictor.load(bundle, "cpu")(GREY) == expected
+    assert (bundle / name).read_bytes() == other, (
+        "nothing was swapped: the test would hold for any code"
+    )
 
 
 def test_loading_in_threads_counts_for_each_alone(bundle: Path, trained: Trained) -> None:
@@ -223,7 +290,9 @@ def test_tensors_that_do_not_fit(bundle: Path) -> None:
     assert "1 unexpected" in refused(surprise=torch.zeros(1))
     assert "1 of another shape" in refused(**{"head.bias": torch.zeros(2)})
     # Finite, until it is a float32.
-    assert "head.bias is of type F64" in refused(**{"head.bias": torch.tensor([1e300]).double()})
+    assert "head.bias is of type float64" in refused(
+        **{"head.bias": torch.tensor([1e300]).double()}
+    )
     assert "not finite, in head.bias" in refused(**{"head.bias": torch.tensor([torch.inf])})
     # Finite, but no answer is.
     assert "the parts give no answer" in refused(**{"head.weight": torch.full((1, 64), 3e38)})

@@ -19,6 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.metrics import matthews_corrcoef
 
 from streetvision import cli
 from streetvision.artifacts import ArtifactSchema, json_text, read_json, sha256_file
@@ -43,6 +44,7 @@ from streetvision.models.classifier import load_classifier
 from streetvision.models.fusion import TRAINED, Fusion, FusionConfig, save_fusion
 from streetvision.models.fusion_networks import build_network
 from streetvision.params import Cvfm, Export, Hardware, Params, ViewGrid, check_params
+from tests.bundle.forging import swap_when_hashed
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -177,11 +179,10 @@ def test_a_second_pass_is_honoured(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", TRAINED)
-def test_every_trained_fusion_runs_in_onnxruntime(mode: str, tmp_path: Path) -> None:
+def test_every_trained_fusion_runs_in_onnxruntime(mode: str) -> None:
     fusion = random_fusion(mode, 12)
     assert fusion.network is not None
-    path = tmp_path / "fusion.onnx"
-    path.write_bytes(onnx_export.export_fusion(fusion.network, fusion.n_views, 12))
+    exported = onnx_export.export_fusion(fusion.network, fusion.n_views, 12)
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 0.5, (6, 5, 2))
     boxes = np.concatenate([corner, corner + 0.4], axis=2)
@@ -191,7 +192,7 @@ def test_every_trained_fusion_runs_in_onnxruntime(mode: str, tmp_path: Path) -> 
     content[4, 1:] = 0  # no tile at all
     views = (rng.normal(size=(6, 5)), rng.normal(size=(6, 5, 12)), content, boxes)
     expected = fusion.fuse(*views)
-    ported = OnnxFusion(fusion.config, path)
+    ported = OnnxFusion(fusion.config, exported, Path("fusion.onnx"))
     np.testing.assert_allclose(ported.fuse(*views), expected, atol=1e-5)
     first = ported.fuse(*(each[:1] for each in views))
     np.testing.assert_allclose(first, expected[:1], atol=1e-5)
@@ -296,7 +297,7 @@ def test_two_exports_are_equal_to_the_byte(exported: Exported, trained: Trained)
 
 
 def test_int8_answers_nearly_as_torch_does(
-    exported: Exported, trained: Trained, photos: list[Image.Image], tmp_path: Path
+    exported: Exported, trained: Trained, photos: list[Image.Image]
 ) -> None:
     expected = Predictor.load(exported.single, "cpu").logits(photos)
     found = load_predictor(exported.single, "onnx_int8").logits(photos)
@@ -307,8 +308,7 @@ def test_int8_answers_nearly_as_torch_does(
     assert small == onnx_export.quantise(model, "dynamic", [])
     kinds = {node.op_type for node in onnx.load_from_string(small).graph.node}
     assert "MatMulInteger" in kinds, "nothing was quantised"
-    (tmp_path / "model.onnx").write_bytes(small)
-    dynamic = Network(tmp_path / "model.onnx", config.preprocessing, features=False)
+    dynamic = Network(small, Path("model.onnx"), config.preprocessing, features=False)
     inputs = [config.preprocessing.apply(image) for image in photos]
     assert np.abs(dynamic(inputs)[0] - expected).max() < 0.2 * expected.std()
 
@@ -410,6 +410,27 @@ def test_ranges_are_taken_from_anywhere_in_val_calib(
 
 
 @pytest.mark.usefixtures("no_export")
+def test_int8_is_judged_at_the_served_prior(
+    exported: Exported, gate: GateImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against scikit-learn's MCC with the weights written out."""
+    monkeypatch.setattr(onnx_gate, "quantise", lambda model, *_: model)
+    predictor = Predictor.load(exported.single, "cpu")
+    predictor.policy = replace(predictor.policy, served_prior=0.2)
+    decided = predictor.policy.decide(predictor.logits(gate.select()))
+    labels = decided.astype(np.int64)
+    labels[np.flatnonzero(decided)[::3]] = 0  # false alarms, and fewer missed
+    labels[np.flatnonzero(~decided.astype(bool))[::7]] = 1
+    share = labels.mean()
+    weights = np.where(labels == 1, 0.2 / share, 0.8 / (1 - share))
+    expected = matthews_corrcoef(labels, decided, sample_weight=weights)
+    judged = replace(gate, labels=labels)
+    found = make_onnx(predictor, tmp_path, SETTINGS, judged).metrics["onnx_int8"]
+    assert found["torch_mcc"] == found["mcc"] == pytest.approx(expected)
+    assert abs(expected - matthews_corrcoef(labels, decided)) > 0.01
+
+
+@pytest.mark.usefixtures("no_export")
 def test_the_stage(
     exported: Exported,
     trained: Trained,
@@ -496,18 +517,33 @@ def test_models_that_do_not_fit_are_refused(bundle: Path, exported: Exported) ->
     assert "are needed" in refusal(bundle)
 
 
-@pytest.mark.parametrize("place", ["../secret.bin", "{folder}/secret.bin"])
-def test_no_file_outside_is_read(bundle: Path, place: str) -> None:
+@pytest.mark.parametrize("place", ["weights.bin", "../secret.bin", "{folder}/secret.bin"])
+def test_no_other_file_is_read(bundle: Path, place: str) -> None:
     document = onnx.load(bundle / "model.onnx")
     head = next(each for each in document.graph.initializer if each.name.endswith("head.weight"))
-    (bundle.parent / "secret.bin").write_bytes(head.raw_data)
+    for path in (bundle / "weights.bin", bundle.parent / "secret.bin"):
+        path.write_bytes(head.raw_data)
     head.ClearField("raw_data")
     head.data_location = onnx.TensorProto.EXTERNAL
     location = head.external_data.add()
     location.key, location.value = "location", place.format(folder=bundle.parent)
     (bundle / "model.onnx").write_bytes(document.SerializeToString())
     forge(bundle, lambda _: None)
-    assert "cannot be run by onnxruntime" in refusal(bundle)
+    assert "names data in another file" in refusal(bundle)
+    with pytest.raises(UserError, match="names data in another file"):
+        BundleValidator().validate(bundle)
+
+
+def test_what_was_hashed_is_what_runs(
+    bundle: Path, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = OnnxPredictor.load(bundle).logits(photos[:2])
+    document = onnx.load(bundle / "model.onnx")
+    head = next(each for each in document.graph.initializer if each.name.endswith("head.weight"))
+    values = onnx.numpy_helper.to_array(head)
+    head.CopyFrom(onnx.numpy_helper.from_array(-values, head.name))
+    swap_when_hashed(monkeypatch, bundle / "model.onnx", document.SerializeToString())
+    np.testing.assert_array_equal(OnnxPredictor.load(bundle).logits(photos[:2]), expected)
 
 
 def test_fusion_and_its_model_go_together(exported: Exported, tmp_path: Path) -> None:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from streetvision import cli
 from streetvision.artifacts import ArtifactSchema, read_json, sha256_file, write_json_atomic
 from streetvision.bundle.folded import RECORD, fold_bundle
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.publish import Submission, check_hotkey, check_repo, publication, upload
-from streetvision.bundle.validate import BUNDLE_JSON
+from streetvision.bundle.publishable import check_publishable
+from streetvision.bundle.validate import BUNDLE_JSON, sealed
+from streetvision.data.store import open_split
 from streetvision.errors import UserError
+from tests.bundle.forging import Payload, forge
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -199,6 +209,220 @@ def test_a_folded_model_becomes_the_root(
     write_json_atomic(tmp_path / "folded" / RECORD, record | {"bundle_sha256": "0" * 64})
     with pytest.raises(UserError, match="folded from another bundle"):
         cards(trained, project, tmp_path / "cards", folded=tmp_path / "folded")
+
+
+# --------------------------------------------------------------------------- what is not published
+
+
+def refused(bundle: Path, project: ArtifactSchema, folded: Path | None = None) -> str:
+    """The one line, of a bundle that loads like any other; nothing is run of what it holds."""
+    output = project.root / "cards"
+    with (
+        pytest.raises(UserError) as caught,
+        publication(bundle, submission(), project, output, folded),
+    ):
+        pass
+    assert not output.exists()
+    assert "\n" not in str(caught.value)
+    assert str(folded or bundle) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def bundle(trained: Trained, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    shutil.copytree(trained.bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "modeling_x.py", "model.onnx", "cvfm_weights.pth", "data/1.safetensors"]
+)
+def test_files_of_other_names_are_not_published(
+    name: str, bundle: Path, project: ArtifactSchema
+) -> None:
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_bytes(b"{}")
+    forge(bundle, lambda d: d["files"].update({name: sha256_file(bundle / name)}))
+    Predictor.load(bundle, "cpu")
+    assert f"{name} is none of the files that are published" in refused(bundle, project)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("scrc_params.json", "config.json"), ("model.safetensors", "pytorch_model.safetensors")],
+)
+def test_known_files_under_other_names_are_not_published(
+    old: str, new: str, bundle: Path, project: ArtifactSchema
+) -> None:
+    (bundle / old).rename(bundle / new)
+    document = read_json(bundle / BUNDLE_JSON, "export")
+    document["files"][new] = document["files"].pop(old)
+    if old.endswith(".json"):
+        document["policy"]["policy_path"] = new
+    else:
+        document["model_checkpoint"] = new
+    write_json_atomic(bundle / BUNDLE_JSON, sealed(document))
+    Predictor.load(bundle, "cpu")
+    assert f'is "{new}"; only {old} is published' in refused(bundle, project)
+
+
+def hostile_policies(folder: Path, mark: Path) -> dict[str, bytes]:
+    """Pickles that stock tools would load, by what is wrong with them."""
+    data = (folder / "scrc_params.pkl").read_bytes()
+    document = read_json(folder / "scrc_params.json", "calibrate")
+    moved = json.loads(json.dumps(document))
+    moved["scrc_params"]["served_prior"] = 0.9
+    return {
+        "code": pickle.dumps(Payload(mark)),
+        "code within": pickle.dumps({**document, "more": Payload(mark)}),
+        "other numbers": pickle.dumps(moved),
+        "more behind it": data + pickle.dumps(Payload(mark)),
+        "a list": pickle.dumps([document]),
+        "damaged": data[:-3],
+        "a key more": pickle.dumps(document | {"more": 1}),
+    }
+
+
+def test_a_policy_pickle_is_a_copy_or_not_published(
+    bundle: Path, project: ArtifactSchema, tmp_path: Path
+) -> None:
+    for kind, data in hostile_policies(bundle, tmp_path / "ran").items():
+        (bundle / "scrc_params.pkl").write_bytes(data)
+        forge(bundle)
+        Predictor.load(bundle, "cpu")
+        refused(bundle, project)
+        assert not (tmp_path / "ran").exists(), kind
+    # Written by another version of Python, it is the same.
+    document = read_json(bundle / "scrc_params.json", "calibrate")
+    (bundle / "scrc_params.pkl").write_bytes(pickle.dumps(document, protocol=2))
+    check_publishable(bundle, read_json(bundle / BUNDLE_JSON, "export"))
+
+
+def hostile_weights(path: Path, mark: Path) -> dict[str, bytes]:
+    """Files of `torch.save` that stock tools would load, by what is wrong with them."""
+
+    def saved(value: object, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer, **options)
+        return buffer.getvalue()
+
+    def with_record(name: str, kind: int = zipfile.ZIP_STORED) -> bytes:
+        buffer = io.BytesIO(data)
+        with zipfile.ZipFile(buffer, "a", kind) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a name that is there
+            archive.writestr(name, pickle.dumps(Payload(mark)))
+        return buffer.getvalue()
+
+    data = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    (folder,) = {name.split("/")[0] for name in zipfile.ZipFile(path).namelist()}
+    return {
+        "code": pickle.dumps(Payload(mark)),
+        "code within": saved({**state, "more": Payload(mark)}),
+        "code in the old format": saved(
+            {**state, "x": Payload(mark)}, _use_new_zipfile_serialization=False
+        ),
+        "other numbers": saved({**state, "head.bias": state["head.bias"] + 1}),
+        "another type": saved({**state, "head.bias": state["head.bias"].double()}),
+        "a parameter": saved({**state, "head.bias": torch.nn.Parameter(state["head.bias"])}),
+        "a tensor less": saved(
+            {name: value for name, value in state.items() if name != "head.bias"}
+        ),
+        "a tensor more": saved({**state, "more": torch.zeros(1)}),
+        "a nested one": saved({"state_dict": state}),
+        "a second pickle": with_record(f"{folder}/data.pkl"),
+        "a program": with_record(f"{folder}/code/__torch__.py"),
+        "another folder": with_record("other/data.pkl"),
+        "packed": with_record(f"{folder}/data/999", zipfile.ZIP_DEFLATED),
+        "a pickle in front": pickle.dumps(Payload(mark)) + data,
+        "damaged": data[:-30],
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pickled_weights_are_a_copy_or_not_published(
+    bundle: Path, project: ArtifactSchema, tmp_path: Path
+) -> None:
+    check_publishable(bundle, read_json(bundle / BUNDLE_JSON, "export"))
+    for kind, data in hostile_weights(bundle / "model.pth", tmp_path / "ran").items():
+        (bundle / "model.pth").write_bytes(data)
+        forge(bundle)
+        with pytest.raises(
+            UserError, match=r"model\.pth holds something else than model\.safetensors"
+        ):
+            check_publishable(bundle, read_json(bundle / BUNDLE_JSON, "export"))
+        assert not (tmp_path / "ran").exists(), kind
+    assert "model.pth holds something else" in refused(bundle, project)
+
+
+def test_a_folded_model_is_what_fold_makes(
+    trained: Trained, project: ArtifactSchema, tmp_path: Path
+) -> None:
+    """Whoever writes the record gives each file its hash."""
+    folded = tmp_path / "folded"
+    fold_bundle(trained.bundle, folded)
+    whole = {path.name: path.read_bytes() for path in folded.iterdir()}
+
+    def forged(change: Callable[[dict[str, Any]], object] = lambda _: None) -> str:
+        record = read_json(folded / RECORD, "fold")
+        record["files"] = {
+            path.name: sha256_file(path) for path in folded.iterdir() if path.name != RECORD
+        }
+        change(record)
+        write_json_atomic(folded / RECORD, record)
+        said = refused(trained.bundle, project, folded)
+        for path in folded.iterdir():
+            path.unlink()
+        for name, data in whole.items():
+            (folded / name).write_bytes(data)
+        return said
+
+    (folded / "modeling_x.py").write_text("import os")
+    assert "modeling_x.py is none of the files that `fold` writes" in forged()
+    config = json.loads(whole["config.json"])
+    config["auto_map"] = {"AutoModelForImageClassification": "modeling_x.Model"}
+    write_json_atomic(folded / "config.json", config)
+    assert "is not what `fold` makes" in forged()
+    write_json_atomic(folded / "preprocessor_config.json", {"auto_map": {}})
+    assert "is not what `fold` makes" in forged()
+    state = load_file(folded / "model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, folded / "model.safetensors")
+    assert "is not what `fold` makes" in forged()
+    for key, value in (
+        ("slope", 2.0), ("intercept", 9.0), ("kind", "vit"), ("needs_transformers", "<script>"),
+        ("other_shapes", "[x](http://x)"), ("approximation", {"over": "<b>", "n": 1}),
+        ("checked", {"transformers": "<b>"}), ("more", "](http://x)"), ("slope", "much"),
+        ("files", {"../x": "0"}),
+    ):  # fmt: skip
+        forged(lambda record, key=key, value=value: record.update({key: value}))  # type: ignore[misc]
+    forged(lambda record: record.pop("calibrator"))
+    with publication(trained.bundle, submission(), project, tmp_path / "cards", folded) as files:
+        assert set(whole) <= set(files)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_was_checked_is_what_is_published(
+    packed: bool, bundle: Path, project: ArtifactSchema, tmp_path: Path
+) -> None:
+    whole = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    place = bundle / "bundle.tar.gz" if packed else bundle
+    with publication(place, submission(), project, tmp_path / "cards") as files:
+        for path in bundle.iterdir():
+            path.write_bytes(b"changed")
+        for name in (BUNDLE_JSON, *read_json(files[BUNDLE_JSON], "export")["files"]):
+            assert files[name].read_bytes() == whole[name]
+
+
+def test_nothing_says_where_or_of_whom_an_image_is(
+    trained: Trained, project: ArtifactSchema, tmp_path: Path, tiny_splits: dict[str, Path]
+) -> None:
+    """Names of images and groups, which may spell a place, stay in the project."""
+    split = open_split("export", "val_calib", tiny_splits["val_calib"])
+    names = {*map(str, split.groups), *map(str, split.ids)}
+    assert len(names) > 40
+    for name, data in cards(trained, project, tmp_path / "cards").items():
+        assert not any(each.encode() in data for each in names), name
 
 
 # --------------------------------------------------------------------------- the hub

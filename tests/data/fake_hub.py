@@ -26,6 +26,9 @@ class FakeHub:
     break_after: dict[str, int] = field(default_factory=dict)
     down_after_break: bool = False
     down: bool = False
+    # Of a hub that lies: the commit that it says it answers for, and what it sends in place of a file.
+    other_commit: str | None = None
+    sent: dict[str, bytes] = field(default_factory=dict)
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -53,14 +56,24 @@ class FakeHub:
         """JSON of the routes `revision` and `tree`."""
         if kind == "revision":
             siblings = [{"rfilename": name} for name in self.files]
-            return {"_id": "0", "id": self.repo_id, "sha": self.revision, "siblings": siblings}
+            commit = self.other_commit or self.revision
+            return {"_id": "0", "id": self.repo_id, "sha": commit, "siblings": siblings}
         entries = []
         for name, data in self.files.items():
-            digest = hashlib.sha256(data).hexdigest()
-            lfs = {"oid": digest, "size": len(data), "pointerSize": 134}
-            entry = {"type": "file", "path": name, "size": len(data), "oid": digest[:40]}
-            entries.append({**entry, "lfs": lfs})
+            entry = {"type": "file", "path": name, "size": len(data), "oid": git_blob(data)}
+            if name.endswith(".parquet"):  # in Git there is but a pointer
+                digest = hashlib.sha256(data).hexdigest()
+                pointer = "version https://git-lfs.github.com/spec/v1\n"
+                pointer += f"oid sha256:{digest}\nsize {len(data)}\n"
+                entry["oid"] = git_blob(pointer.encode())
+                entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": len(pointer)}
+            entries.append(entry)
         return entries
+
+
+def git_blob(data: bytes) -> str:
+    """What `git hash-object` prints."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -92,10 +105,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
     def send_file(self, name: str) -> None:
-        data = self.hub.files[name]
+        data = self.hub.sent.get(name, self.hub.files[name])
         headers = {
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "X-Repo-Commit": self.hub.revision,
+            "X-Repo-Commit": self.hub.other_commit or self.hub.revision,
             "Accept-Ranges": "bytes",
         }
         start = 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 pytest.importorskip("huggingface_hub")
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_hub import FakeHub
+
+from streetvision.data.hub import _is_listed
 
 REPO, REVISION = "natix-network-org/roadwork", "0123456789abcdef0123456789abcdef01234567"
 PATTERN = "data/*.parquet"
@@ -67,7 +70,7 @@ def download(
 
 
 def matches(answer: dict, hub: FakeHub) -> bool:
-    expected = [data for name, data in hub.files.items() if name.startswith("data/")]
+    expected = [data for name, data in sorted(hub.files.items()) if name.startswith("data/")]
     return [Path(file).read_bytes() for file in answer["files"]] == expected
 
 
@@ -116,6 +119,55 @@ def test_a_truncated_file_in_the_cache_is_not_complete(hub, tmp_path):
     assert "damaged in the local cache: delete" in error
     shutil.rmtree(error.partition(": delete ")[2].removesuffix(" and rerun"))
     assert matches(download(hub.endpoint, tmp_path), hub)
+
+
+@pytest.mark.parametrize("name", ["data/train-00000-of-00002.parquet", "data/labels.csv"])
+def test_a_file_is_what_its_commit_lists(name, hub, tmp_path):
+    hub.files["data/labels.csv"] = b"image,label"  # small: no LFS, its hash is Git's
+    own = hub.files[name]
+    hub.sent[name] = own[:-1] + b"?"  # of the same size
+    error = download(hub.endpoint, tmp_path, pattern="data/*")["error"]
+    assert "is not what its commit lists, or damaged" in error
+    hub.sent.clear()
+    shutil.rmtree(error.partition(": delete ")[2].removesuffix(" and rerun"))
+    answer = download(hub.endpoint, tmp_path, pattern="data/*")
+    assert matches(answer, hub)
+    # Nor is one that somebody changes in the cache.
+    (path,) = (Path(file) for file in answer["files"] if file.endswith(name))
+    path.resolve().write_bytes(own[:-1] + b"?")
+    assert (
+        "not complete" in download(hub.endpoint, tmp_path, pattern="data/*", offline=True)["error"]
+    )
+
+
+def test_hashes_are_those_of_git(tmp_path):
+    """Of a file, and of the pointer that the specification of Git LFS shows."""
+    (tmp_path / "file").write_bytes(b"image,label\n")
+    command = ["git", "hash-object", "--no-filters"]
+    own = subprocess.run(
+        [*command, "file"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert _is_listed(tmp_path / "file", 12, own.stdout.strip())
+    sha256 = hashlib.sha256(b"image,label\n").hexdigest()
+    (tmp_path / "pointer").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize 12\n"
+    )
+    pointed = subprocess.run(
+        [*command, "pointer"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert _is_listed(tmp_path / "file", 12, pointed.stdout.strip())
+    assert not _is_listed(tmp_path / "file", 13, pointed.stdout.strip())
+    (tmp_path / "file").write_bytes(b"image,lobel\n")
+    assert not _is_listed(tmp_path / "file", 12, own.stdout.strip())
+    assert not _is_listed(tmp_path / "file", 12, pointed.stdout.strip())
+
+
+def test_the_hub_answers_for_the_pinned_commit(hub, tmp_path):
+    hub.other_commit = "f" * 40
+    error = download(hub.endpoint, tmp_path)["error"]
+    assert "the hub answers for another commit" in error
+    assert "f" * 40 in error
+    assert not any(method == "GET" and "/resolve/" in path for method, path, _ in hub.log)
 
 
 def test_unreachable_without_cache_fails_fast(tmp_path):

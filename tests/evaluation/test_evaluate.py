@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 from collections.abc import Callable
@@ -113,6 +114,34 @@ def test_the_numbers_are_scikit_learns(evaluation: Evaluation, split: Split) -> 
     assert evaluation.report["n"] == len(split)
     assert evaluation.report["n_groups"] == len(set(split.groups))
     assert evaluation.report["served_prior"] == 0.3
+
+
+def test_the_seed_and_the_served_prior_reach_report_and_plot(
+    evaluation: Evaluation, predictor: Predictor, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streetvision.evaluation import report
+
+    seeds = []
+
+    def reporting(*arguments: Any, **options: Any) -> dict[str, Any]:
+        seeds.append(inspect.signature(real).bind(*arguments, **options).arguments["seed"])
+        return evaluation.report
+
+    drawn: list[Any] = []
+
+    def drawing(labels: Any, probabilities: Any, weights: Any = None) -> bytes:
+        drawn.append(weights)
+        return b""
+
+    real = report.evaluation_report
+    monkeypatch.setattr(report, "evaluation_report", reporting)
+    monkeypatch.setattr(plots, "plot_reliability", drawing)
+    for seed in (7, 8):
+        evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=seed)
+    assert seeds == [7, 8]
+    share = split.labels.mean()
+    expected = np.where(split.labels == 1, 0.3 / share, 0.7 / (1 - share))
+    np.testing.assert_allclose(drawn[0] / drawn[0].mean(), expected)
 
 
 def test_predictions_are_the_predictors(

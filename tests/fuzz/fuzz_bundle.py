@@ -1,10 +1,10 @@
 """Fuzzing with coverage: `python tests/fuzz/fuzz_bundle.py TARGET [CORPUS] [-max_total_time=60 …]`.
 
-Targets: `image` (the bytes of an image file), `payload` (text that may carry one), `manifest` (of bundle.json)
-and `archive` (of the tar within bundle.tar.gz). Anything but a result or a `UserError` of one line is a finding;
-atheris stops there and keeps the input. Needs `pip install atheris`; without it the script says so and ends
-well, so that it can stand in a list of checks. What follows the target goes to libFuzzer:
-https://llvm.org/docs/LibFuzzer.html#options
+Targets: `image` (the bytes of an image file), `payload` (text that may carry one), `manifest` (of bundle.json),
+`archive` (of the tar within bundle.tar.gz), `onnx` (of an ONNX model) and `pickle` (of the policy's pickle).
+Anything but a result or a `UserError` of one line is a finding; atheris stops there and keeps the input. Needs
+`pip install atheris`; without it the script says so and ends well, so that it can stand in a list of checks.
+What follows the target goes to libFuzzer: https://llvm.org/docs/LibFuzzer.html#options
 """
 
 from __future__ import annotations
@@ -77,8 +77,24 @@ def archive(data: bytes) -> None:
                 raise AssertionError(f"written outside: {names}, {odd}")
 
 
+def onnx(data: bytes) -> None:
+    """Bytes of an ONNX model."""
+    from streetvision.bundle.onnx_bounds import check_model
+
+    check_model(data, Path("model.onnx"), 4)
+
+
+def pickle(data: bytes) -> None:
+    """Bytes of the policy's pickle; only plain containers may come of it."""
+    from streetvision.decision.pickling import plain_document
+
+    if type(plain_document(data)) is not dict:
+        raise AssertionError("no dictionary")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    "image": image, "payload": payload, "manifest": manifest, "archive": archive,
+    "image": image, "payload": payload, "manifest": manifest, "archive": archive, "onnx": onnx,
+    "pickle": pickle,
 }  # fmt: skip
 
 
@@ -115,6 +131,12 @@ def seeds(target: str) -> list[bytes]:
         if target == "image":
             return pictures
         return [b"image/png;base64," + base64.b64encode(each) for each in pictures]
+    if target == "onnx":
+        return [_onnx_model()]
+    if target == "pickle":
+        import pickle as python_pickle
+
+        return [python_pickle.dumps({"a": [1, 2.5, None, True, {"b": "c" * 300}]}, 4)]
     bundle = _empty_bundle()
     return [bundle] if target == "manifest" else [_tar(bundle)]
 
@@ -139,6 +161,27 @@ def _empty_bundle() -> bytes:
         "files": {"m.safetensors": "0" * 64, "p.json": "1" * 64},
     }  # fmt: skip
     return json_text(sealed(document)).encode()
+
+
+def _onnx_model() -> bytes:
+    """A model of a few operators whose sizes are computed, too."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("Add", ["x", "zeros"], ["y"]),
+        helper.make_node("MatMul", ["y", "w"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1])],
+        [numpy_helper.from_array(np.ones((8, 1), np.float32), "w")],
+    )  # fmt: skip
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(made.SerializeToString())
 
 
 def _tar(bundle: bytes) -> bytes:

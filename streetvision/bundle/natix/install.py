@@ -7,6 +7,7 @@ pickled policy. Each bundle gets a folder named by its hash; earlier ones stay, 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streetvision.artifacts import sha256_file, write_atomic, write_bytes_atomic
+from streetvision.artifacts import json_text, sha256_file, write_atomic, write_bytes_atomic
 from streetvision.bundle.archive import bundle_folder
-from streetvision.bundle.validate import BUNDLE_JSON, load_bundle
+from streetvision.bundle.validate import BUNDLE_JSON, file_of, load_bundle
 from streetvision.errors import UserError
 
 NAME = "StreetVision"
@@ -80,19 +81,23 @@ def _install(folder: Path, document: Mapping[str, Any], checkout: Path) -> Insta
 
 def _copy_bundle(folder: Path, document: Mapping[str, Any], target: Path) -> Path | None:
     """Copy what the detector reads; None if it is there and whole."""
-    names = [document["policy"]["policy_path"], document["model_checkpoint"]]
-    if document["cvfm_weights"] is not None:
-        names.append(document["cvfm_weights"])
-    expected = {name: document["files"][name] for name in names}
-    expected[BUNDLE_JSON] = sha256_file(folder / BUNDLE_JSON)
+    named = [file_of(document, key) for key in ("policy", "model_checkpoint", "cvfm_weights")]
+    expected = {name: str(document["files"][name]) for name in named if name is not None}
+    # As it was checked: the file may be another one by now.
+    manifest = json_text(document).encode()
+    expected[BUNDLE_JSON] = hashlib.sha256(manifest).hexdigest()
     if all(_holds(target / name, sha256) for name, sha256 in expected.items()):
         return None
     try:
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".streetvision-") as temporary:
             copy = Path(temporary) / "bundle"
-            for name in expected:
-                write_atomic(copy / name, partial(shutil.copyfile, folder / name))
+            write_bytes_atomic(copy / BUNDLE_JSON, manifest)
+            for name, sha256 in expected.items():
+                if name != BUNDLE_JSON:
+                    write_atomic(copy / name, partial(shutil.copyfile, folder / name))
+                if not _holds(copy / name, sha256):
+                    raise UserError(f"bundle {folder}: {name} was changed while it was copied")
             if target.is_dir():  # damaged: its name is the hash of what it should hold
                 shutil.rmtree(target)
             copy.rename(target)

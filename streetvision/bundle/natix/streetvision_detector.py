@@ -34,7 +34,7 @@ from PIL import BmpImagePlugin, Image, ImageFile, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,16 +60,20 @@ class StreetVisionDetector(FeatureDetector):
         """Load the bundle around `weights`, a path that the YAML gives; the base class calls this."""
         folder = (Path(__file__).resolve().parent / "weights" / self.weights).parent
         bundle = read_bundle(folder)
+        files: dict[str, str] = bundle["files"]
         self.preprocessing = bundle["classifier"]["preprocessing"]
         self.views = bundle["views"]
-        policy_path = folder / bundle["policy"]["policy_path"]
-        self.policy = json.loads(policy_path.read_text(encoding="utf-8"))["scrc_params"]
+        policy = read_file(folder, bundle["policy"]["policy_path"], files)
+        self.policy = json.loads(policy)["scrc_params"]
+        # Tensors first, then the model that takes them: twice the weights at most are in memory.
+        state = load(read_file(folder, bundle["model_checkpoint"], files))
         self.model = Classifier(bundle["classifier"])
-        self.model.load_state_dict(load_file(folder / bundle["model_checkpoint"]))
+        self.model.load_state_dict(state)
+        del state
         self.model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.networks: list[Network] = []
         if bundle["cvfm_weights"] is not None:
-            state = load_file(folder / bundle["cvfm_weights"])
+            state = load(read_file(folder, bundle["cvfm_weights"], files))
             heads = int(self.views["options"].get("attention_heads", 1))
             self.networks = networks(state, heads, self.model.head)
 
@@ -108,24 +112,24 @@ class StreetVisionDetector(FeatureDetector):
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
-    """Return `bundle.json` after checking it and the files that are used by their SHA-256."""
+    """Return `bundle.json` after checking it by its own SHA-256."""
     path = folder / "bundle.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: run `python -m streetvision natix install` again"
         )
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads(path.read_bytes())
     content = {key: value for key, value in document.items() if key != "sha256"}
     text = json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
     check_hash(path, text.encode(), document["sha256"])
-    for name in (
-        document["policy"]["policy_path"],
-        document["model_checkpoint"],
-        document["cvfm_weights"],
-    ):
-        if name is not None:
-            check_hash(folder / name, (folder / name).read_bytes(), document["files"][name])
     return document
+
+
+def read_file(folder: Path, name: str, files: dict[str, str]) -> bytes:
+    """Return the bytes of a file of the bundle, read once: what was hashed is what is used."""
+    data = (folder / name).read_bytes()
+    check_hash(folder / name, data, files[name])
+    return data
 
 
 def check_hash(path: Path, data: bytes, expected: str) -> None:
