@@ -345,7 +345,11 @@ def _open(file: Path) -> Iterator[Any]:
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
             check_claims(file, parquet.metadata)
             yield parquet
-    except (pa.ArrowException, OSError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        UnicodeDecodeError,
+    ) as error:  # also a name that is no UTF-8
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is not a readable Parquet file: {reason}") from error
 
