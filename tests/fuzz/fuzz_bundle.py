@@ -1,7 +1,7 @@
 """Fuzzing with coverage: `python tests/fuzz/fuzz_bundle.py TARGET [CORPUS] [-max_total_time=60 …]`.
 
 Targets: `image` (the bytes of an image file), `payload` (text that may carry one), `manifest` (of bundle.json)
-and `archive` (of the tar within bundle.tar.gz). Anything but a result or a `UserError` of one line is a finding;
+and `archive` (of the tar within bundle.tar.gz). All but a result or a `UserError` of one line is a finding;
 atheris stops there and keeps the input. Needs `pip install atheris`; without it the script says so and ends
 well, so that it can stand in a list of checks. What follows the target goes to libFuzzer:
 https://llvm.org/docs/LibFuzzer.html#options
