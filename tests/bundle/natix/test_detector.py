@@ -298,7 +298,9 @@ def test_odd_and_hostile_files_get_the_predictors_answers(tmp_path: Path, traine
                 expected = -1.0
             answer = miner.ask(payload(data))
             assert answer.prediction == pytest.approx(expected, abs=TOLERANCE), (name, answer.error)
-            assert answer.seconds < 2, name
+            assert answer.seconds < 5, (
+                name
+            )  # on a busy machine; `make bench ONLY=payloads` holds 2 s
             served_ones += expected >= 0
             if name in whole:
                 assert expected == whole[name], name
