@@ -14,4 +14,4 @@ if not sys.flags.safe_path and sys.path[0] != _PROJECT:
 
 from streetvision.cli import program  # noqa: E402
 
-program()
+program("python -m streetvision")

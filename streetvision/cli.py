@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from streetvision.commands import bundles, changes, data, measuring, project
@@ -23,12 +22,12 @@ class _Parser(argparse.ArgumentParser):
         super().error(terminal(message))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse `arguments` (default: the command line) and run one command; returns the exit code."""
-    by_module = Path(sys.argv[0]).name == "__main__.py"
-    parser = _Parser(
-        prog="python -m streetvision" if by_module else "streetvision", description=__doc__
-    )
+def main(arguments: Sequence[str] | None = None, name: str = "streetvision") -> int:
+    """Parse `arguments` (default: the command line) and run one command; returns the exit code.
+
+    `name` is how the program was called, for its help.
+    """
+    parser = _Parser(prog=name, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(f"streetvision {options.command}", lambda: options.run(options))
 
 
-def program() -> NoReturn:
+def program(name: str = "streetvision") -> NoReturn:
     """Run a command and leave: what is installed as `streetvision`.
 
     The working directory may be anybody's, and no Python that is started from here imports from it: neither
@@ -55,4 +54,4 @@ def program() -> NoReturn:
     os.environ["PYTHONSAFEPATH"] = "1"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
-    sys.exit(main())
+    sys.exit(main(name=name))

@@ -97,9 +97,9 @@ def files(
     found: dict[tuple[str, str], bytes | None] = dict.fromkeys(pairs)
     request = "".join(f"{commit}:./{path}\n" for commit, path in sizes).encode()
     answer, place = _batch(root, "--batch", request), 0
-    for pair, size in sizes.items():
+    for pair, n_bytes in sizes.items():
         start = answer.index(b"\n", place) + 1
-        place = start + size + 1
+        place = start + n_bytes + 1
         found[pair] = answer[start : place - 1]
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from streetvision import git
 from streetvision.artifacts import exclusive
 from streetvision.errors import UserError
 from streetvision.params import load_params
@@ -136,6 +137,7 @@ def test_dvc_runs_in_the_project_with_this_python(
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(git, "check_repository", lambda _: None)
     assert reproduce(root, "smoke") == code
     [(command, options, seen)] = calls
     assert command == [sys.executable, "-m", "dvc", "repro"]
