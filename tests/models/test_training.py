@@ -528,7 +528,10 @@ def spy_on_steps(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         clip(task, optimizer, *rest, **more)
         if not seen.weights:
             seen.raw, seen.used = raw, {name: p.grad.clone() for name, p in named.items()}
-            seen.rates = {group["lr"] for group in optimizer.param_groups}
+            rates = {
+                id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]
+            }
+            seen.rates = {name: rates[id(p)] for name, p in named.items()}
             seen.initial_rates = {group["initial_lr"] for group in optimizer.param_groups}
         seen.weights.append({name: p.detach().clone() for name, p in named.items()})
 
@@ -549,7 +552,7 @@ def is_muons(seen: Any) -> bool:
     name = "backbone.blocks.1.mlp.fc1.weight"
     alone = torch.nn.Parameter(seen.weights[0][name].clone())
     alone.grad = seen.used[name].clone()
-    (rate,) = seen.rates
+    rate = seen.rates[name]
     torch.optim.Muon([alone], lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()  # type: ignore[no-untyped-call]
     moved = (seen.weights[1][name] - seen.weights[0][name]).norm()
     # Newton and Schulz's iteration runs in BF16, which is good to 2^-8.
