@@ -151,7 +151,7 @@ def test_same_mcc_has_to_convince_the_swaps_and_the_jackknife(gain: float, prior
         assert (jackknife <= 0.05) == (not interval.low <= 0 <= interval.high)
         larger.append(bool(swaps > jackknife))
     # Each of the two decides somewhere: neither could be left out.
-    assert set(larger) == ({True, False} if gain < 2 else {True})
+    assert set(larger) == {True, False}
 
 
 def test_same_mcc_is_not_denied_without_a_spread() -> None:
