@@ -86,14 +86,13 @@ def files(
     for pair, line in zip(pairs, _batch(root, "--batch-check", request).splitlines(), strict=True):
         if line.endswith(b" missing"):
             continue
-        _, kind, size = line.rsplit(b" ", 2)
+        _, kind, digits = line.rsplit(b" ", 2)
         if kind != b"blob":
             raise UserError(f"{pair[1]} of {pair[0][:7]} is no file")
-        if int(size) > limit:
-            raise UserError(
-                f"{pair[1]} of {pair[0][:7]} has {int(size):,} bytes, more than {limit:,}"
-            )
-        sizes[pair] = int(size)
+        size = int(digits)
+        if size > limit:
+            raise UserError(f"{pair[1]} of {pair[0][:7]} has {size:,} bytes, more than {limit:,}")
+        sizes[pair] = size
     found: dict[tuple[str, str], bytes | None] = dict.fromkeys(pairs)
     request = "".join(f"{commit}:./{path}\n" for commit, path in sizes).encode()
     answer, place = _batch(root, "--batch", request), 0

@@ -100,7 +100,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Values:
         before, after = old.get(name), new.get(name)
         found[name] = {"old": before, "new": after}
         if is_number(before) and is_number(after):
-            found[name] |= {"diff": after - before}
+            found[name]["diff"] = after - before
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -159,6 +160,18 @@ def test_a_convolutional_bundle_goes_through_the_timm_wrapper(
     assert_serves_the_bundle(trained.bundle, folder, 0.02)
     assert "upgrade it there" in describe(record)
     assert "the timm there must know resnet18, as 1." in describe(record)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_says_who_may_read_the_folder(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with folded._replacing(tmp_path / "model") as temporary:
+            (temporary / RECORD).touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,14 @@ def test_what_may_be_deployed_agrees_with_the_parameters() -> None:
         check_params({"decision": {"calibrator": "spline"}}, "x")
 
 
+def test_the_seed_deals_the_folds() -> None:
+    groups = np.repeat(np.arange(40), 6)
+    truth = np.arange(240) % 2 == 1
+    one, again, other = (np.array(group_folds(truth, groups, seed)) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+
+
 def test_folds_are_of_whole_groups() -> None:
     rng = np.random.default_rng(0)
     groups = rng.integers(10, 17, 210)
@@ -313,6 +321,16 @@ def test_multi_objective_takes_the_lowest_ece_that_keeps_mcc_and_fnr() -> None:
     assert choose(raw, labels, estimates_of(labels, platt=far, isotonic=near), 0.5) == "platt"
     tie = np.where(np.abs(truth) > 0, near, 0)
     assert choose(raw, labels, estimates_of(labels, tier_2=tie, beta=near), 0.5) == "beta"
+
+
+def test_multi_objective_compares_at_the_served_prior() -> None:
+    """Logits that are right at 80 % of roadwork miss more of it, moved to 50 %: so do those beside them."""
+    rng = np.random.default_rng(0)
+    truth = rng.random(2000) < 0.8
+    prior = np.log(truth.mean()) - np.log1p(-truth.mean())
+    logits = prior + rng.normal(np.where(truth, 1.0, -1.0), 1.4)
+    estimates = {"beta": OutOfFold(logits, np.full(2000, prior))}
+    assert choose_multi_objective(logits, truth, estimates, 0.5) == "beta"
 
 
 def test_multi_objective_falls_back_to_platt(caplog: pytest.LogCaptureFixture) -> None:
