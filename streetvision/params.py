@@ -281,7 +281,9 @@ class Train(Section):
 
     # What is trained, from where.
     backbone: str = Field("street_resnet", description="timm name or one of ours")
-    weights: str = Field("none", description="none, hub, or a file of weights by timm, torch or Lightning")
+    weights: str = Field(
+        "none", description="none, hub, or a file of weights by timm, torch or Lightning"
+    )
     init_from_explora: bool = Field(True, description="start from what `explora` wrote")
     backbone_checkpoint: str = Field(
         "none", description="or from this file of weights; none turns it off"
