@@ -361,7 +361,7 @@ def _rows(
     counts = {number: parquet.metadata.row_group(number).num_rows for number in row_groups}
     row_groups, columns = [number for number in counts if counts[number]], list(columns)
     left = sum(counts.values())
-    size = rows_at_once(file, parquet.metadata, row_groups, columns, limit)
+    size = rows_at_once(file, row_groups, columns, limit)
     batches = parquet.iter_batches(size, row_groups=row_groups, columns=columns, use_threads=False)
     while True:
         try:

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,9 +24,8 @@ MAX_COLUMNS = 1000
 MAX_UNPACKED_BYTES = 128 * 2**20
 MAX_EXPANSION = 4
 MAX_VALUES_PER_ROW = 64  # of a list, on average
-BATCH_BYTES = (
-    64 * 2**20
-)  # of values that a file stores once and repeats, in the rows decoded together
+# Of values that a file stores once and repeats, in the rows decoded together.
+BATCH_BYTES = 64 * 2**20
 MAX_IMAGE_BYTES = 256 * 2**20  # of one encoded image
 MAX_TEXT_CHARACTERS = 2**20  # of all texts of one row
 # Images of a file's rows together: a file may repeat one, but not grow into a disk full of it.
@@ -33,6 +33,7 @@ MAX_REPEATED_BYTES, MAX_REPETITION = 2**30, 16
 
 _MAX_HEADER_BYTES = 16 * 2**20  # of a page's header: Arrow's own limit
 _DELTA_BYTE_ARRAY = 7
+_MAX_DEPTH = 12  # of a footer's structs and lists; those of its statistics have 8
 
 
 def check_footer(file: Path) -> None:
@@ -80,14 +81,12 @@ def check_claims(file: Path, metadata: Any) -> None:
         )
 
 
-def rows_at_once(
-    file: Path, metadata: Any, row_groups: Iterable[int], columns: Iterable[str], limit: int
-) -> int:
+def rows_at_once(file: Path, row_groups: Iterable[int], columns: Iterable[str], limit: int) -> int:
     """Rows that may be decoded together, at most `limit`; refuses what would unpack to too much.
 
     Parameters
     ----------
-    file, metadata : the file and its footer
+    file : the file
     row_groups : numbers of those that will be read
     columns : names of those that will be read, with all that is nested in them
     limit : rows
@@ -96,21 +95,21 @@ def rows_at_once(
     ------
     UserError
         A row group needs more than `MAX_UNPACKED_BYTES` at a time and `MAX_EXPANSION` times what is stored,
-        or has more values than `MAX_VALUES_PER_ROW`; or the pages are damaged.
+        or has more values than `MAX_VALUES_PER_ROW`; or footer or pages are damaged.
     """
     names = tuple(columns)
     rows = limit
     try:
+        found = file.stat()
+        groups = _row_groups(file, found.st_size, found.st_mtime_ns)
         with file.open("rb") as stream:
             for number in row_groups:
-                group = metadata.row_group(number)
-                chunks = [group.column(each) for each in range(group.num_columns)]
                 read = [
                     each
-                    for each in chunks
-                    if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in names)
+                    for each in groups[number].chunks
+                    if any(f"{each.path}.".startswith(f"{name}.") for name in names)
                 ]
-                repeated = _check_row_group(file, stream, number, group.num_rows, read)
+                repeated = _check_row_group(file, stream, number, groups[number].n_rows, read)
                 rows = min(rows, max(BATCH_BYTES // max(repeated, 1), 1))
     except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is damaged: its pages have no valid headers") from error
@@ -118,7 +117,7 @@ def rows_at_once(
 
 
 def _check_row_group(
-    file: Path, stream: BinaryIO, number: int, n_rows: int, chunks: Iterable[Any]
+    file: Path, stream: BinaryIO, number: int, n_rows: int, chunks: Iterable[_Chunk]
 ) -> int:
     """Return the bytes of the values that are stored once and may be repeated in every row."""
     unpacked = stored = repeated = 0
@@ -137,7 +136,7 @@ def _check_row_group(
         n_values = sum(page.n_values for page in pages if not page.dictionary)
         if n_values > MAX_VALUES_PER_ROW * n_rows:
             raise UserError(
-                f"{file}: {chunk.path_in_schema} has {n_values:,} values in {n_rows:,} rows; "
+                f"{file}: {chunk.path} has {n_values:,} values in {n_rows:,} rows; "
                 f"at most {MAX_VALUES_PER_ROW} a row are read"
             )
     if unpacked > max(MAX_UNPACKED_BYTES, MAX_EXPANSION * stored):
@@ -148,7 +147,59 @@ def _check_row_group(
     return repeated
 
 
-# --------------------------------------------------------------------------- page headers
+# --------------------------------------------------------------------------- footer and page headers
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A column of one row group: its path with dots, and where its pages lie in the file."""
+
+    path: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    n_rows: int
+    chunks: tuple[_Chunk, ...]
+
+
+@lru_cache(maxsize=4)
+def _row_groups(file: Path, size: int, changed_ns: int) -> tuple[_RowGroup, ...]:
+    """Read the row groups from the footer of a file of `size` bytes that was last changed then.
+
+    Not by pyarrow's `RowGroupMetaData.column`: in a damaged footer it ends the process.
+    """
+    with file.open("rb") as stream:
+        stream.seek(size - 8)
+        length = int.from_bytes(stream.read(4), "little")
+        if not 0 < length <= min(size - 8, MAX_FOOTER_BYTES):
+            raise ValueError("no footer")
+        stream.seek(size - 8 - length)
+        footer = _Compact(stream.read(length)).struct()
+    groups = []
+    for group in _structs(footer, 4):
+        chunks = []
+        for column in _structs(group, 1):
+            about = column.get(3)
+            path = about.get(3) if isinstance(about, dict) else None
+            if not isinstance(path, list) or not all(isinstance(part, bytes) for part in path):
+                raise ValueError("a column without a name")
+            start = _number(about, 9)
+            if 0 < (dictionary := _number(about, 11, 0)) < start:
+                start = dictionary
+            name = ".".join(part.decode(errors="backslashreplace") for part in path)
+            chunks.append(_Chunk(name, start, start + _number(about, 7)))
+        groups.append(_RowGroup(_number(group, 3), tuple(chunks)))
+    return tuple(groups)
+
+
+def _structs(fields: dict[int, Any], field: int) -> list[dict[int, Any]]:
+    found = fields.get(field)
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ValueError("no list of structs")
+    return found
 
 
 @dataclass(frozen=True)
@@ -162,26 +213,31 @@ class _Page:
     shares_prefixes: bool = False  # a value may repeat the one before without its bytes
 
 
-def _pages(stream: BinaryIO, chunk: Any) -> Iterator[_Page]:
+def _pages(stream: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
     """Walk over the pages of a column chunk, which lie one after the other, each behind its header."""
-    at = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < at:
-        at = chunk.dictionary_page_offset
-    end = at + chunk.total_compressed_size
-    while at < end:
-        header, length = _page_header(stream, at, end)
+    at = chunk.start
+    while at < chunk.end:
+        header, length = _page_header(stream, at, chunk.end)
         data = header.get(5) or header.get(8) or header.get(7) or {}
+        if not isinstance(data, dict):
+            raise ValueError("no page header")  # noqa: TRY004 (one kind of error)
         page = _Page(
-            unpacked=header[2],
-            stored=header[3],
-            n_values=data.get(1, 0),
+            unpacked=_number(header, 2),
+            stored=_number(header, 3),
+            n_values=_number(data, 1, 0),
             dictionary=header[1] == 2,
             shares_prefixes=data.get(4 if 8 in header else 2) == _DELTA_BYTE_ARRAY,
         )
-        if min(page.unpacked, page.stored, page.n_values) < 0:
-            raise ValueError("a negative size")
         yield page
         at += length + page.stored
+
+
+def _number(fields: dict[int, Any], field: int, default: int | None = None) -> int:
+    """A size or a place: a number, not negative."""
+    found = fields.get(field, default)
+    if type(found) is not int or found < 0:
+        raise ValueError("a negative size, or none")
+    return found
 
 
 def _page_header(stream: BinaryIO, at: int, end: int) -> tuple[dict[int, Any], int]:
@@ -204,7 +260,7 @@ def _page_header(stream: BinaryIO, at: int, end: int) -> tuple[dict[int, Any], i
 
 
 class _Compact:
-    """Reads Thrift's compact protocol, in which Parquet's headers are written.
+    """Reads Thrift's compact protocol, in which Parquet's footers and headers are written.
 
     https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md; the fields are in
     https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
@@ -214,14 +270,13 @@ class _Compact:
         self.data, self.at = data, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Fields by number; texts are skipped, so their value is None."""
-        if depth > 4:
-            raise ValueError("nested too deep")
+        """Fields by number; doubles are skipped, so their value is None."""
         fields: dict[int, Any] = {}
         number = 0
         while (head := self._byte()) != 0:
             number = number + (head >> 4) if head >> 4 else self._integer()
-            fields[number] = self._value(head & 15, depth)
+            kind = head & 15
+            fields[number] = kind == 1 if kind in {1, 2} else self._value(kind, depth)
         return fields
 
     def _byte(self) -> int:
@@ -242,18 +297,29 @@ class _Compact:
         return (value >> 1) ^ -(value & 1)
 
     def _value(self, kind: int, depth: int) -> Any:
-        if kind in {1, 2}:
-            return kind == 1
-        if kind == 3:
+        if depth > _MAX_DEPTH:
+            raise ValueError("nested too deep")
+        if kind in {1, 2, 3}:  # in lists truth values, too, have a byte each
             return self._byte()
         if kind in {4, 5, 6}:
             return self._integer()
-        if kind in {7, 8}:  # a double, a text
-            length = 8 if kind == 7 else self._varint()
-            self.at += length
-            if self.at > len(self.data):
-                raise IndexError
+        if kind == 7:
+            self._bytes(8)
             return None
+        if kind == 8:
+            return self._bytes(self._varint())
+        if kind in {9, 10}:
+            head = self._byte()
+            length = self._varint() if head >> 4 == 15 else head >> 4
+            if length > len(self.data):  # each takes a byte at least
+                raise IndexError
+            return [self._value(head & 15, depth + 1) for _ in range(length)]
         if kind == 12:
             return self.struct(depth + 1)
-        raise ValueError("page headers hold no lists")
+        raise ValueError("a map, or nothing that there is")
+
+    def _bytes(self, length: int) -> bytes:
+        self.at += length
+        if self.at > len(self.data):
+            raise IndexError
+        return self.data[self.at - length : self.at]

@@ -5,15 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from streetvision.data import parquet_bounds
 from streetvision.data.natix import plan_parquet
@@ -139,7 +136,7 @@ def test_values_that_are_repeated_are_decoded_by_few(tmp_path, encoding):
     options = {} if encoding == "dictionary" else {"column_encoding": {"image": encoding}}
     options["use_dictionary"] = encoding == "dictionary"
     file = write(tmp_path / "x.parquet", [bytes(10 * MIB)] * 4, compression="zstd", **options)
-    found = rows_at_once(file, pq.read_metadata(file), [0], ["image", "label"], 32)
+    found = rows_at_once(file, [0], ["image", "label"], 32)
     assert found == (BATCH_BYTES - 1) // (10 * MIB)
 
 
@@ -173,17 +170,21 @@ def test_pages_add_up_to_what_the_footer_says(tmp_path, version, options):
     file = tmp_path / "x.parquet"
     pq.write_table(table, file, data_page_version=version, row_group_size=200, **options)
     metadata = pq.read_metadata(file)
+    groups = parquet_bounds._row_groups(file, file.stat().st_size, 0)
     with file.open("rb") as stream:
         for group in range(metadata.num_row_groups):
+            assert groups[group].n_rows == metadata.row_group(group).num_rows
             for number in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(number)
-                pages = list(parquet_bounds._pages(stream, chunk))
+                chunk, own = metadata.row_group(group).column(number), groups[group].chunks[number]
+                assert own.path == chunk.path_in_schema
+                assert own.end - own.start == chunk.total_compressed_size
+                pages = list(parquet_bounds._pages(stream, own))
                 saved = chunk.total_uncompressed_size - chunk.total_compressed_size
                 assert sum(page.unpacked - page.stored for page in pages) == saved
                 values = sum(page.n_values for page in pages if not page.dictionary)
                 assert values == chunk.num_values
                 assert any(page.dictionary for page in pages) == chunk.has_dictionary_page
-    assert rows_at_once(file, metadata, range(3), table.column_names, 32) == 32
+    assert rows_at_once(file, range(3), table.column_names, 32) == 32
 
 
 def test_lists_of_very_many_values(tmp_path):
@@ -213,14 +214,32 @@ def test_many_columns_and_a_large_footer(tmp_path, monkeypatch):
         plan_parquet("p", [file], 10)
 
 
-@given(data=st.binary(max_size=60), places=st.lists(st.integers(0, 10**6), max_size=8))
-def test_damage_is_one_line(tmp_path_factory, data, places):
-    """Random bytes in the place of a file's: it is read or refused, and nothing else is raised."""
-    file = tmp_path_factory.mktemp("fuzz") / "x.parquet"
-    write(file, [bytes([i]) * 50 for i in range(20)])
-    content = bytearray(file.read_bytes())
-    for place, byte in zip(places, data, strict=False):
-        content[place % len(content)] = byte
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_is_one_line(tmp_path, seed):
+    """Other bytes in the place of a file's: it is read or refused, and nothing else happens.
+
+    In a process of its own: pyarrow ends the one it runs in where a footer's statistics are damaged.
+    """
+    file = write(tmp_path / "x.parquet", [bytes([i]) * 50 for i in range(20)])
+    script = f"""
+import random
+from contextlib import suppress
+from pathlib import Path
+from streetvision.errors import UserError
+from tests.data.test_parquet_bounds import read_all
+file, rng = Path({str(file)!r}), random.Random({seed})
+whole = file.read_bytes()
+for _ in range(800):
+    content = bytearray(whole)
+    for _ in range(rng.choice([1, 1, 2, 4, 8])):
+        first = rng.choice([0, len(content) - 600])
+        place = rng.randrange(first, len(content))
+        content[place] = rng.choice([rng.randrange(256), 0, 127, 128, 255])
     file.write_bytes(content)
     with suppress(UserError):
         assert read_all(file) == 20
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
