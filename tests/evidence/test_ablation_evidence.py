@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, matthews_corrcoef
 from streetvision import cli
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import Resting
+from streetvision.evaluation.bootstrap import Resting, spread
 from streetvision.evidence import ablation, ladder
 from streetvision.evidence.ablation import Candidate, Climb, climb, judge
 from streetvision.evidence.ablation_runs import BASES, CONDITIONS, FUSED, MOVED, VIEWS, Job, rule
@@ -126,11 +126,18 @@ def test_gains_against_scikit_learn_and_a_jackknife_by_hand() -> None:
             np.mean(
                 [score(metric, b, groups != g) - score(metric, a, groups != g) for a, b in pairs]
             )
-            for g in range(12)
+            for g in sorted(range(12), key=str)  # as `Sample` has them
         ]
-        parts = 11 / 12 * np.square(left_out - np.mean(left_out)).sum(), np.var(by_seed, ddof=1) / 3
+        jackknife = 11 / 12 * np.square(left_out - np.mean(left_out)).sum()
+        of_groups, freedom = spread(np.array(left_out), samples[0].resting)
+        # The groups are nearly equal, so their size hardly widens it.
+        assert 1 <= of_groups**2 / jackknife < 1.1
+        parts = of_groups**2, np.var(by_seed, ddof=1) / 3
         variance = sum(parts)
-        reach = np.hypot(*(t.ppf(0.975, df) * v**0.5 for df, v in zip((11, 2), parts, strict=True)))
+        freedoms = freedom, 2
+        reach = np.hypot(
+            *(t.ppf(0.975, df) * v**0.5 for df, v in zip(freedoms, parts, strict=True))
+        )
         gain = paired_gain(*samples, metric)
         assert gain.value == pytest.approx(np.mean(by_seed))
         assert gain.error == pytest.approx(variance**0.5)
