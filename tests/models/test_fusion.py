@@ -298,6 +298,32 @@ def test_scale_is_scikit_learns_standard_scaler() -> None:
     assert scale.deviation[2] == 1.0
 
 
+@pytest.mark.parametrize("mode", TRAINED)
+def test_scales_are_those_of_the_views_that_exist(mode: str) -> None:
+    part = sample(60)
+    assert part.scores.features is not None
+    content, features = part.scores.content.copy(), part.scores.features.copy()
+    content[:40, 2] = 0
+    content[:10, 1:] = 0  # not a tile
+    there = content > 0
+    features[~there] = 1e3
+    scores = part.scores._replace(features=features, content=content)
+    network = start_of(mode, LabelledViews(scores, part.labels, part.groups))
+    values = features.astype(np.float64)
+    tiles = [
+        values[row, 1:][there[row, 1:]].mean(axis=0) for row in range(60) if there[row, 1:].any()
+    ]
+    expected = (
+        {"scale_global": values[:, 0], "scale_tiles": np.array(tiles)}
+        if mode == "mlp"
+        else {"scale": values[there]}
+    )
+    for name, rows in expected.items():
+        scale, oracle = network.get_submodule(name), StandardScaler().fit(rows)
+        np.testing.assert_allclose(scale.mean, oracle.mean_, atol=1e-5)
+        np.testing.assert_allclose(scale.deviation, oracle.scale_, rtol=1e-5)
+
+
 def test_logit_terms_by_hand() -> None:
     scores = sample(20).scores
     content = scores.content.copy()
