@@ -16,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from streetvision.data.views import ViewScores, view_names
+from streetvision.decision.calibrators import Platt
+from streetvision.decision.inputs import sigmoid
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics
 from streetvision.models import fusion_training
@@ -717,6 +720,33 @@ def test_trained_modes_stop_in_the_condition_that_decides() -> None:
     assert plain[1]["gain"] == both[1]["gain"]
     alone = choose(QUICK.model_copy(update={"mode": "mlp"}), GRID, train, other, make_head())[1]
     assert both[1]["modes"]["single"]["challenge"] == alone["modes"]["single"]["clean"]
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_the_epoch_is_chosen_on_val_select(mode: str) -> None:
+    """Against scikit-learn's log loss of the weights that are returned, where TRAIN's is another one."""
+    found, select = fit(mode), sample(200, 1)
+    [history], [chosen] = found.log_losses, found.epochs
+    losses = [
+        log_loss(part.labels, sigmoid(found.fusion.fuse(*part.scores))) for part in (select, sample())
+    ]
+    assert history[chosen] == min(history) == pytest.approx(losses[0], abs=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_bias_and_scale_of_a_rule_are_learnt_on_the_fusion_part() -> None:
+    train, made = sample(), sample(200, 1)
+    scores = made.scores._replace(logits=made.scores.logits / 2 + 1)  # VAL_SELECT's would be others
+    select = LabelledViews(scores, made.labels, made.groups)
+    _, report = choose(QUICK.model_copy(update={"epochs": 1}), GRID, train, select, make_head())
+    for mode in UNTRAINED:
+        fuse = rule(mode).fuse
+        fitted, own = (
+            log_loss(made.labels, sigmoid(Platt().fit(fuse(*part.scores), part.labels)(fuse(*scores))))
+            for part in (train, select)
+        )
+        assert report["modes"][mode]["clean"]["log_loss"] == pytest.approx(fitted)
+        assert own < fitted - 0.01
 
 
 def test_rules_are_compared_without_their_bias_and_scale() -> None:
