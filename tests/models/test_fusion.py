@@ -728,7 +728,8 @@ def test_the_epoch_is_chosen_on_val_select(mode: str) -> None:
     found, select = fit(mode), sample(200, 1)
     [history], [chosen] = found.log_losses, found.epochs
     losses = [
-        log_loss(part.labels, sigmoid(found.fusion.fuse(*part.scores))) for part in (select, sample())
+        log_loss(part.labels, sigmoid(found.fusion.fuse(*part.scores)))
+        for part in (select, sample())
     ]
     assert history[chosen] == min(history) == pytest.approx(losses[0], abs=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -742,7 +743,9 @@ def test_bias_and_scale_of_a_rule_are_learnt_on_the_fusion_part() -> None:
     for mode in UNTRAINED:
         fuse = rule(mode).fuse
         fitted, own = (
-            log_loss(made.labels, sigmoid(Platt().fit(fuse(*part.scores), part.labels)(fuse(*scores))))
+            log_loss(
+                made.labels, sigmoid(Platt().fit(fuse(*part.scores), part.labels)(fuse(*scores)))
+            )
             for part in (train, select)
         )
         assert report["modes"][mode]["clean"]["log_loss"] == pytest.approx(fitted)
