@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -396,10 +396,14 @@ def test_ranges_are_taken_from_anywhere_in_val_calib(
     paths = ArtifactSchema(tmp_path)
     paths.ensure_dirs()
     # The groups, of both classes, one after the other, as a source gives them.
-    for name in ("val_calib", "val_select"):
-        write_split(paths.split(name), 120)
+    for seed, name in enumerate(("val_calib", "val_select")):
+        write_split(paths.split(name), 120, seed=seed)
     policy = {"fit_on": "clean"}
     found = export._images(Stage("export", check_params({"decision": policy}, "test"), paths))
+    for name, images in (("val_calib", found.calib()), ("val_select", found.select())):
+        split = open_split("export", name, paths.split(name))
+        expected = [split.image(row).tobytes() for row in range(120)]
+        assert [image.tobytes() for image in images] == expected
     calib = [image.tobytes() for image in found.calib()]
     rows = [calib.index(image.tobytes()) for image in found.ranges()]
     assert len(set(rows)) == 40
@@ -407,6 +411,37 @@ def test_ranges_are_taken_from_anywhere_in_val_calib(
     assert all(10 <= sum(part <= row < part + 60 for row in rows) <= 30 for part in (0, 60))
     # No period, such as that of labels, which alternate here.
     assert 10 <= sum(row % 2 for row in rows) <= 30
+
+
+@pytest.mark.usefixtures("no_export")
+def test_each_step_of_the_gate_sees_its_own_images(
+    exported: Exported, gate: GateImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges are of VAL_CALIB: an int8 model that had seen VAL_SELECT would be judged on what it knows."""
+
+    def pixels(images: Iterable[Any]) -> list[bytes]:
+        return [np.asarray(image).tobytes() for image in images]
+
+    asked: dict[str, list[bytes]] = {}
+    compared: list[list[bytes]] = []
+    real = onnx_gate.logits_of
+
+    def quantise(model: bytes, _: str, inputs: Iterable[Any]) -> bytes:
+        asked["ranges"] = pixels(view for views in inputs for view in views)
+        return model
+
+    def logits_of(predictors: Any, images: Iterable[Image.Image]) -> Any:
+        found = list(images)
+        compared.append(pixels(found))
+        return real(predictors, found)
+
+    monkeypatch.setattr(onnx_gate, "quantise", quantise)
+    monkeypatch.setattr(onnx_gate, "logits_of", logits_of)
+    predictor = Predictor.load(exported.single, "cpu")
+    some = list(gate.calib())[3:7]
+    make_onnx(predictor, tmp_path, SETTINGS, replace(gate, ranges=lambda: some))
+    assert compared == [pixels(gate.calib()), pixels(gate.select())]
+    assert asked["ranges"] == pixels(predictor.preprocessing.apply(image) for image in some)
 
 
 @pytest.mark.usefixtures("no_export")

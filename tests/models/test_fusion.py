@@ -16,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from streetvision.data.views import ViewScores, view_names
+from streetvision.decision.calibrators import Platt
+from streetvision.decision.inputs import sigmoid
 from streetvision.errors import UserError
 from streetvision.evaluation.metrics import all_metrics
 from streetvision.models import fusion_training
@@ -296,6 +299,32 @@ def test_scale_is_scikit_learns_standard_scaler() -> None:
     )
     np.testing.assert_allclose(scale.deviation[[0, 1, 3]], values.std(axis=0, ddof=0)[[0, 1, 3]])
     assert scale.deviation[2] == 1.0
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_scales_are_those_of_the_views_that_exist(mode: str) -> None:
+    part = sample(60)
+    assert part.scores.features is not None
+    content, features = part.scores.content.copy(), part.scores.features.copy()
+    content[:40, 2] = 0
+    content[:10, 1:] = 0  # not a tile
+    there = content > 0
+    features[~there] = 1e3
+    scores = part.scores._replace(features=features, content=content)
+    network = start_of(mode, LabelledViews(scores, part.labels, part.groups))
+    values = features.astype(np.float64)
+    tiles = [
+        values[row, 1:][there[row, 1:]].mean(axis=0) for row in range(60) if there[row, 1:].any()
+    ]
+    expected = (
+        {"scale_global": values[:, 0], "scale_tiles": np.array(tiles)}
+        if mode == "mlp"
+        else {"scale": values[there]}
+    )
+    for name, rows in expected.items():
+        scale, oracle = network.get_submodule(name), StandardScaler().fit(rows)
+        np.testing.assert_allclose(scale.mean, oracle.mean_, atol=1e-5)
+        np.testing.assert_allclose(scale.deviation, oracle.scale_, rtol=1e-5)
 
 
 def test_logit_terms_by_hand() -> None:
@@ -691,6 +720,36 @@ def test_trained_modes_stop_in_the_condition_that_decides() -> None:
     assert plain[1]["gain"] == both[1]["gain"]
     alone = choose(QUICK.model_copy(update={"mode": "mlp"}), GRID, train, other, make_head())[1]
     assert both[1]["modes"]["single"]["challenge"] == alone["modes"]["single"]["clean"]
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+def test_the_epoch_is_chosen_on_val_select(mode: str) -> None:
+    """Against scikit-learn's log loss of the weights that are returned, where TRAIN's is another one."""
+    found, select = fit(mode), sample(200, 1)
+    [history], [chosen] = found.log_losses, found.epochs
+    losses = [
+        log_loss(part.labels, sigmoid(found.fusion.fuse(*part.scores)))
+        for part in (select, sample())
+    ]
+    assert history[chosen] == min(history) == pytest.approx(losses[0], abs=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_bias_and_scale_of_a_rule_are_learnt_on_the_fusion_part() -> None:
+    train, made = sample(), sample(200, 1)
+    scores = made.scores._replace(logits=made.scores.logits / 2 + 1)  # VAL_SELECT's would be others
+    select = LabelledViews(scores, made.labels, made.groups)
+    _, report = choose(QUICK.model_copy(update={"epochs": 1}), GRID, train, select, make_head())
+    for mode in UNTRAINED:
+        fuse = rule(mode).fuse
+        fitted, own = (
+            log_loss(
+                made.labels, sigmoid(Platt().fit(fuse(*part.scores), part.labels)(fuse(*scores)))
+            )
+            for part in (train, select)
+        )
+        assert report["modes"][mode]["clean"]["log_loss"] == pytest.approx(fitted)
+        assert own < fitted - 0.01
 
 
 def test_rules_are_compared_without_their_bias_and_scale() -> None:

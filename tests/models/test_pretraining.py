@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from streetvision.data.loader import EvaluationImages
+from streetvision.data.loader import EvaluationImages, PairImages
 from streetvision.data.store import Split, SplitAccessError, open_split, read_arrow, write_arrow
 from streetvision.errors import UserError
-from streetvision.models import pretraining, pretraining_task
+from streetvision.models import monitor, pretraining, pretraining_task
 from streetvision.models.adapted import (
     HISTORY_COLUMNS,
     AdaptationResult,
@@ -392,6 +392,26 @@ def test_two_ranks_train_to_the_weights_of_one(
 
 
 # --------------------------------------------------------------------------- labels, mistakes, files
+
+
+def test_train_is_learned_and_val_select_watched(
+    adapt: Adapt, tiny_splits: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[str]] = {}
+    for use, module in (("learned", pretraining), ("watched", monitor)):
+
+        def pairs(split: Split, *rest: Any, use: str = use) -> PairImages:
+            seen[use] = set(split.ids)
+            return PairImages(split, *rest)
+
+        monkeypatch.setattr(module, "PairImages", pairs)
+    adapt(epochs=1)
+    fit, select = (
+        open_split("explora", name, tiny_splits[name]) for name in ("train", "val_select")
+    )
+    assert seen["learned"] == set(fit.ids)
+    assert seen["watched"] <= set(select.ids)
+    assert seen["watched"]
 
 
 def test_no_label_is_read(

@@ -16,8 +16,9 @@ from sklearn.metrics import matthews_corrcoef
 from streetvision.data.store import Split, open_split
 from streetvision.errors import UserError
 from streetvision.models.adapted import PASSTHROUGH
-from streetvision.models.backbone import build_backbone, resolve
+from streetvision.models.backbone import build_backbone, initial_backbone, resolve
 from streetvision.models.probe import (
+    backbone_features,
     linear_probe,
     probe_backbones,
     probe_report,
@@ -124,6 +125,29 @@ def test_before_is_the_starting_backbone_and_after_the_adapted_one(
     # `train.weights` is where the backbone starts, when it is given.
     weighted = tiny_train.model_copy(update={"weights": "dead.safetensors"})
     assert run(splits, weighted, tmp_path / "start.safetensors", "x")["after"] == same["before"]
+
+
+def test_it_is_fitted_on_train_and_read_on_val_select(
+    splits: dict[str, Split], tiny_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streetvision.models import probe
+
+    asked: list[tuple[Floats, ...]] = []
+    plain = probe.linear_probe
+    monkeypatch.setattr(
+        probe, "linear_probe", lambda *args: asked.append(args) or plain(*args)
+    )  # fmt: skip
+    run(splits, tiny_train, tmp_path / "not-read", PASSTHROUGH)
+    backbone, _, _, preprocessing = initial_backbone(tiny_train, False, 7, tmp_path)
+    train = splits["train"].draw(50, 7)
+    expected = [
+        backbone_features(backbone, preprocessing, split, 16, torch.device("cpu"))
+        for split in (train, splits["val_select"])
+    ]
+    [(fit, labels, read, *_)] = asked
+    np.testing.assert_array_equal(fit, expected[0])
+    np.testing.assert_array_equal(labels, train.labels)
+    np.testing.assert_array_equal(read, expected[1])
 
 
 def test_passthrough_computes_once_and_says_so(

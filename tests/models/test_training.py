@@ -856,7 +856,13 @@ def test_the_gate_decides_and_is_resumed(
     splits = [open_split("train", n, tiny_splits[n]) for n in ("train", "val_select")]
     steps = count_steps(monkeypatch)
 
-    real = gate.augmentation_gate
+    real, distorted = gate.augmentation_gate, training.distorted_probabilities
+
+    def scoring(model: Any, preprocessing: Any, split: Any, *rest: Any) -> Any:
+        assert split.ids.tolist() == splits[1].ids.tolist(), "judged on other images"
+        return distorted(model, preprocessing, split, *rest)
+
+    monkeypatch.setattr(training, "distorted_probabilities", scoring)
 
     def run(scratch: str, low: float, **changes: Any) -> TrainingResult:
         def judged(run: Any, labels: Any, *arguments: Any, **more: Any) -> Any:
