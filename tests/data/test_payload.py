@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from streetvision.bundle.inputs import upright_image
+from streetvision.data.labels import LabelReader
 from streetvision.data.natix import translate
 from streetvision.data.payload import from_base64
 from streetvision.errors import UserError
@@ -55,7 +56,8 @@ def test_every_spelling_gives_the_bytes(name: str) -> None:
         upright_image(bytearray(text, "ascii")),
     ]
     assert all(np.array_equal(image, upright_image(DATA)) for image in found)
-    row = translate({"image": text, "label": 1}, {"image": "image", "label": "label"})
+    columns = {"image": "image", "label": "label"}
+    row = translate({"image": text, "label": 1}, columns, LabelReader.learn([({1: 1}, ())]))
     assert row["image"]["bytes"] == DATA
 
 
