@@ -22,7 +22,7 @@ from streetvision.data.pixels import (
 )
 from streetvision.data.walk import read_image
 from streetvision.errors import UserError
-from streetvision.escaping import escaped
+from streetvision.escaping import escaped, terminal
 from streetvision.params import Data
 
 ImageInput = (
@@ -93,11 +93,12 @@ def _explained(error: UnusableImageError, max_pixels: int) -> str:
         "not an image": "JPEG, PNG, WebP, BMP and TIFF files are read",
         "too many pixels": f"at most {max_pixels:,} are read",
         "too small": f"each side needs at least {MIN_SIDE_PX} pixels",
-        "too costly": f"at most {MAX_FILE_BYTES // 2**20} MiB and {MAX_DECODE_SECONDS:g} s of decoding are",
+        "too costly": f"at most {MAX_FILE_BYTES >> 20} MiB that decode in {MAX_DECODE_SECONDS:g} s are read: "
+        "make it smaller or a JPEG",
         "too elongated": f"no side may be more than {MAX_ASPECT} times the other",
     }
     # What the decoder said.
-    why = allowed.get(error.reason) or " ".join(str(error.__cause__ or "").split())
+    why = allowed.get(error.reason) or terminal(str(error.__cause__ or ""))
     return f"{error.reason}; {why}" if why else error.reason
 
 

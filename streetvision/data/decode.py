@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from streetvision.data.pixels import decoding, image_parts, load_whole, opened, to_rgb, turned
+from streetvision.data.pixels import (
+    PREPARE_DECODE_SECONDS,
+    decoding,
+    image_parts,
+    load_whole,
+    opened,
+    to_rgb,
+    turned,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def decode_image(data: bytes, *, side_px: int, square_crop: bool, max_pixels: in
     UnusableImageError
         With one of `REASONS`.
     """
-    parts = image_parts(data, max_pixels)
+    parts = image_parts(data, max_pixels, PREPARE_DECODE_SECONDS)
     image = opened(parts)
     width, height = parts.size
     target = _target_size(parts.size, side_px)

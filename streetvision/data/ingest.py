@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from streetvision.artifacts import config_hash, write_atomic, write_bytes_atomic
 from streetvision.data.parts import Part, Plan, Row
-from streetvision.data.pixels import UnusableImageError, without_metadata
+from streetvision.data.pixels import PREPARE_DECODE_SECONDS, UnusableImageError, without_metadata
 from streetvision.data.schema import RAW_SCHEMA
 from streetvision.data.sources import plan_source
 from streetvision.params import Source
@@ -152,7 +152,7 @@ def _kept(data: bytes) -> bytes:
     What is no usable image stays as it is; `prepare` says why.
     """
     try:
-        return without_metadata(data)
+        return without_metadata(data, PREPARE_DECODE_SECONDS)
     except UnusableImageError:
         return data
 

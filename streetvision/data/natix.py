@@ -32,7 +32,6 @@ from streetvision.data.labels import (
     denies_roadwork,
 )
 from streetvision.data.parquet_bounds import (
-    MAX_IMAGE_BYTES,
     MAX_REPEATED_BYTES,
     MAX_REPETITION,
     MAX_TEXT_CHARACTERS,
@@ -51,6 +50,7 @@ from streetvision.data.parts import (
     slices,
 )
 from streetvision.data.payload import from_base64
+from streetvision.data.pixels import MAX_FILE_BYTES
 from streetvision.data.positions import POSITION_COLUMNS, read_position
 from streetvision.data.schema import UNREAD_LABEL, UNREAD_POSITION
 from streetvision.data.values import EXACT_IN_FLOAT64, is_missing, key, text
@@ -462,8 +462,8 @@ def translate(
     found["image"] = _image(values["image"])
     found["evidence_box"] = _box(values.get("evidence_box"))
     found["extra"] = extra_json(extra)
-    if len(found["image"]["bytes"] or b"") > MAX_IMAGE_BYTES:
-        raise ValueError(f"its image has more than {MAX_IMAGE_BYTES:,} bytes")
+    if len(found["image"]["bytes"] or b"") > MAX_FILE_BYTES:
+        raise ValueError(f"its image has more than {MAX_FILE_BYTES:,} bytes")
     if sum(len(each) for each in found.values() if isinstance(each, str)) > MAX_TEXT_CHARACTERS:
         raise ValueError(f"its texts have more than {MAX_TEXT_CHARACTERS:,} characters")
     return found

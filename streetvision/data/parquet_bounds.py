@@ -26,7 +26,6 @@ MAX_EXPANSION = 4
 MAX_VALUES_PER_ROW = 64  # of a list, on average
 # Of values that a file stores once and repeats, in the rows decoded together.
 BATCH_BYTES = 64 * 2**20
-MAX_IMAGE_BYTES = 256 * 2**20  # of one encoded image
 MAX_TEXT_CHARACTERS = 2**20  # of all texts of one row
 # Images of a file's rows together: a file may repeat one, but not grow into a disk full of it.
 MAX_REPEATED_BYTES, MAX_REPETITION = 2**30, 16

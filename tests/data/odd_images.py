@@ -239,7 +239,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     colour = encode(Image.new("RGB", (7000, 7000)), "JPEG", progressive=True, quality=20)
     yield "progressive JPEG of 49 megapixels and 4,000 scans", scans(colour, 4000)
     small = encode(picture(64, 64), "JPEG", progressive=True)
-    yield "progressive JPEG of 7,000 scans", scans(small, 7000)
+    yield "progressive JPEG of 70,000 scans", scans(small, 70_000)
     yield "JPEG of 100,000 segments", in_jpeg(small, *[(0xFE, b"")] * 100_000)
     whole = encode(picture(64, 64), "PNG")
     yield "PNG of 100,000 chunks", in_png(whole, png_chunk(b"IDAT", b"") * 100_000, behind=False)

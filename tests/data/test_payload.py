@@ -56,8 +56,8 @@ def test_every_spelling_gives_the_bytes(name: str) -> None:
         upright_image(bytearray(text, "ascii")),
     ]
     assert all(np.array_equal(image, upright_image(DATA)) for image in found)
-    labels = LabelReader.learn([({1: 1}, ())])
-    row = translate({"image": text, "label": 1}, {"image": "image", "label": "label"}, labels)
+    columns = {"image": "image", "label": "label"}
+    row = translate({"image": text, "label": 1}, columns, LabelReader.learn([({1: 1}, ())]))
     assert row["image"]["bytes"] == DATA
 
 

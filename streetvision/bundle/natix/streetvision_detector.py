@@ -174,7 +174,7 @@ MAX_FILE_BYTES = 2**27
 # Segments of a JPEG, chunks of a PNG or WebP, strips of a TIFF.
 MAX_PARTS = 2**16
 MAX_SCANS = 500
-# What decoding may take on one core, estimated from the headers with the nanoseconds below.
+# What decoding for an answer may take on one core, estimated from the headers with the nanoseconds below.
 MAX_DECODE_SECONDS = 1.5
 # Nanoseconds of the slowest content found, of a byte before and after its decompression or a pixel.
 _JPEG_PIXEL_NS, _JPEG_BYTE_NS, _SCANS_BYTE_NS, _SCANS_BLOCK_NS = 12, 20, 90, 10
@@ -190,7 +190,7 @@ REASONS = (
     "too many pixels",
     "too small",
     "too elongated",
-    "too costly",  # by MAX_FILE_BYTES, MAX_PARTS, MAX_SCANS or MAX_DECODE_SECONDS
+    "too costly",  # by MAX_FILE_BYTES, MAX_PARTS, MAX_SCANS or the seconds allowed
 )
 
 # Of metadata no more is looked at in search of an orientation.
@@ -199,11 +199,10 @@ _EXIF = b"Exif\0\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _END_OF_IMAGE = b"\xff\xd9"
-_MARKER = re.compile(rb"\xff([\x01-\xfe])")
-_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+# Bytes of a JPEG that are searched for markers at a time.
+_SEARCHED = 2**18
 # Pairs of bytes, each eight ones, that a decoder of several scans is given behind the last one.
 _PROBES = 72
-_NO_RESTART = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # TIFF tags that pixels follow from, and its compressions of bounded cost: none, LZW, Deflate, PackBits.
 _TIFF_TAGS = {
     256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339,
@@ -257,8 +256,12 @@ class ImageParts:
     depth: int = 8
 
 
-def image_parts(data: bytes, max_pixels: int) -> ImageParts:
+def image_parts(
+    data: bytes, max_pixels: int, max_seconds: float = MAX_DECODE_SECONDS
+) -> ImageParts:
     """Take a file apart; the file's first bytes tell its format, not its name.
+
+    What would take more than `max_seconds` to decode on one core is refused, by an estimate.
 
     Raises
     ------
@@ -278,7 +281,7 @@ def image_parts(data: bytes, max_pixels: int) -> ImageParts:
         raise
     except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
         raise UnusableImageError("corrupt") from error
-    if parts.nanoseconds > MAX_DECODE_SECONDS * 1e9:
+    if parts.nanoseconds > max_seconds * 1e9:
         raise UnusableImageError("too costly")
     return parts
 
@@ -288,7 +291,7 @@ def is_image(data: bytes) -> bool:
     return _reader(data) is not None
 
 
-def without_metadata(data: bytes) -> bytes:
+def without_metadata(data: bytes, max_seconds: float = MAX_DECODE_SECONDS) -> bytes:
     """The same picture as a file without metadata but the orientation, its pixels untouched.
 
     BMP and TIFF, which have no such form, become PNG at 8 bits a sample.
@@ -298,10 +301,10 @@ def without_metadata(data: bytes) -> bytes:
     UnusableImageError
         Of files that are no image, damaged, too large or too costly.
     """
-    parts = image_parts(data, MAX_FILE_BYTES)
+    parts = image_parts(data, MAX_FILE_BYTES, max_seconds)
     if parts.kind in {"BMP", "TIFF"}:
         buffer = io.BytesIO()
-        decode_upright(data, MAX_FILE_BYTES).save(buffer, "PNG")
+        decode_upright(data, MAX_FILE_BYTES, max_seconds).save(buffer, "PNG")
         return buffer.getvalue()
     return parts.data if parts.orientation == 1 else _with_orientation(parts)
 
@@ -340,7 +343,9 @@ def load_whole(image: ImageFile.ImageFile, parts: ImageParts) -> None:
             image.load()
 
 
-def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
+def decode_upright(
+    data: bytes, max_pixels: int, max_seconds: float = MAX_DECODE_SECONDS
+) -> Image.Image:
     """Decode an image file at its own size, upright, in RGB.
 
     Raises
@@ -348,7 +353,7 @@ def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
     UnusableImageError
         With one of `REASONS`.
     """
-    parts = image_parts(data, max_pixels)
+    parts = image_parts(data, max_pixels, max_seconds)
     image = opened(parts)
     load_whole(image, parts)
     with decoding():
@@ -519,10 +524,10 @@ class _Metadata:
 def _jpeg_parts(data: bytes, max_pixels: int) -> ImageParts:
     kept, found, metadata = [data[:2]], _Jpeg(), _Metadata()
     place, count, several = 2, 0, True
-    while several and (marker := _MARKER.search(data, place)):
+    while several and (start := _next_marker(data, place)) < len(data):
         count += 1
         _bounded(count)
-        name, start = marker[1][0], marker.start()
+        name = data[start + 1]
         if name == 0xD9 or (name == 0xD8 and found.scans):  # the end, or another picture follows
             break
         if name == 0x01 or 0xD0 <= name <= 0xD8:  # has no content
@@ -537,8 +542,7 @@ def _jpeg_parts(data: bytes, max_pixels: int) -> ImageParts:
             kept.append(data[start:place])
             found.segment(name, content, max_pixels)
         if name == 0xDA:
-            end = (_NO_RESTART if found.interval else _MARKER).search(data, place)
-            stop = end.start() if end else len(data)
+            stop = _next_marker(data, place, restarts=not found.interval)
             found.scan(content, data[place:stop].rstrip(b"\xff"))
             kept.append(found.entropy)
             place, several = stop, found.several  # what follows a single scan is another picture
@@ -548,6 +552,39 @@ def _jpeg_parts(data: bytes, max_pixels: int) -> ImageParts:
         "JPEG", b"".join([*kept, _END_OF_IMAGE]), found.size, metadata.orientation(),
         found.nanoseconds(), found.several, len(found.entropy), found.least,
     )  # fmt: skip
+
+
+def _next_marker(data: bytes, place: int, *, restarts: bool = True) -> int:
+    """Where the next marker begins, with or without those of restarts; the end if none does."""
+    if place + 1 < len(data) and data[place] == 0xFF and 0xD8 <= data[place + 1] <= 0xFE:
+        return place
+    for start, ones, behind in _blocks(data, place):
+        found = ones & (behind > 0) & (behind < 0xFF)
+        if not restarts:
+            found &= (behind & 0xF8) != 0xD0
+        first = int(found.argmax())
+        if found[first]:
+            return start + first
+    return len(data)
+
+
+def _restarts(data: bytes) -> int:
+    """How many restarts there are in a scan's data."""
+    found = (ones & ((behind & 0xF8) == 0xD0) for _, ones, behind in _blocks(data, 0))
+    return sum(int(np.count_nonzero(block)) for block in found)
+
+
+def _blocks(data: bytes, place: int) -> Iterator[tuple[int, Any, Any]]:
+    """Block after block its place, which of its bytes are eight ones, and the byte behind each.
+
+    A regular expression takes seconds where a hostile file is nothing but pairs that begin like a marker.
+    """
+    length = 2**8  # between segments a marker is near
+    while place < len(data) - 1:
+        count = min(length, len(data) - 1 - place)
+        block = np.frombuffer(data, np.uint8, count + 1, place)
+        yield place, block[:-1] == 0xFF, block[1:]
+        place, length = place + count, _SEARCHED
 
 
 def _says_nothing_of_pixels(name: int, content: bytes, metadata: _Metadata) -> bool:
@@ -614,10 +651,10 @@ class _Jpeg:
         self.scans += 1
         self.bytes += len(entropy)
         self.entropy = entropy
-        if self.scans > MAX_SCANS or self.nanoseconds() > MAX_DECODE_SECONDS * 1e9:
+        if self.scans > MAX_SCANS:
             raise UnusableImageError("too costly")
         self.restarts_missing = bool(self.interval) and (
-            len(_RESTART.findall(entropy)) < -(-mcus // self.interval) - 1
+            _restarts(entropy) < -(-mcus // self.interval) - 1
         )
         refined = self.progressive and first == 0 and bits >> 4 > 0  # a bit a block
         self.least = mcus // 8 if refined else 0
