@@ -93,8 +93,8 @@ def _explained(error: UnusableImageError, max_pixels: int) -> str:
         "not an image": "JPEG, PNG, WebP, BMP and TIFF files are read",
         "too many pixels": f"at most {max_pixels:,} are read",
         "too small": f"each side needs at least {MIN_SIDE_PX} pixels",
-        "too costly": f"at most {MAX_FILE_BYTES >> 20} MiB that decode in {MAX_DECODE_SECONDS:g} s are read: "
-        "make it smaller or a JPEG",
+        "too costly": f"at most {MAX_FILE_BYTES >> 20} MiB, and what decodes in {MAX_DECODE_SECONDS:g} s, "
+        "is read: make it smaller or a JPEG",
         "too elongated": f"no side may be more than {MAX_ASPECT} times the other",
     }
     # What the decoder said.

@@ -23,6 +23,7 @@ from streetvision.bundle.limits import (
     MAX_OPERATIONS,
 )
 from streetvision.errors import UserError
+from streetvision.escaping import terminal
 
 # Integers that are computed to know a shape, such as the batch's size; larger tensors are not looked into.
 _SHAPE_NUMBERS = 1024
@@ -114,7 +115,9 @@ def _check_alone(model: Any, place: Path) -> None:
             or message.op_type not in _PLAIN | _PRODUCTS | _CONVOLUTIONS | _POOLS
         ):
             name = f"{message.domain}.{message.op_type}".removeprefix(".")
-            raise UserError(f"{place} holds the operator {name[:100]}, which is not allowed")
+            raise UserError(
+                f"{place} holds the operator {terminal(name[:100])}, which is not allowed"
+            )
 
 
 def _messages(message: Any) -> Iterator[Any]:
@@ -169,7 +172,7 @@ class _Run:
             if total > allowed:
                 raise UserError(
                     f"{self.place} needs more than {allowed:,} bytes for a batch of {self.rows}, at "
-                    f'"{next(iter(found))[:100]}" ({node.op_type})'
+                    f'"{terminal(next(iter(found))[:100])}" ({node.op_type})'
                 )
             if operations > MAX_OPERATIONS * images:
                 raise UserError(
@@ -188,7 +191,7 @@ class _Run:
             # Half a byte is the smallest number.
             if count < 0 or count > 2 * tensor.ByteSize():
                 raise UserError(
-                    f'{self.place}: "{tensor.name[:100]}" has other data than its shape'
+                    f'{self.place}: "{terminal(tensor.name[:100])}" has other data than its shape'
                 )
             self.types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
             self.constant.add(tensor.name)
@@ -203,7 +206,7 @@ class _Run:
             dim.dim_value if dim.HasField("dim_value") else self.rows for dim in tensor.shape.dim
         ]
         if not given.type.HasField("tensor_type") or min(shape, default=1) < 0:
-            raise UserError(f'{self.place}: the input "{given.name[:100]}" has no shape')
+            raise UserError(f'{self.place}: the input "{terminal(given.name[:100])}" has no shape')
         from onnx import helper
 
         self.types[given.name] = helper.make_tensor_type_proto(tensor.elem_type, shape)
@@ -228,7 +231,7 @@ class _Run:
                 schema, node, given, known, opset_imports=list(self.model.opset_import)
             )
         except Exception as error:  # ONNX's own kinds share no base class
-            reason = " ".join(str(error).split())[:200]
+            reason = terminal(" ".join(str(error).split()))[:200]
             raise UserError(
                 f"{self.place}: {node.op_type} cannot be understood: {reason}"
             ) from error
@@ -243,7 +246,7 @@ class _Run:
                 or min(_shape(kind), default=0) < 0
             ):
                 raise UserError(
-                    f'{self.place}: the size of "{name[:100]}" ({node.op_type}) depends on the image'
+                    f'{self.place}: the size of "{terminal(name[:100])}" ({node.op_type}) depends on the image'
                 )
         return {name: found[name] for name in node.output if name}
 

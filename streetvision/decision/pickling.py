@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from streetvision.decision.policy import Policy, policy_from_document
 from streetvision.errors import UserError
+from streetvision.escaping import terminal
 
 # Fixed, so that the bytes do not depend on the Python version.
 PROTOCOL = 4
@@ -75,7 +76,7 @@ def plain_document(data: bytes) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"the policy pickle is damaged: {error}") from error
+        raise UserError(f"the policy pickle is damaged: {terminal(str(error))}") from error
     if not isinstance(document, dict) or stream.read(1):
         raise UserError("the policy pickle is damaged: it is not one dictionary alone")
     return document

@@ -22,6 +22,7 @@ from PIL import Image
 
 from streetvision.bundle.inputs import MAX_PIXELS, upright_image
 from streetvision.bundle.predictor import Predictor
+from streetvision.data.decode import decode_image
 from streetvision.errors import UserError
 from streetvision.params import Data
 
@@ -344,3 +345,15 @@ def test_eight_threads_get_the_answers_of_one(predictor: Predictor) -> None:
         thread.join()
     assert not wrong
     assert min(done) > 0
+
+
+def test_a_picture_that_training_takes_may_be_too_costly_for_an_answer() -> None:
+    """28 megapixels of one colour in a PNG."""
+    data = encode(Image.new("RGB", (5300, 5300), (9, 200, 30)), "PNG", compress_level=1)
+    with pytest.raises(
+        UserError, match=r"^image: too costly; at most 128 MiB, .* 1\.5 s, .* JPEG$"
+    ):
+        upright_image(data)
+    decoded = decode_image(data, side_px=32, square_crop=True, max_pixels=MAX_PIXELS)
+    assert (decoded.original_width, decoded.original_height) == (5300, 5300)
+    assert decoded.image.getpixel((16, 16)) == (9, 200, 30)

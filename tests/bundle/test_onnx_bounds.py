@@ -285,3 +285,11 @@ def test_other_formats_and_sizes_are_refused() -> None:
     good.doc_string = ""
     good.graph.initializer[0].dims[0] = 2**40
     assert "has other data than its shape" in refusal(good)
+
+
+def test_names_in_a_model_give_no_orders_to_a_terminal() -> None:
+    """Found by fuzzing: an operator whose name breaks the line."""
+    graph = helper.make_graph([helper.make_node("No\nsuch\x1b[2J", ["x"], ["y"])], "graph", [], [])
+    with pytest.raises(UserError) as caught:
+        check_model(helper.make_model(graph).SerializeToString(), Path("model.onnx"), 1)
+    assert str(caught.value).isprintable()
