@@ -182,7 +182,9 @@ def _row_groups(file: Path, size: int, changed_ns: int) -> tuple[_RowGroup, ...]
         chunks = []
         for column in _structs(group, 1):
             about = column.get(3)
-            path = about.get(3) if isinstance(about, dict) else None
+            if not isinstance(about, dict):
+                raise ValueError("a column that nothing is said of")  # noqa: TRY004 (one kind of error)
+            path = about.get(3)
             if not isinstance(path, list) or not all(isinstance(part, bytes) for part in path):
                 raise ValueError("a column without a name")
             start = _number(about, 9)
