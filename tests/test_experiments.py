@@ -17,6 +17,7 @@ from streetvision.evaluation.revisions import Revision
 from streetvision.experiments import finished, stage_seconds
 from tests.pipeline.project import Project, with_git
 
+PARAMS = {"data": {"split_seed": 7}, "seed": 1, "train": {"rate": 0.5}}
 # VAL_SELECT's MCC depends on rate and seed, VAL_TEST's on VAL_SELECT's.
 TRAIN = """
 import json, yaml
@@ -41,10 +42,10 @@ def write_pipeline(project: Project) -> Project:
     for name, text in (("train.py", TRAIN), ("evaluate.py", EVALUATE)):
         (project / name).write_text(text)
     (project / ".gitignore").write_text("/model.txt\n/report/\n")
-    (project / "params.yaml").write_text(yaml.safe_dump({"seed": 1, "train": {"rate": 0.5}}))
+    (project / "params.yaml").write_text(yaml.safe_dump(PARAMS))
     stages = {
         "train": {
-            "cmd": "python train.py", "deps": ["train.py"], "params": ["seed", "train.rate"],
+            "cmd": "python train.py", "deps": ["train.py"], "params": ["data.split_seed", "seed", "train.rate"],
             "outs": ["model.txt"], "metrics": [{"metrics/train.json": {"cache": False}}],
         },
         "evaluate": {
@@ -77,7 +78,7 @@ def test_experiments_as_runs(swept: Project) -> None:
     assert len(runs) == 5
     assert all(len(run.commit) == 40 for run in runs.values())
     whole = runs.pop("whole")
-    assert whole.params == {"seed": 1, "train.rate": 0.8}
+    assert whole.params == {"data.split_seed": 7, "seed": 1, "train.rate": 0.8}
     assert whole.metrics["metrics/train.json:val_select.mcc"] == pytest.approx(0.81)
     assert whole.metrics["metrics/evaluation.json:mcc"] == pytest.approx(0.71)
     assert whole.outdated == frozenset()

@@ -51,7 +51,7 @@ def test_each_line_names_what_shows_it(row: list[str]) -> None:
     ]
     assert not missing, f"docs/requirements.md, {row[0].strip()}: not there"
     tests = [path for path in paths if path.startswith("tests/")]
-    commands = re.findall(r"`(?:make|python -m|dvc) [^`]+`", cell)
+    commands = re.findall(r"`(?:make|streetvision|dvc) [^`]+`", cell)
     assert tests or commands, f"docs/requirements.md, {row[0].strip()}: no test or command"
     for path in tests:
         for file in REPOSITORY.glob(path):
