@@ -85,18 +85,20 @@ def makefile(tmp_path: Path) -> Path:
         f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('given', 'w'))\n"
     )
     program.chmod(0o755)
-    subprocess.run(["make", "--quiet", "--touch", "venv"], cwd=tmp_path, check=True)
+    make(tmp_path, "--touch", "venv")
     return tmp_path
 
 
-def given_to_python(folder: Path, *arguments: str, **environment: str) -> list[str]:
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in {"BASE", "HEAD", "PRESET", "ONLY"}
-    }
-    before = {path.name for path in folder.iterdir()} | {"given"}
+def make(folder: Path, *arguments: str, **environment: str) -> None:
+    """Call make as a user does: without what the make (or CI) that runs these tests hands down."""
+    handed_down = {"BASE", "HEAD", "PRESET", "ONLY", "VENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+    clean = {key: value for key, value in os.environ.items() if key not in handed_down}
     subprocess.run(["make", "--quiet", *arguments], cwd=folder, env=clean | environment, check=True)
+
+
+def given_to_python(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    before = {path.name for path in folder.iterdir()} | {"given"}
+    make(folder, *arguments, **environment)
     assert {path.name for path in folder.iterdir()} == before
     found: list[str] = json.loads((folder / "given").read_text())
     (folder / "given").unlink()

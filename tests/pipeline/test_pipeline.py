@@ -364,7 +364,8 @@ def test_second_repro_runs_nothing(project: Project) -> None:
         ({"export": {"make_tar": True}}, ["export"]),
         ({"evaluate": {"mistakes": 3}}, ["evaluate"]),
         ({"challenge": {"rival_accuracy": 0.9}}, ["challenge"]),
-        ({"seed": 8}, list(STAGES)),
+        ({"seed": 8}, [stage for stage in STAGES if stage != "prepare"]),
+        ({"data": {"split_seed": 8}}, ["prepare"]),
     ],
     ids=lambda x: json.dumps(x) if isinstance(x, dict) else "",
 )
