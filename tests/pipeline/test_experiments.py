@@ -15,7 +15,7 @@ from tests.pipeline.project import REPOSITORY, STAGES, Project, stages_run
 
 @pytest.mark.slow
 def test_a_sweep_with_seeds_from_queue_to_branch(project: Project) -> None:
-    """The recipes of docs/sweeps.md, in their order."""
+    """The recipes of docs/experiments.md, in their order."""
     grid = ("-S", "train.learning_rate=0.001,0.01", "-S", "seed=7,8", "-S", "train.epochs=1")
     queued = project.dvc("exp", "run", "--queue", *grid, "train").stdout
     assert queued.count("Queued experiment") == 4
