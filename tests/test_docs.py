@@ -48,11 +48,13 @@ def test_it_names_no_commit_and_no_script_that_is_gone(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in set(re.findall(r"(?:^|`)streetvision ([a-z][a-z-]+)", page.read_text(), re.M)):
+    for command in set(
+        re.findall(r"(?:^|`)streetvision ([a-z][a-z-]+)", page.read_text(), re.MULTILINE)
+    ):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0, command
-    targets = set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), re.M))
+    targets = set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), re.MULTILINE))
     makefile = (REPOSITORY / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in targets), targets
     capsys.readouterr()

@@ -223,7 +223,7 @@ def plot_reliability(
         capsize=3,
         label=f"model, ECE {ece:.4f}",
     )
-    ax.set(ylabel="share of positives", title=f"{title}, {len(y):,} images")
+    ax.set(ylabel="share of positives", title=f"{title}\n{len(y):,} images")
     _unit_square(ax)
     ax.legend(loc="upper left")
     centres = (np.arange(N_BINS) + 0.5) / N_BINS

@@ -77,3 +77,12 @@ def light(tmp_path: Path) -> Iterator[Project]:
     """Code and the smoke preset's parameters, no Git, no DVC, no results."""
     yield copy_code(tmp_path / "project")
     shutil.rmtree(tmp_path / "project")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with a test of the reproduced project: while one worker makes it, no other waits for it."""
+    for place, item in enumerate(items):
+        if "reproduced" in getattr(item, "fixturenames", []):
+            items.insert(0, items.pop(place))
+            return
