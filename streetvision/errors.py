@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 
-from streetvision.escaping import terminal
+from streetvision.escaping import shortened, terminal
+
+# What is wrong with a path that a user named, wherever it is met.
+_OF_A_PATH = frozenset(
+    {
+        errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM,
+        errno.EROFS,
+    }
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -31,9 +40,13 @@ def guarded(program: str, main: Callable[[], int | None]) -> int:
         )
         return 130
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            said = "the disk is full; free some space and run it again"
+        elif error.errno in _OF_A_PATH and isinstance(error.filename, str | bytes):
+            said = f"{terminal(shortened(os.fsdecode(error.filename)))}: {error.strerror}"
+        else:
             raise
-        sys.stderr.write(f"{program}: error: the disk is full; free some space and run it again\n")
+        sys.stderr.write(f"{program}: error: {said}\n")
         return 2
 
 

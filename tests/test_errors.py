@@ -35,6 +35,16 @@ def test_the_exit_code_is_mains(returned: int | None, code: int) -> None:
             2,
             "stage: error: the disk is full; free some space and run it again\n",
         ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", f"\x1b{'x' * 400}"),
+            2,
+            f"stage: error: \\x1b{'x' * 38}…{'x' * 40}: File name too long\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", b"a/b"),
+            2,
+            "stage: error: a/b: Permission denied\n",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line(
@@ -44,7 +54,14 @@ def test_a_users_mistake_is_one_line(
     assert capsys.readouterr() == ("", line)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken disk"), ValueError("a bug")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "broken disk"),
+        PermissionError(errno.EPERM, "of no path"),
+        ValueError("a bug"),
+    ],
+)
 def test_anything_else_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         raising(error)

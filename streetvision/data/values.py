@@ -9,11 +9,12 @@ import unicodedata
 from decimal import Decimal
 
 # What people and libraries write where there is nothing: pandas' list (`read_csv`, na_values), dashes,
-# and what `str` makes of None, NaN and NaT. Compared without regard to case.
+# JSON's empty values, and what `str` makes of None, NaN and NaT. Compared without regard to case.
 MISSING = frozenset(
     {
         "", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a",
         "n.a.", "na", "nan", "nat", "nil", "none", "null", "undefined", "-", "--", "---", "–", "—", "?",
+        "[]", "{}",
     }
 )  # fmt: skip
 

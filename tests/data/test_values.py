@@ -16,7 +16,7 @@ from streetvision.data.values import is_missing, key, stripped, text
 NOTHING = [
     None, math.nan, "", " ", "\u200b", "\ufeff", "None", "none", "nan", "NaN", "NAN", "N/A", "n/a", "NA",
     "null",
-    "NULL", "<NA>", "NaT", "-", "--", "–", " nan ", "#N/A",
+    "NULL", "<NA>", "NaT", "-", "--", "–", " nan ", "#N/A", "[]", "{}",
 ]  # fmt: skip
 
 
