@@ -168,6 +168,25 @@ def duplicated_elsewhere(
     return result
 
 
+def contradicted(thumbnails: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which images have a copy with the other label, [N]; frames without contrast are no copies.
+
+    Parameters
+    ----------
+    thumbnails
+        Grey levels, [N, 16, 16]; copies have the same.
+    labels
+        [N] in {0, 1}.
+    """
+    first = _first_identical(thumbnails)
+    of_copies = np.zeros((len(first), 2), np.bool_)
+    of_copies[first, labels] = True
+    result: NDArray[np.bool_] = of_copies[first].all(axis=1)
+    rows = np.flatnonzero(result)
+    result[rows] = thumbnails[rows].std(axis=(1, 2)) >= _MIN_CONTRAST
+    return result
+
+
 def _verified_pairs(
     hashes: NDArray[np.uint64],
     thumbnails: NDArray[np.uint8],

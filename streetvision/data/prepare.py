@@ -29,6 +29,7 @@ from streetvision.data.prepare_parts import PART_SCHEMA, Part, make_parts
 from streetvision.data.schema import SPLIT_SCHEMA, SPLITS, UNREAD_POSITION, unread_value
 from streetvision.data.split import SplitResult, part_shares, split_groups
 from streetvision.errors import UserError
+from streetvision.escaping import escaped
 from streetvision.params import Data
 from streetvision.progress import Progress, no_progress
 
@@ -39,6 +40,7 @@ _MAX_LISTED_GROUPS = 100
 _ELSEWHERE = "near-duplicate of an image in another group"
 # Joined groups that are worth a warning: a chain from place to place, or a large part of the images.
 _MANY_PLACES, _MANY_IMAGES = 3, 0.1
+_SHOWN_COPIES = 4  # ids of images with two labels that a warning lists
 
 
 def prepare_splits(
@@ -156,6 +158,13 @@ def _group(
     kept = np.flatnonzero([reason is None for reason in rows.reasons])
     if len(kept) < len(rows.ids):  # else a copy would be in vain
         thumbnails = thumbnails[kept]
+    both = kept[duplicates.contradicted(thumbnails, rows.labels[kept])]
+    if len(both):
+        log.warning(
+            "%d images have a copy with the other label, such as %s: they teach nothing and are counted "
+            "as mistakes; find out which label is right",
+            len(both), ", ".join(escaped(rows.ids[row]) for row in both[:_SHOWN_COPIES]),
+        )  # fmt: skip
     alike = (
         duplicates.perceptual_hashes(thumbnails),
         thumbnails,

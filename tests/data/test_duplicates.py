@@ -258,3 +258,18 @@ def test_few_images(n: int) -> None:
     cluster, report = clusters(scenes(n))
     assert cluster.tolist() == list(range(n))
     assert report == duplicates.DuplicateReport(0, 0, 0, 1, 0)
+
+
+def test_copies_with_the_other_label_against_all_pairs() -> None:
+    rng = np.random.default_rng(3)
+    pictures = rng.integers(0, 256, (12, 16, 16), dtype=np.uint8)
+    pictures[0] = 200  # fog: no picture to have a copy of
+    thumbnails = pictures[rng.integers(0, 12, 60)]
+    labels = rng.integers(0, 2, 60)
+    wanted = [
+        any((a == b).all() and x != y for b, y in zip(thumbnails, labels, strict=True))
+        and bool(a.std() > 0)
+        for a, x in zip(thumbnails, labels, strict=True)
+    ]
+    assert 0 < sum(wanted) < 60
+    assert duplicates.contradicted(thumbnails, labels).tolist() == wanted

@@ -297,6 +297,21 @@ def test_near_duplicates_join_groups(tmp_path: Path) -> None:
     assert found == {"pairs": 2, "clusters": 2, "images": 4, "largest": 2, "capped": 0}
 
 
+def test_copies_under_both_labels_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = make_rows()
+    assert rows[0]["label"] == rows[1]["label"] != rows[30]["label"]
+    rows[30]["image"] = rows[0]["image"]
+    rows[24]["image"] = rows[25]["image"]  # of one label: nothing to tell
+    assert rows[24]["label"] == rows[25]["label"]
+    prepare(write_raw(tmp_path / "raw", rows), tmp_path)
+    (told,) = [r.getMessage() for r in caplog.records if "copy with the other label" in r.message]
+    assert told.startswith(
+        "2 images have a copy with the other label, such as row-00000, row-00030"
+    )
+
+
 def test_a_chain_of_near_duplicates_neither_swallows_the_places_nor_leaks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
