@@ -105,6 +105,10 @@ def _check_alone(model: Any, place: Path) -> None:
     graphs = 0
     for message in _messages(model):
         kind = message.DESCRIPTOR.name
+        if any(
+            isinstance(name, bytes) for name in _texts(message)
+        ):  # protobuf's for what is no UTF-8
+            raise UserError(f"{place} holds a name that is no text")
         if kind == "TensorProto" and (message.external_data or message.data_location):
             raise UserError(f"{place} names data in another file, which nothing vouches for")
         graphs += kind == "GraphProto"
@@ -127,6 +131,13 @@ def _messages(message: Any) -> Iterator[Any]:
         if field.type == field.TYPE_MESSAGE:
             for each in [value] if hasattr(value, "DESCRIPTOR") else value:
                 yield from _messages(each)
+
+
+def _texts(message: Any) -> Iterator[str | bytes]:
+    """What a protobuf message, without those within it, has as text."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from [value] if isinstance(value, str | bytes) else value
 
 
 class _Run:

@@ -293,3 +293,13 @@ def test_names_in_a_model_give_no_orders_to_a_terminal() -> None:
     with pytest.raises(UserError) as caught:
         check_model(helper.make_model(graph).SerializeToString(), Path("model.onnx"), 1)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", [b"images", b"number", b"ReduceMean", b"batch"])
+def test_a_name_that_is_no_text(name: bytes) -> None:
+    """Protobuf hands such a name over as bytes."""
+    whole = model(*mean(), axes=AXES).SerializeToString()
+    assert name in whole
+    damaged = whole.replace(name, b"\xff" * len(name), 1)
+    with pytest.raises(UserError, match=r"^bundle/model.onnx holds a name that is no text$"):
+        check_model(damaged, PLACE)
