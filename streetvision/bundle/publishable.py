@@ -1,8 +1,8 @@
 """What of a bundle goes to the hub: files of known names, each of which says nothing that was not checked.
 
 A pickle may run code where it is loaded, and stock tools load `model.pth` and `scrc_params.pkl`. So each is
-published only as a copy: what it holds, read without running anything, must equal the safetensors or JSON file
-beside it.
+published only as a copy: what it holds must equal the safetensors or JSON file beside it, and is told without
+running anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from streetvision.artifacts import json_text, read_json, sha256_file
 from streetvision.bundle.export import FUSION_WEIGHTS
 from streetvision.bundle.onnx_session import ONNX_FILES
 from streetvision.bundle.validate import ONNX_KEYS, file_of
-from streetvision.decision.pickling import plain_document
+from streetvision.decision.pickling import dump_policy_pickle
 from streetvision.errors import UserError
 from streetvision.models import fusion
 from streetvision.models.classifier import WEIGHTS
@@ -128,12 +128,8 @@ def check_fold(folded: Path, parts: Bundle) -> dict[str, Any]:
 
 
 def _same_policy(pickled: Path, twin: Path) -> bool:
-    """Whether the document in a pickle is that of the JSON file, number by number."""
-    try:
-        found = json_text(plain_document(pickled.read_bytes()))
-    except (UserError, ValueError, TypeError):  # code, damage, or what JSON has no word for
-        return False
-    return found == json_text(json.loads(twin.read_text()))
+    """Whether a pickle is what `export` writes of the JSON file beside it, byte by byte: it is not loaded."""
+    return pickled.read_bytes() == dump_policy_pickle(json.loads(twin.read_text()))
 
 
 def _same_tensors(pickled: Path, twin: Path) -> bool:

@@ -160,7 +160,7 @@ def fuzz() -> list[Table]:
 
     rng = np.random.default_rng()
     rows = []
-    for target in ("image", "payload", "onnx", "pickle"):
+    for target in ("image", "payload", "onnx"):
         tried, accepted, slowest, stop = 0, 0, 0.0, time.monotonic() + FUZZ_SECONDS
         originals = seeds(target)
         while time.monotonic() < stop:

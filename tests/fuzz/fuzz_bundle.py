@@ -1,7 +1,7 @@
 """Fuzzing with coverage: `python tests/fuzz/fuzz_bundle.py TARGET [CORPUS] [-max_total_time=60 …]`.
 
 Targets: `image` (the bytes of an image file), `payload` (text that may carry one), `manifest` (of bundle.json),
-`archive` (of the tar within bundle.tar.gz), `onnx` (of an ONNX model) and `pickle` (of the policy's pickle).
+`archive` (of the tar within bundle.tar.gz) and `onnx` (of an ONNX model).
 Anything but a result or a `UserError` of one line is a finding; atheris stops there and keeps the input. Needs
 `pip install atheris`; without it the script says so and ends well, so that it can stand in a list of checks.
 What follows the target goes to libFuzzer: https://llvm.org/docs/LibFuzzer.html#options
@@ -84,17 +84,8 @@ def onnx(data: bytes) -> None:
     check_model(data, Path("model.onnx"), 4)
 
 
-def pickle(data: bytes) -> None:
-    """Bytes of the policy's pickle; only plain containers may come of it."""
-    from streetvision.decision.pickling import plain_document
-
-    if type(plain_document(data)) is not dict:
-        raise AssertionError("no dictionary")
-
-
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "image": image, "payload": payload, "manifest": manifest, "archive": archive, "onnx": onnx,
-    "pickle": pickle,
 }  # fmt: skip
 
 
@@ -133,10 +124,6 @@ def seeds(target: str) -> list[bytes]:
         return [b"image/png;base64," + base64.b64encode(each) for each in pictures]
     if target == "onnx":
         return [_onnx_model()]
-    if target == "pickle":
-        import pickle as python_pickle
-
-        return [python_pickle.dumps({"a": [1, 2.5, None, True, {"b": "c" * 300}]}, 4)]
     bundle = _empty_bundle()
     return [bundle] if target == "manifest" else [_tar(bundle)]
 

@@ -37,8 +37,3 @@ def test_without_atheris_it_skips(
     assert capsys.readouterr().out == "skipped: atheris is not installed (pip install atheris)\n"
     assert fuzz_bundle.main(["nothing"]) == 2
     assert Path(fuzz_bundle.__file__).name in capsys.readouterr().err
-
-
-def test_an_error_of_python_s_unpickler_is_one_line() -> None:
-    """Found by mutations: its own message has two."""
-    assert "persistent" in fuzz_bundle.attempt("pickle", b"Px\n.")
