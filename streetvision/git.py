@@ -1,7 +1,7 @@
 """What Git has of a project: its commits and their files, also where the repository's top is above the project.
 
-Only plumbing commands are run, and only the object store is read: no DVC remote is asked, whatever a
-revision's own configuration names, and nothing of a revision is run.
+Only plumbing commands and `diff --name-only` are run: no DVC remote is asked, whatever a revision's own
+configuration names, and nothing of a revision is run.
 """
 
 from __future__ import annotations
@@ -101,6 +101,24 @@ def files(
         place = start + n_bytes + 1
         found[pair] = answer[start : place - 1]
     return found
+
+
+def changed(root: Path, paths: Sequence[str]) -> list[str]:
+    """Files at or below these paths that differ from HEAD, new ones that Git tracks included.
+
+    Raises
+    ------
+    UserError
+        No repository, or no commit yet.
+    """
+    check_repository(root)
+    for path in paths:
+        check_path(path)
+    options = ("--name-only", "--no-ext-diff", "--no-renames", "-z", "HEAD", "--")
+    listed = _git(root, "diff", *options, *paths)
+    if listed is None:
+        raise UserError(f"Git cannot compare {root} with HEAD")
+    return [name for name in listed.split("\0") if name]
 
 
 def asks_elsewhere(root: Path, commit: str) -> bool:
