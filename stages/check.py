@@ -15,7 +15,9 @@ def check(stage: Stage) -> None:
     `run_stage` has read the parameters when this begins. The file's bytes are always the same: nothing after
     this stage reruns because of it.
     """
-    write_bytes_atomic(stage.paths.checked, b"params.yaml has known parameters with allowed values.\n")
+    write_bytes_atomic(
+        stage.paths.checked, b"params.yaml has known parameters with allowed values.\n"
+    )
 
 
 if __name__ == "__main__":

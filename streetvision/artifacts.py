@@ -207,9 +207,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> Path:
     return write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_json_atomic(
-    path: Path, document: Mapping[str, Any], *, sort_keys: bool = True
-) -> Path:
+def write_json_atomic(path: Path, document: Mapping[str, Any], *, sort_keys: bool = True) -> Path:
     """Write indented JSON; raises `ValueError` on NaN or infinity."""
     return write_bytes_atomic(path, json_text(document, sort_keys=sort_keys).encode())
 

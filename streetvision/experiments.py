@@ -219,7 +219,9 @@ def _lock(text: bytes | None, origin: str) -> dict[str, _Locked]:
             ):
                 raise UserError(f"{origin}: {key} of {stage} must be a list of files")
             # What of the parameters a stage has read is told by name, not by the file `params.yaml`.
-            hashes.append({file["path"]: file.get("md5") for file in files if file["path"] != PARAMS})
+            hashes.append(
+                {file["path"]: file.get("md5") for file in files if file["path"] != PARAMS}
+            )
         params = mapping_in(mapping_in(entry, "params", origin), PARAMS, origin)
         found[stage] = _Locked(params, *hashes)
     return found

@@ -67,6 +67,23 @@ def experiments(root: Path, name: str | None = None) -> dict[str, str]:
     return found
 
 
+def failed_experiments(root: Path) -> list[str]:
+    """Names of HEAD's experiments that failed in DVC's queue and did not run under that name since.
+
+    DVC keeps each in the log of `refs/exps/celery/failed`: its parent, the commit it began at, its name.
+    """
+    check_repository(root)
+    head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    listed = _git(
+        root, "log", "--walk-reflogs", "--format=%gs", f"{_EXPERIMENTS}celery/failed", "--"
+    )
+    found = re.findall(
+        r"^commit: dvc-exp:[0-9a-f]+:([0-9a-f]+):([^:\n]+)", listed or "", re.MULTILINE
+    )
+    finished = experiments(root)
+    return sorted({name for began, name in found if began == head and name not in finished})
+
+
 def files(
     root: Path, wanted: Iterable[tuple[str, str]], limit: int = MAX_FILE_BYTES
 ) -> dict[tuple[str, str], bytes | None]:

@@ -260,13 +260,13 @@ def test_dvc_changes_one_line_a_value(repository: Path, tmp_path: Path) -> None:
     # Every number, text and truth value at once, each as long as it was.
     path.write_text(text)
     values = {key: value(DEFAULTS, key) for key in leaves(DEFAULTS)}
-    changed = [key for key, each in values.items() if each is not None and not isinstance(each, list)]
+    changed = [
+        key for key, each in values.items() if each is not None and not isinstance(each, list)
+    ]
     apply_overrides(path, [f"{key}=9" for key in changed])
     before, after = text.splitlines(), path.read_text().splitlines()
     assert len(before) == len(after)
-    differing = [
-        (old, new) for old, new in zip(before, after, strict=True) if old != new
-    ]
+    differing = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert len(differing) <= len(changed)
     for old, new in differing:
         assert old.partition(":")[0] == new.partition(":")[0]
@@ -275,7 +275,9 @@ def test_dvc_changes_one_line_a_value(repository: Path, tmp_path: Path) -> None:
     path.write_text(text)
     lists = [key for key, each in values.items() if each is None or isinstance(each, list)]
     assert len(lists) > 5
-    apply_overrides(path, [f"{key}={json.dumps(values[key])}" for key in lists if key != "data.sources"])
+    apply_overrides(
+        path, [f"{key}={json.dumps(values[key])}" for key in lists if key != "data.sources"]
+    )
     assert path.read_text() == text
 
 

@@ -182,12 +182,12 @@ def test_a_preset_says_what_it_leaves_and_how_to_bring_back_what_was_there(
     committed: Project, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert reproduce(committed.root, "smoke") == 0
-    said = caplog.messages
-    assert said == [
+    [said] = caplog.messages
+    assert said == (
         "dvc.lock and files in metrics, 2 that Git has otherwise, hold results of the preset smoke, not of "
         "params.yaml; those of HEAD: git checkout HEAD -- dvc.lock metrics && dvc checkout"
-    ]
-    command = said[0].partition("of HEAD: ")[2].partition(" && dvc")[0]
+    )
+    command = said.partition("of HEAD: ")[2].partition(" && dvc")[0]
     committed.run(*command.split())
     assert committed.git("status", "--porcelain").stdout == ""
     assert (committed / "metrics/a.json").read_text() == "metrics/a.json\n"
@@ -209,10 +209,11 @@ def test_without_results_in_head_there_is_nothing_to_bring_back(
     committed.commit()
     (committed / "metrics").mkdir()
     assert reproduce(committed.root, "smoke") == 0
-    assert caplog.messages == [
+    [said] = caplog.messages
+    assert said == (
         "dvc.lock and files in metrics, 1 that Git has otherwise, hold results of the preset smoke, not of "
         "params.yaml"
-    ]
+    )
 
 
 def test_a_second_repro_in_the_folder_is_refused(

@@ -174,7 +174,12 @@ def _params_table(params: Values) -> list[str]:
 
 
 def _metrics_tables(metrics: Values) -> list[str]:
-    changed = {name: each for name, each in metrics.items() if each["old"] != each["new"]}
+    # The headline has numbers of the other files again.
+    changed = {
+        name: each
+        for name, each in metrics.items()
+        if each["old"] != each["new"] and not name.startswith("metrics/headline.json:")
+    }
     first = {
         name: each
         for name, each in changed.items()

@@ -163,9 +163,7 @@ def test_commits_in_a_clone_without_the_data(reported: Project, run: Run, tmp_pa
 
 @pytest.mark.slow
 def test_what_a_revision_lacks_is_said(reported: Project, run: Run) -> None:
-    reported.git(
-        "rm", "--quiet", "metrics/plots/predictions.csv", "metrics/plots/mcc_curve.csv"
-    )
+    reported.git("rm", "--quiet", "metrics/plots/predictions.csv", "metrics/plots/mcc_curve.csv")
     reported.commit()
     assert run("report", "main~", "main")[0] == 0
     text = (reported / "report/report.md").read_text()

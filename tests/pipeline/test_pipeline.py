@@ -112,7 +112,9 @@ def test_json_is_sorted_finite_and_free_of_circumstances(reproduced: Project) ->
         text = path.read_text()
         document = json.loads(text)
         in_order = path.name == "headline.json"  # that of DVC's tables
-        assert text == json_text(document, sort_keys=not in_order), f"{path} is not in canonical form"
+        assert text == json_text(document, sort_keys=not in_order), (
+            f"{path} is not in canonical form"
+        )
         for key, leaf in leaf_items(document):
             if isinstance(leaf, float):
                 assert math.isfinite(leaf), (path, key)
