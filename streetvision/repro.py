@@ -51,6 +51,7 @@ def _say_what_is_the_presets(root: Path, preset: str) -> None:
     except UserError:  # no repository, or one without a commit
         return
     back = f"git checkout HEAD -- {' '.join(RESULTS)} && dvc checkout"
+    back += " (`make repro`, where DVC's cache has not all of them)"
     log.warning(
         "%s and files in %s, %d that Git has otherwise, hold results of the preset %s, not of params.yaml%s",
         *RESULTS, len(changed), preset, f"; those of HEAD: {back}" if committed else "",

@@ -185,7 +185,8 @@ def test_a_preset_says_what_it_leaves_and_how_to_bring_back_what_was_there(
     [said] = caplog.messages
     assert said == (
         "dvc.lock and files in metrics, 2 that Git has otherwise, hold results of the preset smoke, not of "
-        "params.yaml; those of HEAD: git checkout HEAD -- dvc.lock metrics && dvc checkout"
+        "params.yaml; those of HEAD: git checkout HEAD -- dvc.lock metrics && dvc checkout (`make repro`, "
+        "where DVC's cache has not all of them)"
     )
     command = said.partition("of HEAD: ")[2].partition(" && dvc")[0]
     committed.run(*command.split())
