@@ -14,9 +14,7 @@ log = logging.getLogger(__name__)
 def headline(stage: Stage) -> None:
     """`metrics/{train,evaluation,challenge}.json` → `metrics/headline.json`, said in one line, too."""
     paths = stage.paths
-    sources = {
-        "train": "train", "evaluation": "evaluate", "challenge": "challenge"
-    }  # fmt: skip
+    sources = {"train": "train", "evaluation": "evaluate", "challenge": "challenge"}
     found = headline_of(**{name: read_json(paths.metric(name), by) for name, by in sources.items()})
     log.info(in_words(found))
     written = write_json_atomic(paths.metric("headline"), found, sort_keys=False)
