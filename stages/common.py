@@ -41,7 +41,7 @@ class Stage:
         """The parameters that determine this stage's result: those that `dvc.yaml` tracks for it."""
         document = read_yaml((self.paths.root / "dvc.yaml").read_bytes(), "dvc.yaml")
         values = self.params.model_dump(mode="json")
-        tracked = document["stages"][self.name]["params"]
+        tracked = document["stages"][self.name].get("params", [])
         return {key: reduce(getitem, key.split("."), values) for key in tracked}
 
     @contextmanager

@@ -7,9 +7,13 @@ from dataclasses import asdict
 from stages.common import Stage, run_stage
 from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
 
+PLOTTED = 101  # points of the curve that is in Git, for revisions to be laid over each other
+
 
 def sweep(stage: Stage) -> None:
-    """VAL_CALIB logits → `thresholds.json`, its curve and picture."""
+    """VAL_CALIB logits → `thresholds.json`, its curve, in full and thinned out, and picture."""
+    import numpy as np
+
     from streetvision.data.embeddings import read_embeddings
     from streetvision.decision.report import sweep_thresholds
     from streetvision.evaluation.plots import plot_threshold_sweep
@@ -32,6 +36,10 @@ def sweep(stage: Stage) -> None:
     outputs = [paths.thresholds, paths.metric("sweep"), paths.plot("mcc_curve.png")]
     columns = asdict(curve) if params.sweep.save_curve else {key: [] for key in asdict(curve)}
     outputs.append(write_csv_atomic(paths.plot("threshold_sweep.csv"), columns))
+    last = len(curve.threshold) - 1
+    rows = np.unique(np.linspace(0, last, PLOTTED).round().astype(int))
+    thin = {"threshold": curve.threshold[rows].tolist(), "mcc": curve.mcc[rows].tolist()}
+    outputs.append(write_csv_atomic(paths.plot("mcc_curve.csv"), thin))
     stage.write_manifest(stage.config(), [source], outputs, metrics)
 
 

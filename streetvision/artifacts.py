@@ -43,6 +43,11 @@ class ArtifactSchema:
     root: Path
 
     @property
+    def checked(self) -> Path:
+        """A constant, on which every stage depends: `params.yaml` was read without an error."""
+        return self.root / "data/params.checked"
+
+    @property
     def raw(self) -> Path:
         """Folder of Parquet shards in the NATIX schema."""
         return self.root / "data/raw"
@@ -130,6 +135,7 @@ class ArtifactSchema:
             "export": "models/bundle",
             "evaluate": "models",
             "challenge": "models",
+            "headline": "models",
         }
         if step not in folder:
             raise UserError(f'step "{step}" is not one of {", ".join(folder)}')
@@ -201,9 +207,9 @@ def write_bytes_atomic(path: Path, data: bytes) -> Path:
     return write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_json_atomic(path: Path, document: Mapping[str, Any]) -> Path:
-    """Write sorted, indented JSON; raises `ValueError` on NaN or infinity."""
-    return write_bytes_atomic(path, json_text(document).encode())
+def write_json_atomic(path: Path, document: Mapping[str, Any], *, sort_keys: bool = True) -> Path:
+    """Write indented JSON; raises `ValueError` on NaN or infinity."""
+    return write_bytes_atomic(path, json_text(document, sort_keys=sort_keys).encode())
 
 
 def write_csv_atomic(path: Path, columns: Mapping[str, Iterable[Any]]) -> Path:
@@ -220,9 +226,10 @@ def write_csv_atomic(path: Path, columns: Mapping[str, Iterable[Any]]) -> Path:
     return write_bytes_atomic(path, buffer.getvalue().encode())
 
 
-def json_text(document: Mapping[str, Any]) -> str:
+def json_text(document: Mapping[str, Any], *, sort_keys: bool = True) -> str:
     """Sorted keys, two spaces, finite numbers only, final newline."""
-    return json.dumps(document, sort_keys=True, indent=2, allow_nan=False, default=_plain) + "\n"
+    text = json.dumps(document, sort_keys=sort_keys, indent=2, allow_nan=False, default=_plain)
+    return text + "\n"
 
 
 def _plain(value: Any) -> Any:

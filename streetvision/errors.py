@@ -57,8 +57,25 @@ class _Lines(logging.Formatter):
         return terminal(super().formatMessage(record), keep="" if ours else "\n\t")
 
 
+class _NewWarnings(logging.Filter):
+    """Lets a warning's text pass once: what is fitted again for each fold and resample says it each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text = record.getMessage()
+        new = text not in self.said
+        self.said.add(text)
+        return new
+
+
 def log_to_terminal(level: int, form: str) -> None:
     """Send the log to stderr, in place of wherever it went."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(form))
+    handler.addFilter(_NewWarnings())
     logging.basicConfig(level=level, handlers=[handler], force=True)

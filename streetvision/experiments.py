@@ -16,7 +16,7 @@ from streetvision.escaping import shortened
 from streetvision.presets import load_preset, preset_changes, preset_names, value
 
 # The metrics of the stages that read VAL_TEST: for the report, never for a choice.
-TEST_METRICS = ("metrics/evaluation.json", "metrics/challenge.json")
+TEST_METRICS = ("metrics/evaluation.json", "metrics/challenge.json", "metrics/headline.json")
 PARAMS, PIPELINE, LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
 Read = Callable[[Iterable[str]], Mapping[str, bytes | None]]
 
@@ -166,16 +166,21 @@ def stage_seconds(root: Path, run_log: Path, commit: str | None) -> dict[str, fl
 
 
 def _metric_files(pipeline: Mapping[str, Any], origin: str) -> dict[str, str | None]:
-    """Each metric file of a `dvc.yaml`, with the stage that writes it (None of the file's own list)."""
+    """Each metric file of a `dvc.yaml`, with the stage that writes it (None of the file's own list).
+
+    Those are what DVC shows as metrics, and JSON among the plots: a list of points has no metric.
+    """
     found: dict[str, str | None] = {}
 
-    def add(entries: Any, stage: str | None, place: str) -> None:
+    def add(entries: Any, stage: str | None, place: str, suffix: str = "") -> None:
         if not isinstance(entries, list):
             raise UserError(f"{origin}: {place} must be a list")
         for entry in entries:
             path = next(iter(entry), None) if isinstance(entry, Mapping) else entry
             if not isinstance(path, str):
                 raise UserError(f"{origin}: {place} must be paths")
+            if not path.endswith(suffix):
+                continue
             git.check_path(path)
             if ":" in path:  # what separates a file from its metrics
                 raise UserError(
@@ -187,6 +192,7 @@ def _metric_files(pipeline: Mapping[str, Any], origin: str) -> dict[str, str | N
         if not isinstance(entry, Mapping):
             raise UserError(f"{origin}: stages.{stage} must be a mapping")
         add(entry.get("metrics") or [], stage, f"stages.{stage}.metrics")
+        add(entry.get("plots") or [], stage, f"stages.{stage}.plots", ".json")
     add(pipeline.get("metrics") or [], None, "metrics")
     return found
 
@@ -212,7 +218,10 @@ def _lock(text: bytes | None, origin: str) -> dict[str, _Locked]:
                 isinstance(file, Mapping) and isinstance(file.get("path"), str) for file in files
             ):
                 raise UserError(f"{origin}: {key} of {stage} must be a list of files")
-            hashes.append({file["path"]: file.get("md5") for file in files})
+            # What of the parameters a stage has read is told by name, not by the file `params.yaml`.
+            hashes.append(
+                {file["path"]: file.get("md5") for file in files if file["path"] != PARAMS}
+            )
         params = mapping_in(mapping_in(entry, "params", origin), PARAMS, origin)
         found[stage] = _Locked(params, *hashes)
     return found

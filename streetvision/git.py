@@ -1,7 +1,7 @@
 """What Git has of a project: its commits and their files, also where the repository's top is above the project.
 
-Only plumbing commands are run, and only the object store is read: no DVC remote is asked, whatever a
-revision's own configuration names, and nothing of a revision is run.
+Only plumbing commands and `diff --name-only` are run: no DVC remote is asked, whatever a revision's own
+configuration names, and nothing of a revision is run.
 """
 
 from __future__ import annotations
@@ -67,6 +67,23 @@ def experiments(root: Path, name: str | None = None) -> dict[str, str]:
     return found
 
 
+def failed_experiments(root: Path) -> list[str]:
+    """Names of HEAD's experiments that failed in DVC's queue and did not run under that name since.
+
+    DVC keeps each in the log of `refs/exps/celery/failed`: its parent, the commit it began at, its name.
+    """
+    check_repository(root)
+    head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    listed = _git(
+        root, "log", "--walk-reflogs", "--format=%gs", f"{_EXPERIMENTS}celery/failed", "--"
+    )
+    found = re.findall(
+        r"^commit: dvc-exp:[0-9a-f]+:([0-9a-f]+):([^:\n]+)", listed or "", re.MULTILINE
+    )
+    finished = experiments(root)
+    return sorted({name for began, name in found if began == head and name not in finished})
+
+
 def files(
     root: Path, wanted: Iterable[tuple[str, str]], limit: int = MAX_FILE_BYTES
 ) -> dict[tuple[str, str], bytes | None]:
@@ -101,6 +118,24 @@ def files(
         place = start + n_bytes + 1
         found[pair] = answer[start : place - 1]
     return found
+
+
+def changed(root: Path, paths: Sequence[str]) -> list[str]:
+    """Files at or below these paths that differ from HEAD, new ones that Git tracks included.
+
+    Raises
+    ------
+    UserError
+        No repository, or no commit yet.
+    """
+    check_repository(root)
+    for path in paths:
+        check_path(path)
+    options = ("--name-only", "--no-ext-diff", "--no-renames", "-z", "HEAD", "--")
+    listed = _git(root, "diff", *options, *paths)
+    if listed is None:
+        raise UserError(f"Git cannot compare {root} with HEAD")
+    return [name for name in listed.split("\0") if name]
 
 
 def asks_elsewhere(root: Path, commit: str) -> bool:

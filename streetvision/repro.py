@@ -18,6 +18,7 @@ from streetvision.errors import UserError
 from streetvision.presets import load_preset
 
 log = logging.getLogger(__name__)
+RESULTS = ("dvc.lock", "metrics")  # what of a run's results is in Git
 
 
 def reproduce(root: Path, preset: str | None) -> int:
@@ -29,12 +30,32 @@ def reproduce(root: Path, preset: str | None) -> int:
     busy = "another `repro` is running in this folder; wait for it or stop it"
     with exclusive(root / ".streetvision/repro.lock", busy), preset_params(root, preset):
         code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    if preset is not None:
+        _say_what_is_the_presets(root, preset)
     if code:
         try:
             git.check_repository(root)
         except UserError as error:
             log.warning("%s", error)
     return code
+
+
+def _say_what_is_the_presets(root: Path, preset: str) -> None:
+    """Warn of results that lie where Git has others, with the command that brings those back."""
+    lock = RESULTS[0]
+    try:
+        changed = git.changed(root, RESULTS)
+        if not changed:
+            return
+        committed = git.files(root, [("HEAD", lock)])["HEAD", lock] is not None
+    except UserError:  # no repository, or one without a commit
+        return
+    back = f"git checkout HEAD -- {' '.join(RESULTS)} && dvc checkout"
+    back += " (`make repro`, where DVC's cache has not all of them)"
+    log.warning(
+        "%s and files in %s, %d that Git has otherwise, hold results of the preset %s, not of params.yaml%s",
+        *RESULTS, len(changed), preset, f"; those of HEAD: {back}" if committed else "",
+    )  # fmt: skip
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 
 import pytest
 
-from streetvision.errors import UserError, guarded
+from streetvision.errors import UserError, guarded, log_to_terminal
 
 
 def raising(error: BaseException) -> int:
@@ -65,3 +66,26 @@ def test_a_users_mistake_is_one_line(
 def test_anything_else_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         raising(error)
+
+
+def test_a_warning_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """A fit that is repeated for each fold warns each time; progress and errors are always shown."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        log_to_terminal(logging.INFO, "calibrate: %(message)s")
+        log = logging.getLogger("streetvision.x")
+        for fold in (1, 1, 2):
+            log.warning("no slope in part %d", fold)
+            log.info("epoch")
+            log.error("lost")
+        log_to_terminal(logging.INFO, "next: %(message)s")
+        log.warning("no slope in part %d", 1)
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if "slope" in line] == [
+        "calibrate: no slope in part 1", "calibrate: no slope in part 2", "next: no slope in part 1",
+    ]  # fmt: skip
+    assert lines.count("calibrate: epoch") == lines.count("calibrate: lost") == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,30 @@ def test_sweep_summary_names_a_mistake(
     assert shown.out == ""
     assert "measured on VAL_TEST, which may choose nothing" in shown.err
     assert not (swept / "report").exists()
+
+
+@pytest.mark.slow
+def test_sweep_summary_names_runs_that_failed(
+    swept: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    project = Project(tmp_path / "project")
+    shutil.copytree(swept.root, project.root, symlinks=True)
+    project.dvc("exp", "run", "--queue", "--name", "broken", "-S", "train.rate=none")
+    project.dvc("exp", "run", "--queue", "--name", "whole2", "-S", "train.rate=0.3")
+    project.dvc("exp", "run", "--run-all", check=False)
+    monkeypatch.chdir(project.root)
+    assert cli.main(["sweep-summary"]) == 0
+    shown = capsys.readouterr()
+    assert "whole2" in shown.out
+    assert "broken" not in shown.out
+    assert (
+        "an experiment failed and is left out: broken; to see why: dvc queue logs NAME" in shown.err
+    )
+    assert cli.main(["sweep-summary", "a1", "b1"]) == 0
+    assert "failed" not in capsys.readouterr().err
 
 
 def test_seconds_of_the_stages_that_a_commit_ran(tmp_path: Path) -> None:

@@ -286,6 +286,43 @@ def test_no_remote_of_a_revision_is_asked(project: Project) -> None:
             server.accept()
 
 
+def test_json_among_the_plots_has_metrics(project: Project) -> None:
+    """`metrics:` are what DVC's tables show; the other metrics stand among a stage's plots."""
+    plots = [{"metrics/evaluation.json": {"cache": False}}, "metrics/points.json", "metrics/a.csv"]
+    stages = STAGES | {"evaluate": {"cmd": "true", "plots": plots}}
+    points = [{"x": 1, "y": 2}]
+    lock = {
+        "train": locked({"seed": 3}, outs=[{"path": "model", "md5": "new"}]),
+        "evaluate": locked({}, deps=[{"path": "model", "md5": "old"}]),
+    }
+    commit(project, 3, **{
+        "dvc.yaml": {"stages": stages}, "dvc.lock": {"stages": lock}, "metrics/points.json": points,
+        "metrics/a.csv": "x,y\n1,2\n",
+    })  # fmt: skip
+    for run in (*finished(project.root, ["HEAD"]), working_tree(project.root)):
+        assert run.metrics == {
+            "metrics/train.json:val_select.mcc": pytest.approx(0.3),
+            "metrics/evaluation.json:mcc": 0.03,
+        }
+        assert run.outdated == {"metrics/evaluation.json", "metrics/points.json"}
+
+
+def test_files_that_differ_from_head(project: Project) -> None:
+    results = ("dvc.lock", "metrics")
+    assert git.changed(project.root, results) == []
+    write(project, 3)
+    project.git("add", "dvc.lock")  # as DVC does
+    (project / "metrics/new.json").write_text("{}")
+    names = ["dvc.lock", "metrics/evaluation.json", "metrics/train.json"]
+    assert git.changed(project.root, results) == names
+    assert git.changed(project.root, ["params.yaml"]) == ["params.yaml"]
+    empty = Project(project.root / "empty")
+    empty.root.mkdir()
+    empty.git("init", "--quiet")
+    with pytest.raises(UserError, match="cannot compare"):
+        git.changed(empty.root, results)
+
+
 def test_what_would_have_dvc_ask_elsewhere(project: Project) -> None:
     assert not git.asks_elsewhere(project.root, "HEAD~")
     commit(project, 3, **{".dvc/config": "[core]\n    remote = far\n"})

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from streetvision.errors import UserError
 from streetvision.params import Params, check_params, leaves, load_params
+from streetvision.presets import value
 
 DEFAULTS = Params().model_dump(mode="json")
 LEAVES = list(leaves(DEFAULTS))
@@ -243,6 +245,40 @@ def test_the_shares_by_name_are_those_of_the_fields() -> None:
 def test_attention_heads_divide_its_width() -> None:
     message = refusal(with_value("cvfm.attention_heads", 5))
     assert message == "params.yaml: cvfm: attention_dim 64 is not a multiple of attention_heads 5"
+
+
+def test_dvc_changes_one_line_a_value(repository: Path, tmp_path: Path) -> None:
+    """`dvc exp run -S` writes the file anew: its form must be that which DVC gives it."""
+    text = (repository / "params.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    apply_overrides(path, ["train.epochs=3"])
+    assert path.read_text() == text.replace(
+        f"\n  epochs: {DEFAULTS['train']['epochs']}\n  batch_size: 32",
+        "\n  epochs: 3\n  batch_size: 32",
+    )
+    # Every number, text and truth value at once, each as long as it was.
+    path.write_text(text)
+    values = {key: value(DEFAULTS, key) for key in leaves(DEFAULTS)}
+    changed = [
+        key for key, each in values.items() if each is not None and not isinstance(each, list)
+    ]
+    apply_overrides(path, [f"{key}=9" for key in changed])
+    before, after = text.splitlines(), path.read_text().splitlines()
+    assert len(before) == len(after)
+    differing = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert len(differing) <= len(changed)
+    for old, new in differing:
+        assert old.partition(":")[0] == new.partition(":")[0]
+        assert old.partition("#")[2] == new.partition("#")[2]
+    # Lists and nothing, too: what is given again changes no byte.
+    path.write_text(text)
+    lists = [key for key, each in values.items() if each is None or isinstance(each, list)]
+    assert len(lists) > 5
+    apply_overrides(
+        path, [f"{key}={json.dumps(values[key])}" for key in lists if key != "data.sources"]
+    )
+    assert path.read_text() == text
 
 
 def test_null_turns_a_gate_off() -> None:

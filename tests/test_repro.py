@@ -17,6 +17,7 @@ from streetvision.errors import UserError
 from streetvision.params import load_params
 from streetvision.presets import load_preset
 from streetvision.repro import preset_params, reproduce
+from tests.pipeline.project import Project
 
 OWN = b"seed: 3  # mine\n"
 
@@ -138,6 +139,7 @@ def test_dvc_runs_in_the_project_with_this_python(
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(git, "check_repository", lambda _: None)
+    monkeypatch.setattr(git, "changed", lambda *_: [])
     assert reproduce(root, "smoke") == code
     [(command, options, seen)] = calls
     assert command == [sys.executable, "-m", "dvc", "repro"]
@@ -146,6 +148,73 @@ def test_dvc_runs_in_the_project_with_this_python(
     assert options["env"]["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert seen.startswith(b"# Preset smoke")
     assert content(root) == OWN
+
+
+# --------------------------------------------------------------------------- what a preset leaves
+
+
+@pytest.fixture
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project with results in Git, in a folder of its repository; `dvc repro` makes others."""
+    project = Project(tmp_path / "repository/project")
+    for name in ("params.yaml", "dvc.lock", "metrics/a.json", "metrics/plots/b.csv"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(f"{name}\n")
+    (project / ".gitignore").write_text("/.streetvision\n")
+    project.run("git", "init", "--quiet", project.root.parent)
+    project.commit()
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if "dvc" not in command:
+            return real(command, **options)
+        for name in ("dvc.lock", "metrics/a.json"):
+            (project / name).write_text("smoke's\n")
+        # As DVC does, which stages what it changes.
+        project.git("add", "dvc.lock")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return project
+
+
+def test_a_preset_says_what_it_leaves_and_how_to_bring_back_what_was_there(
+    committed: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert reproduce(committed.root, "smoke") == 0
+    [said] = caplog.messages
+    assert said == (
+        "dvc.lock and files in metrics, 2 that Git has otherwise, hold results of the preset smoke, not of "
+        "params.yaml; those of HEAD: git checkout HEAD -- dvc.lock metrics && dvc checkout (`make repro`, "
+        "where DVC's cache has not all of them)"
+    )
+    command = said.partition("of HEAD: ")[2].partition(" && dvc")[0]
+    committed.run(*command.split())
+    assert committed.git("status", "--porcelain").stdout == ""
+    assert (committed / "metrics/a.json").read_text() == "metrics/a.json\n"
+
+
+def test_nothing_is_said_where_nothing_differs(
+    committed: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert reproduce(committed.root, None) == 0
+    committed.commit()
+    assert reproduce(committed.root, "smoke") == 0
+    assert caplog.messages == []
+
+
+def test_without_results_in_head_there_is_nothing_to_bring_back(
+    committed: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    committed.git("rm", "--quiet", "-r", "dvc.lock", "metrics")
+    committed.commit()
+    (committed / "metrics").mkdir()
+    assert reproduce(committed.root, "smoke") == 0
+    [said] = caplog.messages
+    assert said == (
+        "dvc.lock and files in metrics, 1 that Git has otherwise, hold results of the preset smoke, not of "
+        "params.yaml"
+    )
 
 
 def test_a_second_repro_in_the_folder_is_refused(

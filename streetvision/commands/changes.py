@@ -143,13 +143,22 @@ def _review(options: argparse.Namespace) -> Review:
 
 
 def _sweep_summary(options: argparse.Namespace) -> None:
+    from streetvision import git
     from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+    from streetvision.escaping import shortened
     from streetvision.evaluation.review_plots import plot_parallel_coordinates
     from streetvision.evaluation.sweep_summary import columns, document, render, summarise
     from streetvision.experiments import finished
 
     highest = None if options.best is None else options.best == "highest"
     runs = finished(Path.cwd(), options.revisions)
+    failed = [] if options.revisions else git.failed_experiments(Path.cwd())
+    if failed:
+        log.warning(
+            "%s failed and %s left out: %s; to see why: dvc queue logs NAME",
+            *(("an experiment", "is") if len(failed) == 1 else (f"{len(failed)} experiments", "are")),
+            ", ".join(map(shortened, failed)),
+        )  # fmt: skip
     summary = summarise(runs, options.metric, options.seeds, highest)
     if options.md is not None:
         write_bytes_atomic(options.md, f"{render(summary, markdown=True)}\n".encode())

@@ -184,9 +184,8 @@ class Platt(Calibrator[PlattMap]):
         slope = logistic_slope(scaled, smoothed_targets(scaled, truth, weight), weight)
         if slope < SLOPE_FLOOR:
             _log.warning(
-                "the logits do not rank positives above negatives (slope %.3g): "
-                "calibrated probabilities are about the prior for every image",
-                slope / spread,
+                "the logits do not rank positives above negatives: "
+                "calibrated probabilities are about the prior for every image"
             )
             slope = SLOPE_FLOOR
         intercept = solve_intercept(slope * scaled, truth, weight)

@@ -135,7 +135,7 @@ def _sweep_curves(base: Revision, head: Revision, made: ChangeReport) -> list[st
     from streetvision.evaluation import review_plots
 
     curves, missing = {}, []
-    path = ArtifactSchema(base.root).plot("threshold_sweep.csv")
+    path = ArtifactSchema(base.root).plot("mcc_curve.csv")
     for name, revision in zip(_names(base, head), (base, head), strict=True):
         text = revision.read(path)
         if text is None:
@@ -149,7 +149,7 @@ def _sweep_curves(base: Revision, head: Revision, made: ChangeReport) -> list[st
 
 
 def _curve(text: str, origin: str) -> list[Floats]:
-    """Thresholds [T] and MCC [T] of a `threshold_sweep.csv`."""
+    """Thresholds [T] and MCC [T] of a `mcc_curve.csv`."""
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         found = [np.array([float(row[name]) for row in rows]) for name in ("threshold", "mcc")]
@@ -174,7 +174,12 @@ def _params_table(params: Values) -> list[str]:
 
 
 def _metrics_tables(metrics: Values) -> list[str]:
-    changed = {name: each for name, each in metrics.items() if each["old"] != each["new"]}
+    # The headline has numbers of the other files again.
+    changed = {
+        name: each
+        for name, each in metrics.items()
+        if each["old"] != each["new"] and not name.startswith("metrics/headline.json:")
+    }
     first = {
         name: each
         for name, each in changed.items()

@@ -55,7 +55,7 @@ def write_results(project: Project, noise: float, rate: float) -> None:
     write_json_atomic(project / "metrics/train.json", trained)
     thresholds = np.linspace(0, 1, 11)
     curve = {"threshold": thresholds.tolist(), "mcc": (rate * np.sin(np.pi * thresholds)).tolist()}
-    write_csv_atomic(project / "metrics/plots/threshold_sweep.csv", curve)
+    write_csv_atomic(project / "metrics/plots/mcc_curve.csv", curve)
     params = {"train": {"rate": rate}, "decision": {"served_prior": 0.5}}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     lock = {
@@ -163,9 +163,7 @@ def test_commits_in_a_clone_without_the_data(reported: Project, run: Run, tmp_pa
 
 @pytest.mark.slow
 def test_what_a_revision_lacks_is_said(reported: Project, run: Run) -> None:
-    reported.git(
-        "rm", "--quiet", "metrics/plots/predictions.csv", "metrics/plots/threshold_sweep.csv"
-    )
+    reported.git("rm", "--quiet", "metrics/plots/predictions.csv", "metrics/plots/mcc_curve.csv")
     reported.commit()
     assert run("report", "main~", "main")[0] == 0
     text = (reported / "report/report.md").read_text()
@@ -173,7 +171,7 @@ def test_what_a_revision_lacks_is_said(reported: Project, run: Run) -> None:
         "**Predictions cannot be compared:** metrics/plots/predictions.csv of main is missing"
         in text
     )
-    assert "main has no metrics/plots/threshold_sweep.csv." in text
+    assert "main has no metrics/plots/mcc_curve.csv." in text
     assert "## Parameters\n\nNone differs.\n\n## Metrics\n\nNone differs." in text
     assert {path.name for path in (reported / "report").glob("*.png")} == {"mcc_curve.png"}
     assert not (reported / "report/changed.csv").exists()

@@ -145,8 +145,8 @@ def test_compare_and_sweep_summary_print_no_orders(
     ["", "x,y\n1,2\n", *(f"threshold,mcc\n{row}" for row in ("", "1\n", "nan,1\n", "0,a\n"))],
 )
 def test_a_broken_curve_is_one_line(hostile: Project, run: Run, text: str) -> None:
-    (hostile / "metrics/plots/threshold_sweep.csv").write_text(text)
+    (hostile / "metrics/plots/mcc_curve.csv").write_text(text)
     code, _, said = run("report", "main")
     assert code == 2
-    assert "threshold_sweep.csv of working tree is no table of thresholds" in said
+    assert "mcc_curve.csv of working tree is no table of thresholds" in said
     assert said.count("\n") == 1

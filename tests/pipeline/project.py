@@ -21,10 +21,13 @@ from streetvision.data.store import CONTRACT
 from streetvision.presets import load_preset, merge
 
 REPOSITORY = Path(__file__).parents[2]
+# In the order in which they run.
 STAGES = (
-    "ingest", "prepare", "explora", "probe", "train", "embed", "sweep", "cvfm", "calibrate", "export",
-    "evaluate", "challenge",
+    "check", "ingest", "prepare", "explora", "probe", "train", "embed", "sweep", "cvfm", "calibrate",
+    "export", "evaluate", "challenge", "headline",
 )  # fmt: skip
+# Of `metrics/`, what is DVC's and not Git's: thousands of lines, and a picture of images.
+CACHED_METRICS = {"metrics/plots/threshold_sweep.csv", "metrics/plots/mistakes.png"}
 # Which embeddings a stage may read: the split contract behind `embed`.
 EMBEDDINGS = {
     "sweep": ["val_calib"],
@@ -146,10 +149,13 @@ def with_git(project: Project) -> Project:
 
 
 def stages_run(output: str) -> list[str]:
-    """Stages that DVC says it ran or restored, in order, each once."""
+    """Stages that DVC says it ran or restored, in order, each once.
+
+    But `check`: it runs whenever `params.yaml` is another file.
+    """
     pattern = r"^Running stage '(\w+)'|^Stage '(\w+)' is cached"
     found = [first or second for first, second in re.findall(pattern, output, re.MULTILINE)]
-    return list(dict.fromkeys(found))
+    return [name for name in dict.fromkeys(found) if name != "check"]
 
 
 # --------------------------------------------------------------------------- dvc.yaml

@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import os
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,6 +84,30 @@ def test_wrong_parameter(light: Project, changes: dict[str, object], words: list
     # Parameters are read before anything else: the last stage finds out as soon as the first.
     for name in ("ingest", "evaluate"):
         one_line(light.stage(name, check=False), name, "params.yaml", *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("repro",),
+        ("repro", "train"),
+        ("exp", "run", "-S", "+train.learing_rate=1"),
+        ("exp", "run", "--temp", "-S", "+train.learing_rate=1", "train"),
+    ],
+    ids=" ".join,
+)
+def test_dvc_stops_at_an_unknown_parameter_where_nothing_else_would_run(
+    project: Project, command: tuple[str, ...]
+) -> None:
+    if "-S" not in command:
+        project.change({"train": {"learing_rate": 1}})
+    done = project.dvc(*command, check=False)
+    assert done.returncode == 255
+    said = 'check: error: params.yaml: unknown parameter "train.learing_rate"; did you mean "learning_rate"?'
+    assert said in done.stderr
+    assert re.findall("Running stage '(.*)'", done.stdout) == ["check"]
+    assert "Traceback" not in done.stderr
 
 
 def test_missing_parameters(light: Project) -> None:

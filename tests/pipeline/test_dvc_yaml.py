@@ -15,6 +15,7 @@ from streetvision.data.store import CONTRACT, SplitAccessError, open_split
 from streetvision.imports import import_closure
 from streetvision.params import Params, leaves
 from tests.pipeline.project import (
+    CACHED_METRICS,
     REPOSITORY,
     STAGES,
     code_deps,
@@ -31,6 +32,7 @@ STAGE = DOCUMENT["stages"]
 # see at all. TRAIN is for gradients, VAL_SELECT for choosing models, VAL_CALIB for the decision, VAL_TEST for
 # the report.
 AGREED = {
+    "check": set(),
     "ingest": set(),
     "prepare": set(),
     "explora": {"train", "val_select"},
@@ -43,6 +45,7 @@ AGREED = {
     "export": {"val_select", "val_calib"},
     "evaluate": {"val_test"},
     "challenge": {"val_test"},
+    "headline": set(),
 }
 
 
@@ -60,7 +63,11 @@ def test_code_deps_are_what_the_stage_imports(name: str) -> None:
 
 
 def test_stages_commands_and_flags() -> None:
-    assert tuple(STAGE) == STAGES
+    # `headline` runs last and is written before `train`: DVC's tables show metrics in this order.
+    written = list(STAGE)
+    assert written[written.index("headline") + 1] == "train"
+    written.remove("headline")
+    assert (*written, "headline") == STAGES
     for name, stage in STAGE.items():
         assert stage["cmd"] == f"python -m stages.{name}"
         assert stage["desc"]
@@ -72,10 +79,21 @@ def test_stages_commands_and_flags() -> None:
                 )
                 # `persist` turns off the run cache of the whole stage; metrics and plots live in Git.
                 # (As `outs` without a cache they would turn it off, too.)
-                in_git = path.startswith("metrics/")
+                in_git = path.startswith("metrics/") and path not in CACHED_METRICS
                 assert flags.get("cache", True) != in_git, (name, entry)
                 assert "persist" not in flags
                 assert in_git == (kind != "outs"), (name, entry)
+
+
+def test_dvcs_tables_show_the_headline_and_val_select() -> None:
+    shown = [name for stage in STAGE.values() for name in names(stage.get("metrics", []))]
+    assert shown == ["metrics/headline.json", "metrics/train.json"]
+    assert "metrics" not in DOCUMENT
+
+
+def test_every_stage_begins_with_the_check_of_the_parameters() -> None:
+    assert data_deps(STAGE["check"]) == ["params.yaml"]
+    assert outputs(STAGE["check"])[0] in STAGE["ingest"]["deps"]
 
 
 def test_params_are_the_leaves_of_the_schema() -> None:
@@ -93,7 +111,7 @@ def test_params_are_the_leaves_of_the_schema() -> None:
 def test_paths_are_those_of_the_schema() -> None:
     paths = ArtifactSchema(Path())
     fixed = {
-        paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds,
+        paths.checked, paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds,
         paths.scrc_params, paths.scrc_pickle, paths.cvfm, paths.bundle,
         *(paths.split(name) for name in SPLITS),
         *(paths.embeddings(name, each) for name in CONTRACT["embed"] for each in CONDITIONS),
@@ -102,18 +120,18 @@ def test_paths_are_those_of_the_schema() -> None:
     read = [Path(name) for stage in STAGE.values() for name in data_deps(stage)]
     assert len(written) == len(set(written)), "two stages write one file"
     assert fixed <= set(written)
-    for name in STAGE:
-        manifest = paths.manifest(name)
+    # `check` makes a constant, of which there is nothing to record.
+    manifests = {name: paths.manifest(name) for name in STAGE if name != "check"}
+    for manifest in manifests.values():
         assert manifest in written or manifest.parent in written, manifest
-    known = fixed | {paths.manifest(name) for name in STAGE}
+    known = fixed | set(manifests.values()) | {Path(name) for name in CACHED_METRICS}
     for stage in STAGE.values():
         assert {Path(name) for name in names(stage.get("outs", []))} <= known
-        for name in names(stage.get("metrics", [])):
-            assert Path(name) in known | {paths.metric(Path(name).stem)}
-        for name in names(stage.get("plots", [])):
-            assert Path(name) == paths.plot(Path(name).name)
-    local = [name for name in read if name not in known]
-    assert local == [Path("${data.local_root}")]
+        for name in names([*stage.get("metrics", []), *stage.get("plots", [])]):
+            path = Path(name)
+            assert path in {paths.metric(path.stem), paths.plot(path.name)}
+    others = [name for name in read if name not in known | set(written)]
+    assert others == [Path("params.yaml"), Path("${data.local_root}")]
     # A stage may not write into a folder that is another's out as a whole.
     for path in written:
         assert not set(path.parents) & set(written), path
@@ -157,7 +175,7 @@ def test_split_contract() -> None:
 
 
 def test_contract_check_notices_a_leak() -> None:
-    for name in STAGES[2:-2]:
+    for name in STAGES[STAGES.index("explora") : STAGES.index("evaluate")]:
         document = read_dvc_yaml(REPOSITORY)
         document["stages"][name]["deps"].append("data/splits/val_test.arrow")
         assert contract_violations(document) == [
@@ -183,14 +201,15 @@ def test_runtime_order_follows_from_deps() -> None:
         direct = {maker[name] for name in data_deps(STAGE[stage]) if name in maker}
         return direct.union(*(before(name) for name in direct))
 
-    # Nothing follows the two reports, nor the probe of the adaptation.
-    reports = {"evaluate", "challenge", "probe"}
+    # Nothing but the headline follows the two reports, nothing the probe of the adaptation.
+    reports = {"evaluate", "challenge", "probe", "headline"}
     chain = [name for name in STAGES if name not in reports]
     ends = [("export", "evaluate"), ("export", "challenge"), ("explora", "probe")]
+    ends += [("evaluate", "headline"), ("challenge", "headline")]
     for earlier, later in [*pairwise(chain), *ends]:
         assert earlier in before(later), f"{earlier} must run before {later}; no dep says so"
         assert later not in before(earlier)
-    assert not [stage for stage in STAGES if before(stage) & reports]
+    assert not [stage for stage in STAGES if before(stage) & reports and stage != "headline"]
 
 
 def ignored(name: str) -> bool:
@@ -202,13 +221,15 @@ def ignored(name: str) -> bool:
 
 def test_ignore_patterns_are_anchored() -> None:
     for name in ("streetvision/data/x.py", "streetvision/models/x.py", "tests/data/x.py",
-                 "data/local/README.md", "metrics/data.json", "metrics/plots/roc.png", "dvc.lock",
+                 "data/local/README.md", "metrics/data.json", "metrics/headline.json",
+                 "metrics/plots/roc.png", "metrics/plots/mcc_curve.csv", "dvc.lock",
                  "params.yaml"):  # fmt: skip
         assert not ignored(name), f"Git would ignore {name}"
     for stage in STAGE.values():
         for name in names(stage.get("outs", [])):
             assert ignored(f"{name}" if Path(name).suffix else f"{name}/x"), name
-    for name in (".streetvision/runs.jsonl", "data/local/mine.jpg", "stages/__pycache__/x.pyc"):
+    for name in (".streetvision/runs.jsonl", "data/local/mine.jpg", "stages/__pycache__/x.pyc",
+                 "dvc_plots/index.html"):  # fmt: skip
         assert ignored(name), name
     patterns = (REPOSITORY / ".dvcignore").read_text().split()
     assert "__pycache__" in patterns

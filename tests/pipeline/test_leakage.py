@@ -71,7 +71,7 @@ def test_test_labels_change_nothing_before_the_report(project: Project) -> None:
     stages = ["explora", "probe", "train", "embed", "sweep", "cvfm", "calibrate", "export"]
     assert changed_by_corruption(project, stages) == []
     # And the corruption is one that shows where the labels are read.
-    assert set(project.repro()) == {"evaluate", "challenge"}
+    assert set(project.repro()) == {"evaluate", "challenge", "headline"}
     assert project.read_json("metrics/evaluation.json")["mcc"] == pytest.approx(-mcc)
 
 
