@@ -127,7 +127,9 @@ def summarise(
         No run; a metric that is unknown, of VAL_TEST, or the same everywhere; an unknown seed parameter.
     """
     if not runs:
-        raise UserError("HEAD has no finished experiments; run some, or name them: docs/experiments.md")
+        raise UserError(
+            "HEAD has no finished experiments; run some, or name them: docs/experiments.md"
+        )
     name = _resolve(metric, runs)
     path = name.partition(":")[0]
     if path in TEST_METRICS:
