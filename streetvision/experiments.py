@@ -26,6 +26,7 @@ from streetvision.freshness import (
     judge,
     read_lock,
 )
+from streetvision.params import Params
 from streetvision.presets import load_preset, preset_changes, preset_names, value
 
 # The metrics of the stages that read VAL_TEST: for the report, never for a choice.
@@ -43,7 +44,8 @@ class Run:
     params : by dotted name; after a run with a preset those of the preset, with which the results were made
     metrics : numbers and texts by `file:dotted.name`
     outdated : metric files of stages that are stale
-    preset : the preset that the results are of, None where `params.yaml` says what was set
+    preset : the preset that the results are of, where `params.yaml` has the defaults, as `repro --preset`
+        leaves it; None where `params.yaml` says what was set
     freshness : which stages are stale, and why
     """
 
@@ -98,8 +100,11 @@ def _run(name: str, commit: str | None, files: Files) -> Run:
     lock = read_lock(texts[LOCK], f"{LOCK} of {name}")
     ran = {key: found for entry in lock.values() for key, found in entry.params.items()}
     preset = None
-    if changed_params(lock, lambda key: value(written, key)):
-        preset = _preset_of(lock)
+    # Whoever edited the file since, or runs another pipeline than ours, has no preset's results: those of the
+    # defaults are a preset's, too.
+    as_shipped = Params().model_dump(mode="json")
+    if all(value(written, key) == value(as_shipped, key) for key in ran):
+        preset = _preset_of(lock) if changed_params(lock, lambda key: value(written, key)) else None
     params = _flat(written)
     if preset is None:
         freshness = judge(document, lock, lambda key: value(written, key), files)

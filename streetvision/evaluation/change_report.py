@@ -107,7 +107,7 @@ def _gates(
 ) -> list[str]:  # fmt: skip
     """What `gate` says."""
     if head.run.freshness.stale:
-        said = [f"{markdown(f'{head} against {base}')}: fail, as its results are stale."]
+        said = [f"{markdown(f'{head} against {base}')}: fail, its results are stale."]
     elif isinstance(gates, str):
         said = [f"Nothing is judged: {markdown(gates)}."]
     elif found is None:

@@ -58,9 +58,7 @@ def refusal(base: Revision, head: Revision) -> str | None:
     if not stale:
         return None
     lines = [f"stale in {head}: {line}" for line in stale]
-    return "\n".join(
-        [*lines, f"{head} against {base}: fail, as nothing is known of its results; {MEND}"]
-    )
+    return "\n".join([*lines, f"{head} against {base}: fail, its results are stale; {MEND}"])
 
 
 def judge(gates: Gates, found: Review, timings: tuple[Timing, Timing] | None) -> list[GateResult]:
@@ -76,7 +74,7 @@ def judge(gates: Gates, found: Review, timings: tuple[Timing, Timing] | None) ->
         for name, limit in gates.model_dump().items()
         if limit is not None
     ]
-    if found.base.run.freshness.stale:
+    if found.stale_base:
         reason = f"its results are stale, see above; {MEND}"
         results.insert(0, GateResult("fresh base", None, "inconclusive", reason))
     return results

@@ -74,8 +74,6 @@ class Revision:
     def notes(self) -> list[str]:
         """What the reader of its results must know of them, a sentence each; what is stale goes first."""
         found = [f"stale in {self}: {line}" for line in self.run.freshness.lines()]
-        if found:
-            found.append(MEND)
         if self.run.preset is not None:
             found.append(
                 f"the results of {self} are those of the preset {self.run.preset}, not of its {PARAMS}"
@@ -100,6 +98,8 @@ class Review:
         VAL_TEST as it lies here, if it holds the images whose decision changed.
     notes
         What the reader must know about what was compared, a sentence each.
+    stale_base
+        Whether any results of `base` are not of its own code, parameters and data.
     """
 
     base: Revision
@@ -107,6 +107,7 @@ class Review:
     comparison: Comparison
     images: Split | None
     notes: tuple[str, ...]
+    stale_base: bool = False
 
 
 def review(base: Revision, head: Revision, seed: int = 0) -> Review:
@@ -125,6 +126,8 @@ def review(base: Revision, head: Revision, seed: int = 0) -> Review:
         *tables, check_prior(priors[1]), against_all_negatives=[EVIDENCE], seed=seed
     )
     notes = [note for each in dict.fromkeys((base, head)) for note in each.notes()]
+    if base.run.freshness.stale or head.run.freshness.stale:
+        notes.append(MEND)
     notes += _matching_notes(base, head, comparison)
     for each, table in dict(zip((base, head), tables, strict=True)).items():
         if table.pictures is None:
@@ -135,7 +138,8 @@ def review(base: Revision, head: Revision, seed: int = 0) -> Review:
         before = shortened(str(priors[0]))
         notes.append(f"the served prior was {before} in {base}; both are taken at {priors[1]}")
     images, missing = _images(head.root, tables[1], comparison.changes)
-    return Review(base, head, comparison, images, (*notes, *missing))
+    stale_base = bool(base.run.freshness.stale)
+    return Review(base, head, comparison, images, (*notes, *missing), stale_base)
 
 
 def contact_sheet(found: Review, count: int = SHEET_IMAGES) -> bytes | None:
