@@ -160,6 +160,8 @@ def _objects(
         check_path(path)
     request = "".join(f"{commit}:./{path}\n" for commit, path in pairs).encode()
     found: dict[tuple[str, str], _Object | None] = dict.fromkeys(pairs)
+    if not pairs:
+        return found
     for pair, line in zip(pairs, _batch(root, "--batch-check", request).splitlines(), strict=True):
         if line.endswith(b" missing"):
             continue
@@ -175,6 +177,8 @@ def _objects(
 def _contents(root: Path, objects: Iterable[_Object]) -> dict[str, bytes]:
     """Contents of objects by name."""
     unique = {each.name: each for each in objects}
+    if not unique:
+        return {}
     answer, place = _batch(root, "--batch", "".join(f"{name}\n" for name in unique).encode()), 0
     found = {}
     for name, each in unique.items():
@@ -187,7 +191,7 @@ def _contents(root: Path, objects: Iterable[_Object]) -> dict[str, bytes]:
 def _hash(root: Path, objects: Iterable[_Object]) -> None:
     """Make `_MD5` hold these."""
     new = [each for each in objects if each.name not in _MD5]
-    for name, content in _contents(root, new).items() if new else ():
+    for name, content in _contents(root, new).items():
         _MD5[name] = hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 

@@ -366,7 +366,7 @@ def test_parameters_that_were_edited_are_no_presets(project: Project) -> None:
             assert (run.preset, run.freshness.why) == (None, stale)
     # Nor are those of another preset, once the file has other values than it is shipped with.
     lock, _ = preset_lock("smoke")
-    for given in (edited, merge(defaults, {"seed": 8})):
+    for given in (merge(defaults, {"train": {"epochs": 99}}), merge(defaults, {"seed": 8})):
         commit(project, 4, **{"dvc.lock": lock, "params.yaml": given})
         (run,) = finished(project.root, ["HEAD"])
         assert run.preset is None
