@@ -210,6 +210,8 @@ def test_data_that_git_has_not_are_not_known_in_a_commit(project: Project, tmp_p
     clone = tmp_path / "clone"
     project.git("clone", "--quiet", project.root.parents[1], clone)
     assert working_tree(clone / "ml/project").freshness.unknown == ("data/local",)
+    # DVC cannot tell data that are elsewhere from data that were deleted.
+    assert dvc_status(Project(clone / "ml/project")) >= {"ingest"}
     # Here they are, so that a change is seen: of content, of number.
     for edit in (
         lambda: photo.write_bytes(b"2"),
