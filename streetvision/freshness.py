@@ -325,12 +325,16 @@ def _stages(
             for key in ([path] if keys is None else keys if path == PARAMS else [])
             if isinstance(key, str)
         ]
+        listed = [path for path, _ in _entries(entry.get("deps"))]
+        deps = _filled(listed, given)
+        if len(deps) < len(listed) and name in lock:
+            deps = list(dict.fromkeys([*deps, *lock[name].deps]))
         found[name] = _Stage(
             entry.get("frozen") is True,
             None if "${" in str(command) else command,
-            [_filled(path, given) for path, _ in _entries(entry.get("deps"))],
+            deps,
             params,
-            [_filled(path, given) for path, _ in outs],
+            _filled([path for path, _ in outs], given),
             [path for path, flags in outs if isinstance(flags, Mapping) and flags.get("cache") is False],
         )  # fmt: skip
     return found
@@ -367,9 +371,19 @@ def _entries(listed: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def _filled(path: str, given: Callable[[str], Any]) -> str:
-    """A path with parameters in it."""
-    return _VARIABLE.sub(lambda found: str(given(found[1].strip())), path).rstrip("/")
+def _filled(paths: Iterable[str], given: Callable[[str], Any]) -> list[str]:
+    """Paths with the parameters that stand in them; without those that hold another variable of DVC's."""
+    found = []
+    for path in paths:
+        text = path
+        for name in _VARIABLE.findall(path):
+            item = given(name.strip())
+            if item is None:
+                break
+            text = text.replace(f"${{{name}}}", str(item))
+        else:
+            found.append(text.rstrip("/"))
+    return found
 
 
 def _states(pairs: Iterable[tuple[str, Hash]], files: Files) -> dict[tuple[str, Hash], State]:

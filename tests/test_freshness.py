@@ -299,6 +299,16 @@ def test_the_hash_of_a_folder_is_dvcs(project: Project) -> None:
     assert code["nfiles"] == 2
 
 
+def test_a_variable_that_is_no_parameter_hides_nothing(project: Project) -> None:
+    stages = STAGES | {"evaluate": STAGES["evaluate"] | {"deps": ["model.txt", "${code}"]}}
+    write(project, "dvc.yaml", {"vars": [{"code": "evaluate.py"}], "stages": stages})
+    assert dvc_status(project) == set()
+    assert working_tree(project.root).freshness == FRESH
+    text("evaluate.py", "other\n")(project)
+    assert dvc_status(project) == {"evaluate"}
+    assert working_tree(project.root).freshness.why == {"evaluate": "evaluate.py changed"}
+
+
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "../../../../etc/passwd", "https://x/y", "s3://x/y", "/dev/zero"]
 )
