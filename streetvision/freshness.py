@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def read_lock(text: bytes | None, origin: str) -> dict[str, Locked]:
                 isinstance(file, Mapping) and isinstance(file.get("path"), str) for file in files
             ):
                 raise UserError(f"{origin}: {key} of {stage} must be a list of files")
-            hashes.append({file["path"]: _hash(file) for file in files})
+            hashes.append({_normal(file["path"]): _hash(file) for file in files})
         params = mapping_in(mapping_in(entry, "params", origin), PARAMS, origin)
         found[stage] = Locked(entry.get("cmd"), params, *hashes)
     return found
@@ -327,6 +328,9 @@ def _stages(
         ]
         listed = [path for path, _ in _entries(entry.get("deps"))]
         deps = _filled(listed, given)
+        if name in lock:
+            # One below the project is relative in `dvc.lock`, on whichever machine that was.
+            deps = [each for each in deps if each[0] != "/" or each in lock[name].deps]
         if len(deps) < len(listed) and name in lock:
             deps = list(dict.fromkeys([*deps, *lock[name].deps]))
         found[name] = _Stage(
@@ -335,7 +339,10 @@ def _stages(
             deps,
             params,
             _filled([path for path, _ in outs], given),
-            [path for path, flags in outs if isinstance(flags, Mapping) and flags.get("cache") is False],
+            [
+                _normal(path) for path, flags in outs
+                if isinstance(flags, Mapping) and flags.get("cache") is False
+            ],
         )  # fmt: skip
     return found
 
@@ -382,8 +389,13 @@ def _filled(paths: Iterable[str], given: Callable[[str], Any]) -> list[str]:
                 break
             text = text.replace(f"${{{name}}}", str(item))
         else:
-            found.append(text.rstrip("/"))
+            found.append(_normal(text))
     return found
+
+
+def _normal(path: str) -> str:
+    """A path as others write it: `./a//b/` and `a/x/../b` are `a/b`."""
+    return path if "://" in path else posixpath.normpath(path)
 
 
 def _states(pairs: Iterable[tuple[str, Hash]], files: Files) -> dict[tuple[str, Hash], State]:

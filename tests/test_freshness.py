@@ -238,6 +238,24 @@ def test_data_outside_the_project(project: Project, tmp_path: Path) -> None:
     assert working_tree(project.root).freshness.unknown == (str(photos),)
 
 
+@pytest.mark.parametrize(
+    "place", ["./data/local", "data//local/", "code/../data/local", "{root}/data/local"]
+)
+def test_a_path_may_be_written_in_many_ways(project: Project, tmp_path: Path, place: str) -> None:
+    param("data", "root", place.format(root=project.root))(project)
+    project.dvc("repro", "--quiet")
+    project.commit()
+    clone = tmp_path / "clone"
+    project.git("clone", "--quiet", project.root.parents[1], clone)
+    for run in (working_tree(project.root), working_tree(clone / "ml/project")):
+        assert run.freshness == FRESH
+    text("data/local/notes.md", "6\n")(project)
+    assert dvc_status(project) == {"ingest"}
+    project.commit()
+    for run in (working_tree(project.root), *finished(project.root, ["HEAD"])):
+        assert run.freshness.why == {"ingest": "data/local changed"}
+
+
 def test_data_that_dvc_added(project: Project, tmp_path: Path) -> None:
     """They are not in Git, but their hash is."""
     (project / "photos").mkdir()
