@@ -155,6 +155,24 @@ def test_sweep_summary_names_a_mistake(
     assert not (swept / "report").exists()
 
 
+@pytest.mark.slow
+def test_a_commit_whose_results_are_not_its_own_is_no_run(
+    swept: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its code was changed, and it did not run."""
+    project = Project(tmp_path / "clone")
+    swept.git("clone", "--quiet", swept.root, project.root)
+    (project / "train.py").write_text(f"{TRAIN}# a change\n")
+    project.commit()
+    monkeypatch.chdir(project.root)
+    assert cli.main(["sweep-summary", "HEAD"]) == 2
+    said = capsys.readouterr().err
+    assert "writes metrics/train.json; stale in HEAD: train: train.py changed\n" in said
+
+
 def test_seconds_of_the_stages_that_a_commit_ran(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.root.mkdir()
