@@ -75,7 +75,7 @@ def judge(gates: Gates, found: Review, timings: tuple[Timing, Timing] | None) ->
         if limit is not None
     ]
     if found.stale_base:
-        reason = f"its results are stale, see above; {MEND}"
+        reason = "its results are stale, see above"
         results.insert(0, GateResult("fresh base", None, "inconclusive", reason))
     return results
 
