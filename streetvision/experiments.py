@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,26 @@ from typing import Any
 from streetvision import git
 from streetvision.documents import mapping_in, read_json, read_yaml
 from streetvision.errors import UserError
-from streetvision.escaping import shortened
+from streetvision.freshness import (
+    FRESH,
+    LOCK,
+    PARAMS,
+    PIPELINE,
+    CommitFiles,
+    Files,
+    Freshness,
+    Locked,
+    WorkingFiles,
+    changed_params,
+    judge,
+    read_lock,
+)
+from streetvision.params import Params
 from streetvision.presets import load_preset, preset_changes, preset_names, value
 
 # The metrics of the stages that read VAL_TEST: for the report, never for a choice.
 TEST_METRICS = ("metrics/evaluation.json", "metrics/challenge.json", "metrics/headline.json")
-PARAMS, PIPELINE, LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
-Read = Callable[[Iterable[str]], Mapping[str, bytes | None]]
+_MOST_COMMITS = 100  # how far back the run of a stage is looked for
 
 
 @dataclass(frozen=True)
@@ -30,10 +43,10 @@ class Run:
     name, commit : as the user calls it; the full hash, None for the working tree
     params : by dotted name; after a run with a preset those of the preset, with which the results were made
     metrics : numbers and texts by `file:dotted.name`
-    outdated : metric files that `dvc.lock` ties to other inputs than the run's own: their stage did not
-        run, or ran with other parameters
-    preset : the preset that the results are of, None where `params.yaml` says what was set
-    changed : parameters of `params.yaml` that `dvc.lock` has otherwise: then and now. Empty with a preset
+    outdated : metric files of stages that are stale
+    preset : the preset that the results are of, where `params.yaml` has the defaults, as `repro --preset`
+        leaves it; None where `params.yaml` says what was set
+    freshness : which stages are stale, and why
     """
 
     name: str
@@ -42,19 +55,7 @@ class Run:
     metrics: Mapping[str, Any]
     outdated: frozenset[str]
     preset: str | None = None
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-
-    def why_outdated(self) -> str:
-        """What is wrong with an outdated run, as the end of a sentence that begins with what is outdated."""
-        if not self.changed:
-            return "of other inputs: the run stopped before their stage"
-        key, (then, now) = next(iter(self.changed.items()))
-        others = len(self.changed) - 1
-        more = f" ({others} more {'differ' if others > 1 else 'differs'})" if others else ""
-        return (
-            f"of other parameters than {PARAMS}: {shortened(key)} was {shortened(json.dumps(then))} and is "
-            f"{shortened(json.dumps(now))}{more}; `dvc repro` there makes them anew"
-        )
+    freshness: Freshness = FRESH
 
 
 def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
@@ -72,97 +73,117 @@ def finished(root: Path, revisions: Sequence[str] = ()) -> list[Run]:
         if revisions
         else git.experiments(root)
     )
-    return [_run(name, commit, _reader(root, commit)) for name, commit in commits.items()]
+    return [_run(name, commit, CommitFiles(root, commit)) for name, commit in commits.items()]
 
 
 def working_tree(root: Path) -> Run:
     """The run that lies in the project's folder; UserError as `finished`."""
-
-    def read(paths: Iterable[str]) -> dict[str, bytes | None]:
-        found: dict[str, bytes | None] = {}
-        for path in paths:
-            git.check_path(path)
-            try:
-                found[path] = (root / path).read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                found[path] = None
-            except OSError as error:
-                raise UserError(f"cannot read {root / path}: {error.strerror}") from error
-        return found
-
-    return _run("working tree", None, read)
+    return _run("working tree", None, WorkingFiles(root))
 
 
-def _reader(root: Path, commit: str) -> Read:
-    def read(paths: Iterable[str]) -> dict[str, bytes | None]:
-        found = git.files(root, [(commit, path) for path in paths])
-        return {path: text for (_, path), text in found.items()}
-
-    return read
-
-
-def _run(name: str, commit: str | None, read: Read) -> Run:
-    pipeline = read([PIPELINE])[PIPELINE]
+def _run(name: str, commit: str | None, files: Files) -> Run:
+    pipeline = files.read([PIPELINE])[PIPELINE]
     if pipeline is None:
         at = "" if commit is None else f" ({commit[:7]})"
         raise UserError(
             f"{name}{at} holds no {PIPELINE} in this folder; run this in the project's folder"
         )
-    owners = _metric_files(_document(pipeline, f"{PIPELINE} of {name}"), f"{PIPELINE} of {name}")
-    texts = read(dict.fromkeys((PARAMS, LOCK, *owners)))
+    document = _document(pipeline, f"{PIPELINE} of {name}")
+    owners = _metric_files(document, f"{PIPELINE} of {name}")
+    texts = files.read(dict.fromkeys((PARAMS, LOCK, *owners)))
     metrics = {
         f"{path}:{key}": found
         for path in owners
         for key, found in _flat(_document(texts[path], f"{path} of {name}")).items()
     }
-    params = _flat(_document(texts[PARAMS], f"{PARAMS} of {name}"))
-    lock = _lock(texts[LOCK], f"{LOCK} of {name}")
-    changed = _changed_params(lock, params)
-    preset = _preset_of(lock) if changed else None
-    if preset is not None:
-        params, changed = params | _locked_params(lock), {}
-    stale = _stale_stages(lock, {stage for stage, _ in changed})
-    outdated = frozenset(path for path, stage in owners.items() if stage in stale)
-    return Run(
-        name, commit, params, metrics, outdated, preset,
-        {key: values for (_, key), values in changed.items()},
-    )  # fmt: skip
+    written = _document(texts[PARAMS], f"{PARAMS} of {name}")
+    lock = read_lock(texts[LOCK], f"{LOCK} of {name}")
+    ran = {key: found for entry in lock.values() for key, found in entry.params.items()}
+    preset = None
+    # Whoever edited the file since, or runs another pipeline than ours, has no preset's results: those of the
+    # defaults are a preset's, too.
+    as_shipped = Params().model_dump(mode="json")
+    if all(value(written, key) == value(as_shipped, key) for key in ran):
+        preset = _preset_of(lock) if changed_params(lock, lambda key: value(written, key)) else None
+    params = _flat(written)
+    if preset is None:
+        freshness = judge(document, lock, lambda key: value(written, key), files)
+    else:
+        params |= ran
+        freshness = judge(document, lock, lambda key: ran.get(key, value(written, key)), files)
+    outdated = frozenset(path for path, stage in owners.items() if stage in freshness.stale)
+    return Run(name, commit, params, metrics, outdated, preset, freshness)
 
 
 def stage_seconds(root: Path, run_log: Path, commit: str | None) -> dict[str, float]:
-    """Seconds of each stage that was run for a commit, or for the working tree if that is None.
+    """Seconds of the runs whose results a commit holds, by stage; of the working tree if that is None.
 
-    A run log knows the commit that a stage ran on, the parent of the one its results went into. Counted
-    are the stages that `dvc.lock` has otherwise than that parent, each by its last run before the commit.
-    Empty without a log of them: it is untracked, and that of a queued experiment is lost with its copy.
+    A run log knows the commit that a stage ran on, the parent of the one its results went into. That one is
+    looked for from this commit back: where `dvc.lock` got what it has of the stage; and of runs on its
+    parent the last one before it counts. Empty without a log of them: it is untracked, and that of a queued
+    experiment is lost with its copy.
     """
     git.check_repository(root)
-    if commit is None:
-        parent: str | None = git.commit_of(root, "HEAD")
-        until = datetime.now(UTC)
-    else:
-        parent, committed = git.parent_and_time(root, commit)
-        until = datetime.fromtimestamp(committed, UTC)
-    if parent is None or not run_log.is_file():
+    runs = _logged(run_log)
+    if not runs:
         return {}
-    before = git.files(root, [(parent, LOCK)])[parent, LOCK]
+    head = git.commit_of(root, "HEAD") if commit is None else commit
+    history = [
+        (each.name, each.parent, datetime.fromtimestamp(each.time, UTC))
+        for each in git.commits_that_changed(root, head, LOCK, _MOST_COMMITS)
+        if each.parent in runs
+    ]
+    wanted = [head, *(name for found in history for name in found[:2] if name is not None)]
+    texts = git.files(root, [(name, LOCK) for name in wanted])
+    known = {text: _readable_lock(text) for text in texts.values()}
+    locks = {name: known[texts[name, LOCK]] for name in wanted}
+    now = locks[head]
     if commit is None:
-        now = (root / LOCK).read_bytes() if (root / LOCK).is_file() else None
-    else:
-        now = git.files(root, [(commit, LOCK)])[commit, LOCK]
-    old, new = (mapping_in(_document(text, LOCK), "stages", LOCK) for text in (before, now))
-    found = {}
-    for line in run_log.read_text(errors="replace").splitlines():
+        now = _readable_lock((root / LOCK).read_bytes() if (root / LOCK).is_file() else None)
+        history.insert(0, ("", head, datetime.now(UTC)))
+        locks[""] = now
+    found: dict[str, float] = {}
+    for name, parent, until in history:
+        for step, entry in now.items():
+            if step in found or locks[name].get(step) != entry or locks[parent].get(step) == entry:
+                continue
+            ran = [run for run in runs.get(parent, ()) if run.step == step and run.started <= until]
+            if ran:
+                found[step] = ran[-1].seconds
+    return found
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """A line of the run log: a stage that ran to its end."""
+
+    step: str
+    seconds: float
+    started: datetime
+
+
+def _logged(run_log: Path) -> dict[str, list[_Logged]]:
+    """The finished runs of a run log by the commit they ran on."""
+    found: dict[str, list[_Logged]] = {}
+    text = run_log.read_text(errors="replace") if run_log.is_file() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
-            step, seconds = entry["step"], float(entry["seconds"])
-            started = datetime.fromisoformat(entry["started"])
-            ran = entry["status"] == "ok" and entry["git_commit"] == parent and started <= until
+            started = datetime.fromisoformat(entry["started"]).astimezone(UTC)
+            run = _Logged(str(entry["step"]), float(entry["seconds"]), started)
+            if entry["status"] == "ok":
+                found.setdefault(str(entry["git_commit"]), []).append(run)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a killed run left half
-        if ran and old.get(step) != new.get(step):
-            found[step] = seconds
     return found
+
+
+def _readable_lock(text: bytes | None) -> dict[str, Locked]:
+    """The stages of a `dvc.lock` of the past, none of a broken one."""
+    try:
+        return read_lock(text, LOCK)
+    except UserError:
+        return {}
 
 
 def _metric_files(pipeline: Mapping[str, Any], origin: str) -> dict[str, str | None]:
@@ -197,53 +218,7 @@ def _metric_files(pipeline: Mapping[str, Any], origin: str) -> dict[str, str | N
     return found
 
 
-@dataclass(frozen=True)
-class _Locked:
-    """What `dvc.lock` records of a stage: parameters; hashes of what it read and made, by path."""
-
-    params: Mapping[str, Any]
-    deps: Mapping[str, Any]
-    outs: Mapping[str, Any]
-
-
-def _lock(text: bytes | None, origin: str) -> dict[str, _Locked]:
-    """The stages of a `dvc.lock`."""
-    found = {}
-    for stage in (stages := mapping_in(_document(text, origin), "stages", origin)):
-        entry = mapping_in(stages, stage, origin)
-        hashes: list[dict[str, Any]] = []
-        for key in ("deps", "outs"):
-            files = entry.get(key) or []
-            if not isinstance(files, list) or not all(
-                isinstance(file, Mapping) and isinstance(file.get("path"), str) for file in files
-            ):
-                raise UserError(f"{origin}: {key} of {stage} must be a list of files")
-            # What of the parameters a stage has read is told by name, not by the file `params.yaml`.
-            hashes.append(
-                {file["path"]: file.get("md5") for file in files if file["path"] != PARAMS}
-            )
-        params = mapping_in(mapping_in(entry, "params", origin), PARAMS, origin)
-        found[stage] = _Locked(params, *hashes)
-    return found
-
-
-def _locked_params(lock: Mapping[str, _Locked]) -> dict[str, Any]:
-    return {key: found for entry in lock.values() for key, found in entry.params.items()}
-
-
-def _changed_params(
-    lock: Mapping[str, _Locked], params: Mapping[str, Any]
-) -> dict[tuple[str, str], tuple[Any, Any]]:
-    """Parameters that a stage ran with and that are otherwise now: then and now, by stage and name."""
-    return {
-        (stage, key): (then, params.get(key))
-        for stage, entry in lock.items()
-        for key, then in entry.params.items()
-        if params.get(key) != then
-    }
-
-
-def _preset_of(lock: Mapping[str, _Locked]) -> str | None:
+def _preset_of(lock: Mapping[str, Locked]) -> str | None:
     """The preset whose values all stages ran with: `repro --preset` puts `params.yaml` back afterwards."""
     locked = [item for entry in lock.values() for item in entry.params.items()]
     for name in preset_names():
@@ -255,21 +230,6 @@ def _preset_of(lock: Mapping[str, _Locked]) -> str | None:
         ):
             return name
     return None
-
-
-def _stale_stages(lock: Mapping[str, _Locked], stale: set[str]) -> set[str]:
-    """These stages, those that ran on other inputs than are recorded as made, and all behind them."""
-    made = {path: (stage, md5) for stage, entry in lock.items() for path, md5 in entry.outs.items()}
-    while True:
-        more = {
-            stage
-            for stage, entry in lock.items()
-            for path, md5 in entry.deps.items()
-            if path in made and (made[path][0] in stale or made[path][1] != md5)
-        }
-        if more <= stale:
-            return stale
-        stale = stale | more
 
 
 def _document(text: bytes | None, origin: str) -> dict[str, Any]:

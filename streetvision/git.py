@@ -6,10 +6,12 @@ configuration names, and nothing of a revision is run.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from streetvision.errors import UserError
@@ -95,28 +97,97 @@ def files(
         A path that leaves the project or is no path, a folder in a file's place, or a file above `limit`
         bytes.
     """
-    pairs = list(wanted)
+    found = _objects(root, wanted, limit)
+    for (commit, path), each in found.items():
+        if each is not None and each.kind != "blob":
+            raise UserError(f"{path} of {commit[:7]} is no file")
+    contents = _contents(root, [each for each in found.values() if each is not None])
+    return {pair: None if each is None else contents[each.name] for pair, each in found.items()}
+
+
+def md5_of_files(root: Path, commit: str, paths: Iterable[str]) -> dict[str, str | None]:
+    """Hex MD5 of a commit's files by path from `root`, as DVC has them; None where there is no such file.
+
+    All that were not read before, of whichever commit, are read at once. UserError as `files`.
+    """
+    found = _objects(root, [(commit, path) for path in paths])
+    blobs = [each for each in found.values() if each is not None and each.kind == "blob"]
+    _hash(root, blobs)
+    return {
+        path: None if each is None or each.kind != "blob" else _MD5[each.name]
+        for (_, path), each in found.items()
+    }
+
+
+def md5_below(root: Path, commit: str, folder: str) -> dict[str, str]:
+    """The same of all files below a folder, by path from there; empty where Git has no such folder."""
+    check_path(folder)
+    listed = _git(root, "ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}:./{folder}")
+    blobs = {}
+    for line in (listed or "").split("\0"):
+        what, _, path = line.partition("\t")
+        if path and what.startswith("100"):  # a regular file: neither a link nor a submodule
+            _, kind, name, size = what.split()
+            blobs[path] = _Object(name, kind, int(size))
+    _hash(root, blobs.values())
+    return {path: _MD5[each.name] for path, each in blobs.items()}
+
+
+def files_below(root: Path, folder: str, ignore: str) -> tuple[list[str], bool]:
+    """Files below a folder of the working tree, by path from `root`; whether they are just those that Git has.
+
+    Left out are those that patterns in files called `ignore` name. Outside of a repository there are none.
+    """
+    check_path(folder)
+    listed = _git(
+        root, "ls-files", "-t", "--cached", "--others", "-z", f"--exclude-per-directory={ignore}",
+        "--", folder,
+    )  # fmt: skip
+    lines = [line.partition(" ") for line in (listed or "").split("\0") if line]
+    names = sorted({name for _, _, name in lines if (root / name).is_file()})
+    tracked = {name for tag, _, name in lines if tag != "?"}
+    return names, tracked == set(names)
+
+
+def ignores_below(root: Path, folder: str) -> bool:
+    """Whether Git is told (by `.gitignore` here) to leave out what lies in a folder: data, kept elsewhere."""
+    names = [f"{folder}/x{suffix}" for suffix in ("", ".jpg", ".parquet")]
+    return _run(root, ["check-ignore", "--no-index", "--", *names]).returncode == 0
+
+
+@dataclass(frozen=True)
+class _Object:
+    """An object of Git: name (hash), kind (`blob`, `tree`, …), size in bytes."""
+
+    name: str
+    kind: str
+    size: int
+
+
+# MD5 by the name of a blob, which is a hash of its content: the revisions of a sweep have most files in common.
+_MD5: dict[str, str] = {}
+
+
+def _objects(
+    root: Path, wanted: Iterable[tuple[str, str]], limit: int = MAX_FILE_BYTES
+) -> dict[tuple[str, str], _Object | None]:
+    """What lies at (commit, path from `root`), None where there is nothing; UserError as `files`."""
+    pairs = list(dict.fromkeys(wanted))
     for _, path in pairs:
         check_path(path)
     request = "".join(f"{commit}:./{path}\n" for commit, path in pairs).encode()
-    sizes: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str], _Object | None] = dict.fromkeys(pairs)
+    if not pairs:
+        return found
     for pair, line in zip(pairs, _batch(root, "--batch-check", request).splitlines(), strict=True):
         if line.endswith(b" missing"):
             continue
-        _, kind, digits = line.rsplit(b" ", 2)
-        if kind != b"blob":
-            raise UserError(f"{pair[1]} of {pair[0][:7]} is no file")
-        size = int(digits)
-        if size > limit:
-            raise UserError(f"{pair[1]} of {pair[0][:7]} has {size:,} bytes, more than {limit:,}")
-        sizes[pair] = size
-    found: dict[tuple[str, str], bytes | None] = dict.fromkeys(pairs)
-    request = "".join(f"{commit}:./{path}\n" for commit, path in sizes).encode()
-    answer, place = _batch(root, "--batch", request), 0
-    for pair, n_bytes in sizes.items():
-        start = answer.index(b"\n", place) + 1
-        place = start + n_bytes + 1
-        found[pair] = answer[start : place - 1]
+        name, kind, digits = line.decode().rsplit(" ", 2)
+        found[pair] = each = _Object(name, kind, int(digits))
+        if each.kind == "blob" and each.size > limit:
+            raise UserError(
+                f"{pair[1]} of {pair[0][:7]} has {each.size:,} bytes, more than {limit:,}"
+            )
     return found
 
 
@@ -136,6 +207,27 @@ def changed(root: Path, paths: Sequence[str]) -> list[str]:
     if listed is None:
         raise UserError(f"Git cannot compare {root} with HEAD")
     return [name for name in listed.split("\0") if name]
+
+
+def _contents(root: Path, objects: Iterable[_Object]) -> dict[str, bytes]:
+    """Contents of objects by name."""
+    unique = {each.name: each for each in objects}
+    if not unique:
+        return {}
+    answer, place = _batch(root, "--batch", "".join(f"{name}\n" for name in unique).encode()), 0
+    found = {}
+    for name, each in unique.items():
+        start = answer.index(b"\n", place) + 1
+        place = start + each.size + 1
+        found[name] = answer[start : place - 1]
+    return found
+
+
+def _hash(root: Path, objects: Iterable[_Object]) -> None:
+    """Make `_MD5` hold these."""
+    new = [each for each in objects if each.name not in _MD5]
+    for name, content in _contents(root, new).items():
+        _MD5[name] = hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def asks_elsewhere(root: Path, commit: str) -> bool:
@@ -161,13 +253,34 @@ def check_path(path: str) -> None:
         raise UserError(f"{path!r} is no path of a file below the project")
 
 
-def parent_and_time(root: Path, commit: str) -> tuple[str | None, int]:
-    """The first parent of a commit (None at the start of the history that is here), its time in seconds."""
-    line = _git(root, "rev-list", "--max-count=1", "--parents", "--timestamp", commit)
-    if line is None:
+@dataclass(frozen=True)
+class Commit:
+    """A commit: hash, first parent (None at the start of the history that is here), time in seconds."""
+
+    name: str
+    parent: str | None
+    time: int
+
+
+def commits_that_changed(root: Path, commit: str, path: str, most: int) -> list[Commit]:
+    """The last `most` commits up to this one that changed a file, newest first.
+
+    Raises
+    ------
+    UserError
+        Git cannot read the commit.
+    """
+    check_path(path)
+    arguments = (f"--max-count={most}", "--format=%H %ct %P", commit, "--", path)
+    listed = _git(root, "rev-list", *arguments)
+    if listed is None:
         raise UserError(f"Git cannot read the commit {commit[:7]} of {root}")
-    seconds, _, *parents = line.split()
-    return (parents[0] if parents else None), int(seconds)
+    found = []
+    for line in listed.splitlines():
+        if not line.startswith("commit "):
+            name, seconds, *parents = line.split()
+            found.append(Commit(name, parents[0] if parents else None, int(seconds)))
+    return found
 
 
 def check_repository(root: Path) -> None:

@@ -84,12 +84,13 @@ def test_experiments_as_runs(swept: Project) -> None:
     assert whole.metrics["metrics/evaluation.json:mcc"] == pytest.approx(0.71)
     assert whole.outdated == frozenset()
     for name in (None, "main", "whole"):
-        Revision(swept.root, name).check_evaluated()
+        assert Revision(swept.root, name).notes() == []
     # Those that stopped after `train` still carry HEAD's evaluation.
     for run in runs.values():
         assert run.outdated == {"metrics/evaluation.json"}
-        with pytest.raises(UserError, match=f"{run.name} stopped before the stage evaluate"):
-            Revision(swept.root, run.name).check_evaluated()
+        assert run.freshness.why == {"evaluate": "it read another model.txt than train made"}
+        note = f"stale in {run.name}: evaluate: it read another model.txt than train made"
+        assert Revision(swept.root, run.name).notes()[0] == note
         assert run.metrics["metrics/evaluation.json:mcc"] == pytest.approx(0.41)
         rate, seed = run.params["train.rate"], run.params["seed"]
         assert run.metrics["metrics/train.json:val_select.mcc"] == pytest.approx(rate + 0.01 * seed)
@@ -179,6 +180,24 @@ def test_sweep_summary_names_runs_that_failed(
     assert "failed" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_commit_whose_results_are_not_its_own_is_no_run(
+    swept: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its code was changed, and it did not run."""
+    project = Project(tmp_path / "clone")
+    swept.git("clone", "--quiet", swept.root, project.root)
+    (project / "train.py").write_text(f"{TRAIN}# a change\n")
+    project.commit()
+    monkeypatch.chdir(project.root)
+    assert cli.main(["sweep-summary", "HEAD"]) == 2
+    said = capsys.readouterr().err
+    assert "writes metrics/train.json; stale in HEAD: train: train.py changed\n" in said
+
+
 def test_seconds_of_the_stages_that_a_commit_ran(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.root.mkdir()
@@ -211,7 +230,27 @@ def test_seconds_of_the_stages_that_a_commit_ran(tmp_path: Path) -> None:
     )
     assert stage_seconds(project.root, log, first) == {}  # has no parent
     assert stage_seconds(project.root, log, second) == {"train": 6}
-    # The working tree ran on HEAD.
-    assert stage_seconds(project.root, log, None) == {}
-    (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {"evaluate": {"cmd": 2}}}))
-    assert stage_seconds(project.root, log, None) == {"evaluate": 8}
+    # The results are still those of the second commit, here and after one that changes something else.
+    assert stage_seconds(project.root, log, None) == {"train": 6}
+    project.git("commit", "--quiet", "--allow-empty", "--message", "words")
+    (project / "words.md").write_text("words")
+    project.commit()
+    third = project.git("rev-parse", "HEAD").stdout.strip()
+    assert stage_seconds(project.root, log, third) == {"train": 6}
+    assert stage_seconds(project.root, log, None) == {"train": 6}
+    # Before its commit a result is in the working tree, and of a run on HEAD.
+    log.write_text(log.read_text() + entry(third, "evaluate", 9, "2020-01-05"))
+    lock = {"stages": {"train": {"cmd": 2}, "evaluate": {"cmd": 2}}}
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    assert stage_seconds(project.root, log, None) == {"train": 6, "evaluate": 9}
+    assert stage_seconds(project.root, log, third) == {"train": 6}
+    fourth = commit(train=2, evaluate=2)
+    assert stage_seconds(project.root, log, fourth) == {"train": 6, "evaluate": 9}
+    # Amended, it is another commit of the same parent; a broken lock of the past hides nothing behind it.
+    project.git("commit", "--quiet", "--amend", "--allow-empty", "--message", "other words")
+    assert stage_seconds(project.root, log, None) == {"train": 6, "evaluate": 9}
+    (project / "dvc.lock").write_text("<<<<<<< HEAD\n")
+    project.commit()
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    project.commit()
+    assert stage_seconds(project.root, log, None)["train"] == 6

@@ -19,7 +19,7 @@ from streetvision.errors import UserError
 from streetvision.evaluation.revisions import Revision
 from streetvision.experiments import finished, stage_seconds, working_tree
 from streetvision.params import Params
-from streetvision.presets import load_preset, preset_changes, value
+from streetvision.presets import load_preset, merge, preset_changes, value
 from tests.pipeline.project import REPOSITORY, Project
 
 STAGES = {
@@ -77,7 +77,7 @@ def check(root: Path) -> None:
     assert new.outdated == old.outdated == frozenset()
     assert working_tree(root).params == {"seed": 2}
     for revision in (Revision(root, "HEAD"), Revision(root, None)):
-        revision.check_evaluated()
+        assert revision.notes() == []
         assert revision.read(root / "metrics/evaluation.json") == '{"mcc": 0.02}'
         assert revision.read(root / "metrics/no.json") is None
     # The run log's commit is HEAD's, and what ran on its parent is found.
@@ -289,7 +289,8 @@ def test_no_remote_of_a_revision_is_asked(project: Project) -> None:
 def test_json_among_the_plots_has_metrics(project: Project) -> None:
     """`metrics:` are what DVC's tables show; the other metrics stand among a stage's plots."""
     plots = [{"metrics/evaluation.json": {"cache": False}}, "metrics/points.json", "metrics/a.csv"]
-    stages = STAGES | {"evaluate": {"cmd": "true", "plots": plots}}
+    stages = STAGES | {"evaluate": {"cmd": "true", "deps": ["model"], "plots": plots}}
+    stages["train"] = {**stages["train"], "outs": ["model"]}
     points = [{"x": 1, "y": 2}]
     lock = {
         "train": locked({"seed": 3}, outs=[{"path": "model", "md5": "new"}]),
@@ -371,11 +372,10 @@ def test_a_run_with_a_preset_counts_and_is_named(project: Project) -> None:
     lock, defaults = preset_lock("smoke")
     commit(project, 3, **{"dvc.lock": lock, "params.yaml": defaults})
     (run,) = finished(project.root, ["HEAD"])
-    assert (run.preset, run.outdated, run.changed) == ("smoke", frozenset(), {})
+    assert (run.preset, run.outdated, run.freshness.stale) == ("smoke", frozenset(), frozenset())
     assert run.params["train.epochs"] == preset_changes("smoke")["train"]["epochs"]
     assert run.params["train.epochs"] != defaults["train"]["epochs"]
     revision = Revision(project.root, "HEAD")
-    revision.check_evaluated()
     assert revision.notes() == [
         "the results of HEAD are those of the preset smoke, not of its params.yaml"
     ]
@@ -389,23 +389,45 @@ def test_a_run_with_a_preset_counts_and_is_named(project: Project) -> None:
     assert finished(project.root, ["HEAD"])[0].preset == "photos"
 
 
+def test_parameters_that_were_edited_are_no_presets(project: Project) -> None:
+    """The results of the defaults are those of the preset `cpu-demo`, whatever `params.yaml` says now."""
+    defaults = Params().model_dump(mode="json")
+    edited = merge(defaults, {"train": {"learning_rate": 0.5}})
+    ran = {"seed": 7, "train.learning_rate": defaults["train"]["learning_rate"]}
+    lock = {"stages": {"train": locked(ran), "evaluate": locked({"seed": 7})}}
+    for given, stale in (
+        (defaults, {}),
+        (edited, {"train": "train.learning_rate was 0.003 and is 0.5"}),
+    ):
+        commit(project, 3, **{"dvc.lock": lock, "params.yaml": given})
+        for run in (working_tree(project.root), *finished(project.root, ["HEAD"])):
+            assert (run.preset, run.freshness.why) == (None, stale)
+    # Nor are those of another preset, once the file has other values than it is shipped with.
+    lock, _ = preset_lock("smoke")
+    for given in (merge(defaults, {"train": {"epochs": 99}}), merge(defaults, {"seed": 8})):
+        commit(project, 4, **{"dvc.lock": lock, "params.yaml": given})
+        (run,) = finished(project.root, ["HEAD"])
+        assert run.preset is None
+        assert run.outdated >= {"metrics/train.json"}
+
+
 def test_other_parameters_than_a_presets_are_told_from_a_stop(project: Project) -> None:
     lock, defaults = preset_lock("smoke")
-    commit(project, 3, **{"dvc.lock": lock, "params.yaml": defaults | {"seed": 8}})
     # Each stage by itself would be of the preset but for the seed.
     lock["stages"]["evaluate"]["params"]["params.yaml"]["seed"] = 9
     commit(project, 4, **{"dvc.lock": lock, "params.yaml": defaults})
-    revision = Revision(project.root, "HEAD")
-    with pytest.raises(UserError, match="the predictions of HEAD are of other parameters") as found:
-        revision.check_evaluated()
-    assert "stopped" not in str(found.value)
-    assert "`dvc repro`" in str(found.value)
+    (run,) = finished(project.root, ["HEAD"])
+    assert run.preset is None
+    assert run.freshness.why["evaluate"] == "seed was 9 and is 7"
     # A stop: what `evaluate` read is not what `train` made.
     lock, _ = preset_lock("smoke")
     lock["stages"]["evaluate"]["deps"] = [{"path": "models/x", "md5": "2"}]
-    commit(project, 5, **{"dvc.lock": lock, "params.yaml": defaults})
-    with pytest.raises(UserError, match="HEAD stopped before the stage evaluate"):
-        Revision(project.root, "HEAD").check_evaluated()
+    stages = {"stages": STAGES | {"evaluate": STAGES["evaluate"] | {"deps": ["models/x"]}}}
+    commit(project, 5, **{"dvc.lock": lock, "params.yaml": defaults, "dvc.yaml": stages})
+    (run,) = finished(project.root, ["HEAD"])
+    assert run.preset == "smoke"
+    assert run.freshness.why == {"evaluate": "it read another models/x than train made"}
+    assert run.outdated == {"metrics/evaluation.json"}
 
 
 def test_a_key_that_has_a_dot(project: Project) -> None:

@@ -20,6 +20,25 @@ WORKFLOWS = sorted((REPOSITORY / ".github/workflows").glob("*.yml"))
 REPORT = "# What this change does\n\n| MCC | 0.9 |\n\n![roc](roc.png)\n\n## Cost\n"
 
 
+# Lists comments as the filter of the script does, which is jq, and notes what else it is called with.
+GH = """
+import json, re, sys
+if "--jq" in sys.argv:
+    assert sys.argv[1:4] == ["api", "--paginate", "repos/o/r/issues/7/comments"]
+    wanted = sys.argv[sys.argv.index("--jq") + 1]
+    pattern = (
+        r'\\.\\[\\] \\| select\\(\\.user\\.login == "(.*)"'
+        r' and \\(\\.body \\| startswith\\("(.*)"\\)\\)\\) \\| \\.id'
+    )
+    login, start = re.fullmatch(pattern, wanted).groups()
+    for each in json.load(open("listed.json")):
+        if each["user"]["login"] == login and each["body"].startswith(start):
+            print(each["id"])
+else:
+    open("called", "a").write(" ".join(sys.argv[1:]) + "\\n")
+"""
+
+
 def steps(path: Path) -> list[dict[str, Any]]:
     jobs = yaml.safe_load(path.read_text())["jobs"].values()
     return [step for job in jobs for step in job["steps"]]
@@ -128,35 +147,72 @@ def test_they_call_targets_of_the_makefile() -> None:
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-@pytest.mark.parametrize("fork", ["false", "true"])
-def test_the_comment(tmp_path: Path, fork: str) -> None:
-    """On a fork, whose token may not write, the summary alone."""
+def test_the_gate_is_first_and_needs_no_data() -> None:
+    """Results that are stale are judged by nothing; the report is made all the same."""
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/review.yml").read_text())["jobs"]
+    lines = [step.get("run", "") for step in jobs["report"]["steps"]]
+    gate = lines.index('.venv/bin/streetvision gate --inconclusive pass -- "$BASE"')
+    assert [line for line in lines[:gate] if line] == ["make venv"]
+    for step in jobs["report"]["steps"][gate + 1 :]:
+        assert step["if"] == "${{ !cancelled() }}"
+    assert jobs["comment"]["if"].startswith("${{ !cancelled() && needs.report.outputs.")
+
+
+MARKER = "<!-- streetvision review -->"
+# What GitHub may list: another workflow's comment, somebody's who knows the marker, ours.
+COMMENTS = [
+    {"id": 1, "user": {"login": "github-actions[bot]"}, "body": f"coverage, not {MARKER}"},
+    {"id": 2, "user": {"login": "somebody"}, "body": f"{MARKER}\n"},
+    {"id": 3, "user": {"login": "github-actions[bot]"}, "body": f"{MARKER}\nold"},
+    {"id": 4, "user": {"login": "github-actions[bot]"}, "body": "later"},
+]
+
+
+@pytest.mark.parametrize(
+    ("read_only", "listed", "called"),
+    [
+        ("true", COMMENTS, None),  # a fork or Dependabot: the summary alone
+        ("false", COMMENTS, "--method PATCH repos/o/r/issues/comments/3"),
+        ("false", COMMENTS[:2], "--method POST repos/o/r/issues/7/comments"),
+        ("false", [], "--method POST repos/o/r/issues/7/comments"),
+    ],
+)
+def test_the_comment(
+    tmp_path: Path, read_only: str, listed: list[dict[str, Any]], called: str | None
+) -> None:
+    """It is found by a marker of ours, not as the last one of its author."""
     script = next(
         step["run"] for step in steps(REPOSITORY / ".github/workflows/review.yml")
         if step.get("name") == "comment"
     )  # fmt: skip
+    (tmp_path / "listed.json").write_text(json.dumps(listed))
     gh = tmp_path / "bin/gh"
     gh.parent.mkdir()
-    gh.write_text('#!/bin/sh\necho "$@" >> called\n')
+    gh.write_text(f"#!{sys.executable}\n{GH}")
     gh.chmod(0o755)
     (tmp_path / "report").mkdir()
     (tmp_path / "report/report.md").write_text(REPORT + "long " * 20_000)
     environment = os.environ | {
-        "PATH": f"{gh.parent}:{os.environ['PATH']}", "FORK": fork, "NUMBER": "7",
+        "PATH": f"{gh.parent}:{os.environ['PATH']}", "READ_ONLY": read_only, "NUMBER": "7", "GH_REPO": "o/r",
         "PICTURES": "https://example.org/a", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
     }  # fmt: skip
     subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True)
     comment = (tmp_path / "comment.md").read_text()
     assert comment == (tmp_path / "summary").read_text()
-    first = (
-        "[Pictures and plots](https://example.org/a)\n\n# What this change does\n\n| MCC | 0.9 |\n"
+    assert comment.startswith(
+        f"{MARKER}\n[Pictures and plots](https://example.org/a)\n\n# What this change does\n\n| MCC | 0.9 |\n"
     )
-    assert comment.startswith(first)
     assert "![" not in comment
     assert len(comment) < 65_536
-    called = tmp_path / "called"
-    if fork == "true":
-        assert not called.exists()
+    written = tmp_path / "called"
+    if called is None:
+        assert not written.exists()
     else:
-        wanted = "pr comment 7 --edit-last --create-if-none --body-file comment.md\n"
-        assert called.read_text() == wanted
+        assert written.read_text() == f"api --silent {called} -F body=@comment.md\n"
+
+
+def test_tokens_that_may_not_write_are_known() -> None:
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/review.yml").read_text())["jobs"]
+    read_only = jobs["comment"]["steps"][-1]["env"]["READ_ONLY"]
+    assert "head.repo.full_name != github.repository" in read_only
+    assert "github.actor == 'dependabot[bot]'" in read_only

@@ -13,8 +13,9 @@ from streetvision.errors import UserError
 
 if TYPE_CHECKING:
     from streetvision.evaluation.gates import Timing
-    from streetvision.evaluation.revisions import Review
+    from streetvision.evaluation.revisions import Revision
     from streetvision.experiments import Run
+    from streetvision.params import Gates
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,9 @@ def _add_sweep_summary(sweep: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
     from streetvision.evaluation import compare_report
-    from streetvision.evaluation.revisions import contact_sheet
+    from streetvision.evaluation.revisions import contact_sheet, review
 
-    found = _review(options)
+    found = review(*_sides(options))
     if options.md is not None:
         write_bytes_atomic(options.md, compare_report.markdown_report(found).encode())
     if options.json is not None:
@@ -109,16 +110,18 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from streetvision.evaluation.gates import (
-        gate_report,
-        judge,
-        overall,
-    )
+    from streetvision.evaluation.gates import gate_report, judge, overall, refusal
+    from streetvision.evaluation.revisions import review
     from streetvision.params import load_params
 
     gates = load_params(Path.cwd() / PARAMS).gates
     timings = _timings(options)
-    found = _review(options)
+    base, head = _sides(options)
+    refused_for = refusal(base, head)
+    if refused_for is not None:
+        say(refused_for)
+        return 1
+    found = review(base, head)
     results = judge(gates, found, timings)
     say(gate_report(gates, results, found).rstrip())
     refused = {"fail", "inconclusive"} if options.inconclusive == "fail" else {"fail"}
@@ -133,13 +136,11 @@ def _timings(options: argparse.Namespace) -> tuple[Timing, Timing] | None:
     return read_timing(options.timing[0]), read_timing(options.timing[1])
 
 
-def _review(options: argparse.Namespace) -> Review:
-    from streetvision.evaluation.revisions import Revision, review
+def _sides(options: argparse.Namespace) -> tuple[Revision, Revision]:
+    from streetvision.evaluation.revisions import Revision
 
-    base, head = (Revision(Path.cwd(), name) for name in (options.base, options.head))
-    for each in (base, head):
-        each.check_evaluated()
-    return review(base, head)
+    root = Path.cwd()
+    return Revision(root, options.base), Revision(root, options.head)
 
 
 def _sweep_summary(options: argparse.Namespace) -> None:
@@ -173,11 +174,15 @@ def _sweep_summary(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
     from streetvision.evaluation.change_report import change_report
-    from streetvision.evaluation.revisions import Revision
+    from streetvision.params import load_params
 
-    root = Path.cwd()
-    sides = Revision(root, options.base), Revision(root, options.head)
-    made = change_report(*sides, _timings(options))
+    root, sides = Path.cwd(), _sides(options)
+    gates: Gates | str
+    try:
+        gates = load_params(root / PARAMS).gates
+    except UserError as error:
+        gates = str(error)  # two revisions can be told apart all the same
+    made = change_report(*sides, gates, _timings(options))
     for name, data in made.pictures.items():
         write_bytes_atomic(options.output / name, data)
     if made.changed is not None:

@@ -181,7 +181,7 @@ def contradicted(thumbnails: NDArray[np.uint8], labels: NDArray[np.int64]) -> ND
     first = _first_identical(thumbnails)
     of_copies = np.zeros((len(first), 2), np.bool_)
     of_copies[first, labels] = True
-    result: NDArray[np.bool_] = of_copies[first].all(axis=1)
+    result: NDArray[np.bool_] = np.logical_and(of_copies[:, 0], of_copies[:, 1])[first]
     rows = np.flatnonzero(result)
     result[rows] = thumbnails[rows].std(axis=(1, 2)) >= _MIN_CONTRAST
     return result

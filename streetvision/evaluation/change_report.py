@@ -17,12 +17,14 @@ from streetvision.artifacts import ArtifactSchema
 from streetvision.errors import UserError
 from streetvision.escaping import caption, markdown, shortened
 from streetvision.evaluation.compare_report import changes_table, markdown_report, markdown_table
-from streetvision.evaluation.gates import Timing
+from streetvision.evaluation.gates import Timing, gate_section, judge
 from streetvision.evaluation.metrics import Floats
 from streetvision.evaluation.predictions import match_predictions
 from streetvision.evaluation.revisions import Review, Revision, contact_sheet, review
 from streetvision.evaluation.sweep_summary import as_text, is_number
 from streetvision.experiments import TEST_METRICS, stage_seconds
+from streetvision.freshness import MEND
+from streetvision.params import Gates
 
 _COST = {
     "metrics/train.json:parameters": "parameters",
@@ -48,11 +50,12 @@ class ChangeReport:
 
 
 def change_report(
-    base: Revision, head: Revision, timings: tuple[Timing, Timing] | None = None
+    base: Revision, head: Revision, gates: Gates | str, timings: tuple[Timing, Timing] | None = None
 ) -> ChangeReport:
     """Compare two revisions in everything that Git, DVC and this machine's run log know of them.
 
-    `timings` are latencies of base and head by engine, as for the gates; None where not measured.
+    `gates` are judged as by `gate`, or say why there are none; `timings` are latencies of base and head by
+    engine, None where not measured.
 
     Raises
     ------
@@ -62,15 +65,7 @@ def change_report(
     root = base.root
     runs = base.run, head.run
     made = ChangeReport()
-    parts = ["# What this change does", "## Is it real?"]
-    for run in runs:
-        if run.outdated:
-            files = ", ".join(map(shortened, sorted(run.outdated)))
-            name = markdown(shortened(run.name))
-            parts.append(
-                f"**Not all results of {name} belong together:** {markdown(files)} and "
-                f"what belongs to them are {markdown(run.why_outdated())}."
-            )
+    parts = ["# What this change does", *_stale(base, head), "## Is it real?"]
     metrics = _differences(base.run.metrics, head.run.metrics)
     params = _differences(base.run.params, head.run.params)
     try:
@@ -80,8 +75,10 @@ def change_report(
             f"### {markdown(f'{head} against {base}')}",
             f"**Predictions cannot be compared:** {markdown(str(error))}.",
         ]
+        parts += _gates(base, head, gates, None, timings)
     else:
         parts.append(markdown_report(found).strip())
+        parts += _gates(base, head, gates, found, timings)
         parts += _pictures(found, made)
     parts += _sweep_curves(base, head, made)
     parts += ["## Parameters", *_params_table(params)]
@@ -91,6 +88,36 @@ def change_report(
     parts += ["## Cost", *_cost_table(metrics, seconds, timings)]
     made.markdown = "\n\n".join(parts) + "\n"
     return made
+
+
+def _stale(base: Revision, head: Revision) -> list[str]:
+    """Which results are not those of their revision, before anything is said of them."""
+    parts = []
+    for each in dict.fromkeys((base, head)):
+        lines = each.run.freshness.lines()
+        if lines:
+            parts.append(f"**Stale in {markdown(str(each))}:** {MEND}.")
+            parts.append("\n".join(f"- {markdown(line)}" for line in lines))
+    return parts
+
+
+def _gates(
+    base: Revision, head: Revision, gates: Gates | str, found: Review | None,
+    timings: tuple[Timing, Timing] | None,
+) -> list[str]:  # fmt: skip
+    """What `gate` says."""
+    if head.run.freshness.stale:
+        said = [f"{markdown(f'{head} against {base}')}: fail, its results are stale."]
+    elif isinstance(gates, str):
+        said = [f"Nothing is judged: {markdown(gates)}."]
+    elif found is None:
+        said = ["Nothing can be judged without a comparison."]
+    else:
+        try:
+            said = gate_section(gates, judge(gates, found, timings), found)
+        except UserError as error:
+            said = [f"Nothing can be judged: {markdown(str(error))}."]
+    return ["## May it be taken?", *said]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Values:

@@ -170,7 +170,6 @@ def compare_predictions(
     base: Predictions,
     head: Predictions,
     served_prior: float,
-    slices: Mapping[str, Mapping[str, str]] | None = None,
     *,
     against_all_negatives: Sequence[str] = (),
     seed: int = 0,
@@ -179,14 +178,13 @@ def compare_predictions(
     """Compare two models on the images that both answered.
 
     Images that one side alone has, or that have another label on the other side, are left out (and
-    counted in `matching`). Images that either side keeps in one group stay together.
+    counted in `matching`). Images that either side keeps in one group stay together. Slices are those of
+    `head`; an image without one is in no slice of that name.
 
     Parameters
     ----------
     served_prior
         Positive share in (0, 1) to which every metric is re-weighted.
-    slices
-        By name and id the part an image belongs to; an image without one is in no slice of that name.
     against_all_negatives
         Slices that only positives have: each part is put against all negatives.
     seed, n_resamples
@@ -195,7 +193,7 @@ def compare_predictions(
     Raises
     ------
     UserError
-        No image, or only one class, in common.
+        Less than half of the images, or only one class, in common.
     """
     matching, rows_a, rows_b = match_predictions(base, head)
     y = head.labels[rows_b]
@@ -223,8 +221,7 @@ def compare_predictions(
             a,
             b,
             index,
-            ids,
-            slices or {},
+            {name: parts[rows_b] for name, parts in head.slices.items()},
             against_all_negatives,
             served_prior,
             n_resamples,
@@ -357,16 +354,14 @@ def _slices(
     a: Floats,
     b: Floats,
     index: Integers,
-    ids: NDArray[np.str_],
-    slices: Mapping[str, Mapping[str, str]],
+    slices: Mapping[str, NDArray[np.str_]],
     against_all_negatives: Sequence[str],
     served_prior: float,
     n_resamples: int,
     seed: int,
 ) -> tuple[SliceDifference, ...]:
     found = []
-    for name, part_of in slices.items():
-        parts = np.array([part_of.get(str(each), "") for each in ids])
+    for name, parts in slices.items():
         for value in sorted(set(parts.tolist()) - {""}):
             own = parts == value
             if name in against_all_negatives:

@@ -48,6 +48,7 @@ def json_report(found: Review) -> dict[str, Any]:
         "test_set": {
             "base_images": matching.n_base, "head_images": matching.n_head,
             "common_images": matching.n_common, "label_conflicts": len(matching.conflicts),
+            "other_pictures": len(matching.others),
             "compared_images": comparison.n, "positives": comparison.n_positive,
             "groups": comparison.n_groups, "effective_groups": comparison.effective_groups,
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from streetvision.bundle.predictor import Predictor
 
 log = logging.getLogger(__name__)
+# Columns of `predictions.csv` beside id, group, label and probability: what tells the image from others, and
+# the part of each slice that it belongs to (columns of a split, and the class of the evidence's size).
+PICTURE, EVIDENCE = "image_sha256", "evidence_size"
+SLICES = ("source", "weather", "daytime", EVIDENCE)
 # Upper bounds of the evidence's share of the image, and the names of the classes between them.
 EVIDENCE_BOUNDS = (0.0025, 0.01, 0.04)
 EVIDENCE_NAMES = ("below_0.25_percent", "0.25_to_1_percent", "1_to_4_percent", "above_4_percent")
@@ -62,7 +67,8 @@ def evaluate_split(
     check_prior(served_prior)
     images = in_threads(split.image, progress(range(len(split)), len(split), "scoring"))
     probabilities = predictor.probabilities(images)
-    slices = {name: split.column(name) for name in ("source", "weather", "daytime")}
+    slices = {name: split.column(name) for name in SLICES if name != EVIDENCE}
+    sizes = evidence_size(split.evidence_area())
     sample = (labels, probabilities, split.groups, slices, served_prior, seed, n_resamples)
     pictures = {}
     if one_class:
@@ -72,8 +78,8 @@ def evaluate_split(
             len(labels), *(("roadwork", "recall") if labels[0] else ("none", "the false alarm rate")),
         )  # fmt: skip
     else:
-        slices["evidence_size"] = evidence_size(split.evidence_area())
-        report = evaluation_report(*sample, against_all_negatives=["evidence_size"])
+        slices[EVIDENCE] = sizes
+        report = evaluation_report(*sample, against_all_negatives=[EVIDENCE])
         weights = prior_weights(labels, served_prior)
         pictures = {
             "roc.png": plots.plot_roc(labels, probabilities),
@@ -86,8 +92,10 @@ def evaluate_split(
         "confusion.png": plots.plot_confusion(**report["confusion"]),
         "mistakes.png": _mistakes(split, probabilities, mistakes),
     }
+    hashes = np.array([picture_hash(split.image_bytes(row)) for row in range(len(split))])
     predictions = {
-        "id": split.ids, "group": split.groups, "label": labels, "probability": probabilities
+        "id": split.ids, "group": split.groups, "label": labels, "probability": probabilities,
+        PICTURE: hashes, **slices, EVIDENCE: sizes,
     }  # fmt: skip
     return Evaluation(report, pictures, predictions)
 
@@ -99,6 +107,11 @@ def write_evaluation(evaluation: Evaluation, report: Path, plots: Path) -> list[
     written.append(write_csv_atomic(plots / "predictions.csv", columns))
     written.append(write_json_atomic(report, evaluation.report))
     return written
+
+
+def picture_hash(data: bytes) -> str:
+    """What tells an image from others: 16 hexadecimal digits (64 bits) of the SHA-256 of its stored bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def evidence_size(area: NDArray[np.float64]) -> NDArray[np.object_]:

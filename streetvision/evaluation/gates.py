@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -16,15 +16,17 @@ from typing import Any, Literal
 
 from streetvision.artifacts import ArtifactSchema
 from streetvision.errors import UserError
-from streetvision.escaping import shortened
+from streetvision.escaping import markdown, shortened
 from streetvision.evaluation.bootstrap import Interval
-from streetvision.evaluation.compare_report import NAMES, text_table
+from streetvision.evaluation.compare_report import NAMES, markdown_table, text_table
 from streetvision.evaluation.paired import LEVEL, groups_needed, groups_needed_for_ece
-from streetvision.evaluation.revisions import Review
+from streetvision.evaluation.revisions import Review, Revision
+from streetvision.freshness import MEND
 from streetvision.params import Gates
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 Timing = Mapping[str, Mapping[str, float]]
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 _P95 = "p95_ms"
 
 
@@ -35,30 +37,47 @@ class GateResult:
     Attributes
     ----------
     name, limit
-        Parameter of `gates` and its value.
+        Parameter of `gates` and its value; "fresh base" has none.
     reason
         What was found; of an inconclusive gate also what would decide.
     """
 
     name: str
-    limit: float
+    limit: float | None
     outcome: Outcome
     reason: str
 
 
+def refusal(base: Revision, head: Revision) -> str | None:
+    """Why nothing can be judged, a line a reason; None where it can: the results of `head` are its own.
+
+    A merge of stale results would leave a pipeline that `dvc repro` runs anew. What is stale in `base` is
+    for `judge`: the change may be what mends it.
+    """
+    stale = head.run.freshness.lines()
+    if not stale:
+        return None
+    lines = [f"stale in {head}: {line}" for line in stale]
+    return "\n".join([*lines, f"{head} against {base}: fail, its results are stale; {MEND}"])
+
+
 def judge(gates: Gates, found: Review, timings: tuple[Timing, Timing] | None) -> list[GateResult]:
-    """Judge every gate that is on, in the order of the parameters.
+    """Judge every gate that is on, in the order of the parameters; nothing is sure of a stale base.
 
     Parameters
     ----------
     timings
         Latencies of base and head by engine, see `read_timing`; None where they were not measured.
     """
-    return [
+    results = [
         GateResult(name, limit, *_judge(name, limit, found, timings))
         for name, limit in gates.model_dump().items()
         if limit is not None
     ]
+    if found.stale_base:
+        reason = "its results are stale, see above"
+        results.insert(0, GateResult("fresh base", None, "inconclusive", reason))
+    return results
 
 
 def overall(results: Sequence[GateResult]) -> Outcome:
@@ -71,13 +90,36 @@ def overall(results: Sequence[GateResult]) -> Outcome:
 
 def gate_report(gates: Gates, results: Sequence[GateResult], found: Review) -> str:
     """The judgement for a terminal: each gate with its reason, those that are off, and the verdict."""
-    rows = [[each.name, f"{each.limit:g}", each.outcome, each.reason] for each in results]
+    notes = [f"Note: {note}." for note in found.notes]
+    return "\n\n".join([*notes, *_judgement(gates, results, found, text_table, str)]) + "\n"
+
+
+def gate_section(gates: Gates, results: Sequence[GateResult], found: Review) -> list[str]:
+    """The same in Markdown, but for the notes of the review, which the report has already."""
+    return _judgement(gates, results, found, markdown_table, markdown)
+
+
+def _judgement(
+    gates: Gates,
+    results: Sequence[GateResult],
+    found: Review,
+    table: Table,
+    escape: Callable[[str], str],
+) -> list[str]:
+    rows = [
+        [
+            each.name,
+            "" if each.limit is None else f"{each.limit:g}",
+            each.outcome,
+            escape(each.reason),
+        ]
+        for each in results
+    ]
     off = [name for name, limit in gates.model_dump().items() if limit is None]
-    parts = [f"Note: {note}." for note in (*found.notes, *_changed_gates(gates, found))]
-    parts += [text_table(["gate", "limit", "outcome", "why"], rows)] if rows else []
+    parts = [f"Note: {escape(note)}." for note in _changed_gates(gates, found)]
+    parts += [table(["gate", "limit", "outcome", "why"], rows)] if rows else []
     parts += [f"Off: {', '.join(off)}."] if off else []
-    parts.append(f"{found.head} against {found.base}: {overall(results)}")
-    return "\n\n".join(parts) + "\n"
+    return [*parts, f"{escape(f'{found.head} against {found.base}')}: {overall(results)}"]
 
 
 def read_timing(path: Path) -> Timing:

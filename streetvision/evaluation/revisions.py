@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +12,14 @@ from streetvision.artifacts import ArtifactSchema
 from streetvision.data.store import Split, open_split
 from streetvision.errors import UserError
 from streetvision.escaping import shortened
-from streetvision.evaluation.compare import Comparison, compare_predictions
-from streetvision.evaluation.evaluate import evidence_size
+from streetvision.evaluation.compare import Change, Comparison, compare_predictions
+from streetvision.evaluation.evaluate import EVIDENCE, PICTURE, picture_hash
 from streetvision.evaluation.metrics import check_prior
 from streetvision.evaluation.predictions import Predictions, parse_predictions
-from streetvision.experiments import PARAMS, Run, finished, working_tree
+from streetvision.experiments import Run, finished, working_tree
+from streetvision.freshness import MEND, PARAMS
 
 SHEET_IMAGES = 24
-EVIDENCE = "evidence_size"
 
 
 @dataclass(frozen=True)
@@ -70,37 +71,17 @@ class Revision:
             raise UserError(f"{name} is missing; the stage `evaluate` makes it")
         return parse_predictions(text, name)
 
-    def check_evaluated(self) -> None:
-        """Refuse a revision whose predictions are those of another: an experiment that stopped earlier.
-
-        Raises
-        ------
-        UserError
-            `dvc.lock` ties the predictions to other inputs than the revision's, or to other parameters
-            that are not those of a preset.
-        """
-        if self.rev is None or not self._outdated:
-            return
-        if self.run.changed:
-            raise UserError(f"the predictions of {self} are {self.run.why_outdated()}")
-        raise UserError(
-            f"{self} stopped before the stage evaluate: its predictions are of other inputs"
-        )
-
     def notes(self) -> list[str]:
-        """What the reader of its results must know of them, a sentence each."""
+        """What the reader of its results must know of them, a sentence each; what is stale goes first."""
+        found = [f"stale in {self}: {line}" for line in self.run.freshness.lines()]
         if self.run.preset is not None:
-            return [
+            found.append(
                 f"the results of {self} are those of the preset {self.run.preset}, not of its {PARAMS}"
-            ]
-        if self._outdated:
-            return [f"the predictions of {self} are {self.run.why_outdated()}"]
-        return []
-
-    @property
-    def _outdated(self) -> bool:
-        path = ArtifactSchema(self.root).metric("evaluation").relative_to(self.root)
-        return path.as_posix() in self.run.outdated
+            )
+        if self.run.freshness.unknown:
+            paths = ", ".join(map(shortened, self.run.freshness.unknown))
+            found.append(f"whether {paths} is what {self} ran with is not known: it is not in Git")
+        return found
 
     def parameter(self, section: str, key: str) -> object:
         """One parameter, of a schema that may be older than today's; None if it is not there."""
@@ -114,9 +95,11 @@ class Review:
     Attributes
     ----------
     images
-        VAL_TEST as it lies here, if it holds the compared images.
+        VAL_TEST as it lies here, if it holds the images whose decision changed.
     notes
         What the reader must know about what was compared, a sentence each.
+    stale_base
+        Whether any results of `base` are not of its own code, parameters and data.
     """
 
     base: Revision
@@ -124,13 +107,11 @@ class Review:
     comparison: Comparison
     images: Split | None
     notes: tuple[str, ...]
+    stale_base: bool = False
 
 
 def review(base: Revision, head: Revision, seed: int = 0) -> Review:
     """Compare VAL_TEST's predictions of two revisions at the served prior of `head`.
-
-    Slices need VAL_TEST itself in the working tree, with the same labels and groups; without it there are
-    none, and a note says so.
 
     Raises
     ------
@@ -141,41 +122,24 @@ def review(base: Revision, head: Revision, seed: int = 0) -> Review:
     priors = [each.parameter("decision", "served_prior") for each in (base, head)]
     if not isinstance(priors[1], float):
         raise UserError(f"{PARAMS} of {head}: decision.served_prior is missing or no number")
-    images, notes = _images(head.root, tables[1])
     comparison = compare_predictions(
-        *tables, check_prior(priors[1]), {} if images is None else slice_values(images),
-        against_all_negatives=[EVIDENCE], seed=seed,
-    )  # fmt: skip
-    matching = comparison.matching
-    if not matching.same:
-        notes.insert(
-            0,
-            f"the test sets differ: {matching.n_base:,} images in {base}, {matching.n_head:,} in {head}; "
-            f"compared are the {comparison.n:,} that both have with one label",
-        )
-    if matching.conflicts:
-        shown = ", ".join(map(shortened, matching.conflicts[:5]))
-        notes.insert(
-            1,
-            f"{len(matching.conflicts):,} images have another label in each and are left out: {shown}",
-        )
-    notes += [note for each in dict.fromkeys((base, head)) for note in each.notes()]
+        *tables, check_prior(priors[1]), against_all_negatives=[EVIDENCE], seed=seed
+    )
+    notes = [note for each in dict.fromkeys((base, head)) for note in each.notes()]
+    if base.run.freshness.stale or head.run.freshness.stale:
+        notes.append(MEND)
+    notes += _matching_notes(base, head, comparison)
+    for each, table in dict(zip((base, head), tables, strict=True)).items():
+        if table.pictures is None:
+            notes.append(
+                f"the predictions of {each} have no {PICTURE}, so images are told apart by their id alone"
+            )
     if priors[0] != priors[1]:
         before = shortened(str(priors[0]))
         notes.append(f"the served prior was {before} in {base}; both are taken at {priors[1]}")
-    return Review(base, head, comparison, images, tuple(notes))
-
-
-def slice_values(split: Split) -> dict[str, dict[str, str]]:
-    """By name of a slice and id of an image the part it belongs to: what `evaluation.json` reports."""
-    columns = {name: split.column(name) for name in ("source", "weather", "daytime")}
-    columns[EVIDENCE] = evidence_size(split.evidence_area())
-    return {
-        name: {
-            str(i): str(v) for i, v in zip(split.ids, values, strict=True) if v not in {None, ""}
-        }
-        for name, values in columns.items()
-    }
+    images, missing = _images(head.root, tables[1], comparison.changes)
+    stale_base = bool(base.run.freshness.stale)
+    return Review(base, head, comparison, images, (*notes, *missing), stale_base)
 
 
 def contact_sheet(found: Review, count: int = SHEET_IMAGES) -> bytes | None:
@@ -200,18 +164,41 @@ def contact_sheet(found: Review, count: int = SHEET_IMAGES) -> bytes | None:
     return plot_mistakes([found.images.image(rows[each.id]) for each in chosen], captions, title)
 
 
-def _images(root: Path, predictions: Predictions) -> tuple[Split | None, list[str]]:
-    """VAL_TEST of the working tree, if it is what these predictions are of; else why not."""
+def _matching_notes(base: Revision, head: Revision, comparison: Comparison) -> list[str]:
+    """In what the test sets differ."""
+    matching = comparison.matching
+    if matching.same:
+        return []
+    notes = [
+        (
+            f"the test sets differ: {matching.n_base:,} images in {base}, {matching.n_head:,} in {head}; "
+            f"compared are the {comparison.n:,} that both have with one label"
+        )
+    ]
+    for names, what in ((matching.others, "picture"), (matching.conflicts, "label")):
+        if names:
+            shown = ", ".join(map(shortened, names[:5]))
+            notes.append(
+                f"{len(names):,} images have another {what} in each and are left out: {shown}"
+            )
+    return notes
+
+
+def _images(
+    root: Path, predictions: Predictions, changes: Sequence[Change]
+) -> tuple[Split | None, list[str]]:
+    """VAL_TEST of the working tree, if it holds the pictures of these changes; else why not."""
     path = ArtifactSchema(root).split("val_test")
-    without = "so there are no slices and no pictures of changed decisions"
+    name, without = path.relative_to(root), "so there are no pictures of changed decisions"
+    if not changes or predictions.pictures is None:
+        return None, []
     if not path.is_file():
-        return None, [f"{path.relative_to(root)} is not here, {without}"]
+        return None, [f"{name} is not here, {without}"]
     split = open_split("evaluate", "val_test", path)
-    known = {
-        str(name): (str(group), int(label))
-        for name, group, label in zip(split.ids, split.groups, split.labels, strict=True)
-    }
-    wanted = zip(predictions.ids, predictions.groups, predictions.labels, strict=True)
-    if any(known.get(str(name)) != (str(group), int(label)) for name, group, label in wanted):
-        return None, [f"{path.relative_to(root)} holds other images, {without}"]
+    rows = {str(each): row for row, each in enumerate(split.ids)}
+    wanted = dict(zip(predictions.ids.tolist(), predictions.pictures.tolist(), strict=True))
+    for change in changes:
+        row = rows.get(change.id)
+        if row is None or picture_hash(split.image_bytes(row)) != wanted[change.id]:
+            return None, [f"{name} holds other images, {without}"]
     return split, []

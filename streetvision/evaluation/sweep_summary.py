@@ -141,7 +141,12 @@ def summarise(
         raise UserError(f'{unknown[0]} has no parameter "{seeds}"; name one that is in params.yaml')
     used = [run for run in runs if is_number(run.metrics.get(name)) and path not in run.outdated]
     if not used:
-        raise UserError(f"no experiment has run the stage that writes {path}")
+        why = [
+            f"; stale in {shortened(run.name)}: {line}"
+            for run in runs
+            for line in run.freshness.lines()
+        ]
+        raise UserError(f"no experiment has run the stage that writes {path}{''.join(why[:1])}")
     huge = [run.name for run in used if abs(run.metrics[name]) > _LARGEST]
     if huge:
         raise UserError(f"{shortened(name)} of {shortened(huge[0])} is beyond {_LARGEST:g}")

@@ -18,15 +18,18 @@ from PIL import Image
 
 from streetvision.artifacts import write_csv_atomic, write_json_atomic
 from streetvision.data.store import open_split
+from streetvision.evaluation.evaluate import PICTURE, picture_hash
 from streetvision.evaluation.metrics import all_metrics, prior_weights
 from streetvision.evaluation.review_plots import overlay_mcc_curves, overlay_roc
+from streetvision.params import Params
+from streetvision.presets import merge
 from tests.pipeline.project import Project
 
 Run = Callable[..., tuple[int, str, str]]
 PICTURES = {"roc.png", "precision_recall.png", "reliability.png", "mcc_curve.png", "changed.png"}
 STAGES = {
     "train": {
-        "cmd": "true", "params": ["train.rate"], "metrics": [{"metrics/train.json": {"cache": False}}],
+        "cmd": "true", "params": ["train.learning_rate"], "metrics": [{"metrics/train.json": {"cache": False}}],
     },
     "evaluate": {
         "cmd": "true",
@@ -42,7 +45,10 @@ def write_results(project: Project, noise: float, rate: float) -> None:
     rng = np.random.default_rng(0)
     logits = 2 * (2 * split.labels - 1) + rng.normal(0, noise, len(split))
     p = 1 / (1 + np.exp(-logits))
-    columns = {"id": split.ids, "group": split.groups, "label": split.labels, "probability": p}
+    pictures = np.array([picture_hash(split.image_bytes(row)) for row in range(len(split))])
+    columns = {
+        "id": split.ids, "group": split.groups, "label": split.labels, "probability": p, PICTURE: pictures,
+    }  # fmt: skip
     write_csv_atomic(
         project / "metrics/plots/predictions.csv", {k: v.tolist() for k, v in columns.items()}
     )
@@ -56,12 +62,10 @@ def write_results(project: Project, noise: float, rate: float) -> None:
     thresholds = np.linspace(0, 1, 11)
     curve = {"threshold": thresholds.tolist(), "mcc": (rate * np.sin(np.pi * thresholds)).tolist()}
     write_csv_atomic(project / "metrics/plots/mcc_curve.csv", curve)
-    params = {"train": {"rate": rate}, "decision": {"served_prior": 0.5}}
+    params = merge(Params().model_dump(mode="json"), {"train": {"learning_rate": rate}})
     (project / "params.yaml").write_text(yaml.safe_dump(params))
-    lock = {
-        "schema": "2.0",
-        "stages": {"train": {"cmd": "true", "params": {"params.yaml": {"train.rate": rate}}}},
-    }
+    ran = {"cmd": "true", "params": {"params.yaml": {"train.learning_rate": rate}}}
+    lock = {"schema": "2.0", "stages": {"train": ran, "evaluate": {"cmd": "true"}}}
     (project / "dvc.lock").write_text(yaml.safe_dump(lock))
 
 
@@ -110,13 +114,20 @@ def test_an_experiment_against_a_branch(reported: Project, run: Run) -> None:
     text = (reported / "report/report.md").read_text()
     headings = re.findall("^#+ (.*)", text, re.MULTILINE)
     assert headings[:3] == ["What this change does", "Is it real?", "wider against main"]
-    assert headings[-6:] == [
-        "Curves", "Images whose decision changed", "MCC over the threshold, VAL_CALIB", "Parameters",
-        "Metrics", "Cost",
+    assert headings[-7:] == [
+        "May it be taken?", "Curves", "Images whose decision changed", "MCC over the threshold, VAL_CALIB",
+        "Parameters", "Metrics", "Cost",
     ]  # fmt: skip
     found = rows(text)
-    assert found["train.rate"] == ["0.5", "0.75"]
+    assert found["train.learning_rate"] == ["0.5", "0.75"]
     assert "decision.served_prior" not in found
+    drop = found["max_mcc_drop"]
+    assert (drop[:2], drop[2][:15]) == (["0.02", "pass"], "MCC difference ")
+    assert found["max_ece"][0] == "0.05"
+    assert "Off: max_accuracy_drop, min_reward, max_latency_growth." in text
+    assert (
+        f"wider against main: {'pass' if found['max_ece'][1] == 'pass' else 'inconclusive'}" in text
+    )
     mcc = found["metrics/evaluation.json:mcc"]
     assert float(mcc[0]) < float(mcc[1])
     assert mcc[2].startswith("+")
@@ -154,7 +165,8 @@ def test_commits_in_a_clone_without_the_data(reported: Project, run: Run, tmp_pa
     assert r"### working tree against HEAD\~" in text
     assert "Note: data/splits/val_test.arrow is not here" in text
     assert "Times are not known" in text
-    assert rows(text)["train.rate"] == ["0.5", "0.75"]
+    assert rows(text)["train.learning_rate"] == ["0.5", "0.75"]
+    assert "Stale" not in text
     drawn = {path.name for path in (clone / "elsewhere").glob("*.png")}
     assert drawn == PICTURES - {"changed.png"}
     assert (clone / "elsewhere/changed.csv").is_file()
@@ -178,18 +190,43 @@ def test_what_a_revision_lacks_is_said(reported: Project, run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_an_experiment_that_stopped_early_is_marked(reported: Project, run: Run) -> None:
+def test_stale_results_are_named_first_and_not_judged(reported: Project, run: Run) -> None:
     params = yaml.safe_load((reported / "params.yaml").read_text())
-    params["train"]["rate"] = 0.9
+    params["train"]["learning_rate"] = 0.9
     (reported / "params.yaml").write_text(yaml.safe_dump(params))
     reported.commit()
     assert run("report", "main~", "main")[0] == 0
     text = (reported / "report/report.md").read_text()
-    assert (
-        "**Not all results of main belong together:** metrics/train.json and what belongs to them are of "
-        "other parameters than params.yaml: train.rate was 0.5 and is 0.9; " in text
+    reason = "train: train.learning_rate was 0.5 and is 0.9"
+    assert text.startswith("# What this change does\n\n**Stale in main:** `dvc repro` makes")
+    assert f"\n- {reason}\n\n## Is it real?" in text
+    assert f"Note: stale in main: {reason}." in text
+    assert "## May it be taken?\n\nmain against main\\~: fail, its results are stale." in text
+    # As the base they are no measure, and the change may be what mends them.
+    write_results(reported, 1.5, 0.9)
+    assert run("report", "main")[0] == 0
+    text = (reported / "report/report.md").read_text()
+    found = rows(text)
+    assert found["fresh base"][1] == "inconclusive"
+    assert "working tree against main: inconclusive" in text
+    assert run("gate", "main")[0] == 1
+    assert run("gate", "main", "--inconclusive", "pass")[0] == 0
+
+
+@pytest.mark.slow
+def test_what_cannot_be_judged_is_said(reported: Project, run: Run) -> None:
+    write_results(reported, 1.5, 0.75)
+    reported.change({"gates": {"min_reward": 0.1}})
+    (reported / "metrics/challenge.json").write_text("{}")
+    assert run("report", "main")[0] == 0
+    said = "May it be taken?\n\nNothing can be judged: metrics/challenge.json of working tree is not what"
+    assert said in (reported / "report/report.md").read_text()
+    reported.change({"odd": 1})
+    assert run("report", "main", "wider")[0] == 0
+    assert re.search(
+        r"May it be taken\?\n\nNothing is judged: .*params.yaml.*odd",
+        (reported / "report/report.md").read_text(),
     )
-    assert "results of main~" not in text
 
 
 @pytest.mark.slow

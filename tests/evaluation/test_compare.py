@@ -14,6 +14,7 @@ from streetvision.evaluation.compare import (
     compare_predictions,
     difference_intervals,
 )
+from streetvision.evaluation.evaluate import picture_hash
 from streetvision.evaluation.metrics import all_metrics, prior_weights
 from streetvision.evaluation.paired import groups_needed, resting_groups, same_mcc_p
 from streetvision.evaluation.predictions import Predictions, joined_groups, parse_predictions
@@ -206,6 +207,58 @@ def test_other_test_sets_are_compared_on_what_they_share() -> None:
     assert same.matching.same
 
 
+def hashed(table: Predictions, salt: str = "") -> Predictions:
+    """With the hashes of pictures that its ids stand for."""
+    names = [picture_hash(f"{salt}{name}".encode()) for name in table.ids]
+    return replace(table, pictures=np.array(names))
+
+
+def test_one_id_with_two_pictures_is_no_image_of_both() -> None:
+    """Whatever the order of the rows; their labels may be equal or not."""
+    base, head = tables(20)
+    n = len(base.ids)
+    order = np.random.default_rng(0).permutation(n)
+    pictures = hashed(head).pictures
+    assert pictures is not None
+    pictures[[3, 7]] = "0" * 16
+    labels = head.labels.copy()
+    labels[[7, 9]] = 1 - labels[[7, 9]]
+    other = replace(head, labels=labels)
+    given = replace(rows(other, order), pictures=pictures[order])
+    found = compare_predictions(hashed(base), given, PRIOR, n_resamples=50)
+    assert found.matching.others == ("image-00003", "image-00007")
+    assert found.matching.conflicts == ("image-00009",)
+    assert (found.matching.n_common, found.n, found.matching.same) == (n - 2, n - 3, False)
+    kept = np.delete(np.arange(n), [3, 7, 9])
+    wanted = compare_predictions(rows(base, kept), rows(head, kept), PRIOR, n_resamples=50)
+    assert found.differences == wanted.differences
+    assert compare_predictions(hashed(base), hashed(head), PRIOR, n_resamples=10).matching.same
+
+
+def test_test_sets_that_share_less_than_half_are_refused() -> None:
+    base, head = tables(20)
+    n = len(base.ids)
+    with pytest.raises(
+        UserError,
+        match=rf"the test sets differ: of {n} and {n} images they share 0, {n} more only an id",
+    ):
+        compare_predictions(hashed(base), hashed(head, "another seed"), PRIOR)
+    # One side without hashes: by the ids, as far as they go.
+    assert compare_predictions(base, hashed(head, "x"), PRIOR, n_resamples=10).matching.same
+    half = n // 2
+    small = rows(head, slice(0, 2 * half - 2))
+    for first, allowed in ((half, False), (half - 1, True)):
+        # `base` has n images, of which `small` shares its last ones.
+        ids = np.concatenate([np.char.add("x", base.ids[:first]), base.ids[first:]])
+        moved = replace(base, ids=ids)
+        if allowed:
+            matching = compare_predictions(moved, small, PRIOR, n_resamples=10).matching
+            assert 2 * matching.n_common == len(small.ids)
+        else:
+            with pytest.raises(UserError, match="less than half"):
+                compare_predictions(moved, small, PRIOR)
+
+
 def test_images_with_two_labels_are_left_out_and_named() -> None:
     base, head = tables(20)
     labels = head.labels.copy()
@@ -222,9 +275,13 @@ def test_images_with_two_labels_are_left_out_and_named() -> None:
 def test_nothing_in_common_or_one_class_is_refused() -> None:
     base, head = tables(20)
     other = replace(head, ids=np.char.add("x", head.ids))
-    with pytest.raises(UserError, match=r"nothing to compare: of .* 0 are in both"):
+    with pytest.raises(
+        UserError, match=r"the test sets differ: of .* images they share 0, less than half"
+    ):
         compare_predictions(base, other, PRIOR)
-    with pytest.raises(UserError, match=r"with another label"):
+    with pytest.raises(
+        UserError, match=r"nothing to compare: all .* are labelled otherwise in each"
+    ):
         compare_predictions(base, replace(head, labels=1 - head.labels), PRIOR)
     one = base.labels == 1
     with pytest.raises(UserError, match="both classes"):
@@ -244,11 +301,12 @@ def test_a_comparison_counts_the_groups_that_either_side_joins(side: str) -> Non
     assert found.differences == wanted.differences
     assert found.same_mcc_p == wanted.same_mcc_p
     assert found.differences != compare_predictions(base, head, PRIOR, n_resamples=200).differences
-    part = {str(name): "x" for name in base.ids[::2]}
+    part = np.array(["x", ""])[np.arange(len(base.ids)) % 2]
     slices = [
-        compare_predictions(*each, PRIOR, {"s": part}, n_resamples=200).slices
-        for each in (given, joined)
+        compare_predictions(one, replace(two, slices={"s": part}), PRIOR, n_resamples=200).slices
+        for one, two in (given, joined)
     ]
+    assert len(slices[0]) == 1
     assert slices[0] == slices[1]
 
 
@@ -269,15 +327,13 @@ def sliced(n_groups: int) -> tuple[Comparison, Predictions, Predictions, np.ndar
     weather = np.array(["sun", "rain"])[number % 2].astype(object)
     weather[number == 3] = "hail"  # one group alone
     evidence = np.where(base.labels == 1, np.array(["near", "far"])[np.arange(len(number)) % 2], "")
+    slices = {
+        "weather": weather.astype(str), "evidence": evidence,
+        "source": np.full(len(number), "all"), "label": base.labels.astype(str),
+    }  # fmt: skip
     found = compare_predictions(
-        base, head, PRIOR,
-        {
-            "weather": dict(zip(base.ids.tolist(), weather, strict=True)),
-            "evidence": dict(zip(base.ids.tolist(), evidence.tolist(), strict=True)),
-            "source": dict.fromkeys(base.ids.tolist(), "all"),
-            "label": {str(i): str(v) for i, v in zip(base.ids, base.labels, strict=True)},
-        },
-        against_all_negatives=["evidence"], n_resamples=300,
+        base, replace(head, slices=slices), PRIOR, against_all_negatives=["evidence"],
+        n_resamples=300,
     )  # fmt: skip
     return found, base, head, weather
 
@@ -381,6 +437,10 @@ def test_predictions_are_read_whatever_their_columns_order() -> None:
         (GOOD + "c,g\n", "here line 4: 2 cells, but the header names 4 columns"),
         (GOOD + "c,g,2,0.5\n", "here: labels must be 0 or 1"),
         (GOOD + "c,g,1,nan\n", r"here: probabilities must lie in \[0, 1\]"),
+        (
+            "id,group,label,probability,image_sha256\na,g,1,0.9,0123456789abcdeg\n",
+            "here: image_sha256 must be 16 hexadecimal digits",
+        ),
         ("id,group,label,probability\n", "here: labels and probabilities must be two non-empty"),
     ],
 )

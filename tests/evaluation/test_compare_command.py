@@ -7,12 +7,14 @@ import io
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from streetvision.artifacts import write_csv_atomic
 from streetvision.evaluation.revisions import Revision, contact_sheet, review
 from tests.pipeline.project import Project
 
@@ -97,21 +99,69 @@ def test_the_working_tree_is_the_default_and_other_test_sets_are_named(
         in shown
     )
     assert f"1 images have another label in each and are left out: {fields[0]}" in shown
-    # The split on this disk has other labels than the table, so it may not explain it.
-    assert "val_test.arrow holds other images" in shown
-    assert "by slice" not in shown
+    assert "by slice" in shown
 
 
-def test_without_the_images_there_are_no_slices_and_it_says_so(compared: Project, run: Run) -> None:
-    (compared / "data/splits/val_test.arrow").unlink()
-    found = review(Revision(compared.root, "main"), Revision(compared.root, "better"))
-    assert found.comparison.slices == ()
-    assert contact_sheet(found) is None
-    assert found.notes == (
-        "data/splits/val_test.arrow is not here, so there are no slices and no pictures of changed decisions",
-    )
-    assert run("compare", "main", "better", "--output", "report")[0] == 0
-    assert [path.name for path in (compared / "report").iterdir()] == ["changed.csv"]
+def test_without_the_images_there_are_slices_but_no_pictures(
+    compared: Project, run: Run, write_split: Callable[..., Path]
+) -> None:
+    sides = Revision(compared.root, "main"), Revision(compared.root, "better")
+    here, split = review(*sides), compared / "data/splits/val_test.arrow"
+    assert {each.name for each in here.comparison.slices} == {"weather", "daytime", "evidence_size"}
+    assert (here.notes, contact_sheet(here) is None) == ((), False)
+    split.unlink()
+    for why in ("is not here", "holds other images"):
+        found = review(*sides)
+        assert found.comparison == here.comparison
+        assert contact_sheet(found) is None
+        without = "so there are no pictures of changed decisions"
+        assert found.notes == (f"data/splits/val_test.arrow {why}, {without}",)
+        assert run("compare", "main", "better", "--output", "report")[0] == 0
+        assert [path.name for path in (compared / "report").iterdir()] == ["changed.csv"]
+        write_split(split, 160, groups=16, seed=1)  # the same ids, other pictures
+    # Of no change there is nothing to show, and nothing to say.
+    assert review(sides[0], Revision(compared.root, None)).notes == ()
+
+
+def test_other_pictures_under_the_same_ids_are_another_test_set(
+    compared: Project, run: Run
+) -> None:
+    rows = list(csv.DictReader(io.StringIO((compared / TABLE).read_text())))
+
+    def write(changed: int) -> None:
+        for row in rows[:changed]:
+            row["image_sha256"] = "0" * 16
+        write_csv_atomic(compared / TABLE, {name: [row[name] for row in rows] for name in rows[0]})
+
+    write(3)
+    code, shown, _ = run("compare", "main")
+    assert code == 0
+    assert "compared are the 157 that both have" in shown
+    named = ", ".join(row["id"] for row in rows[:3])
+    assert f"3 images have another picture in each and are left out: {named}" in shown
+    write(81)
+    code, shown, said = run("compare", "main")
+    assert (code, shown) == (2, "")
+    assert "the test sets differ: of 160 and 160 images they share 79, 81 more only an id" in said
+    assert said.count("\n") == 1
+
+
+def test_a_table_without_pictures_is_compared_by_id_and_says_so(
+    compared: Project, run: Run
+) -> None:
+    rows = list(csv.DictReader(io.StringIO((compared / TABLE).read_text())))
+    names = ("id", "group", "label", "probability")
+    write_csv_atomic(compared / TABLE, {name: [row[name] for row in rows] for name in names})
+    note = "predictions of working tree have no image_sha256, so images are told apart by their id alone"
+    for sides in (("main",), ("working tree", "main")):
+        given = [
+            Revision(compared.root, None if each == "working tree" else each) for each in sides
+        ]
+        found = review(given[0], given[1] if len(given) > 1 else Revision(compared.root, None))
+        assert found.comparison.matching.same
+        assert [each for each in found.notes if note in each]
+        # Slices are those of head.
+        assert bool(found.comparison.slices) == (found.head.rev == "main")
 
 
 def test_another_served_prior_is_named_and_heads_is_taken(compared: Project) -> None:

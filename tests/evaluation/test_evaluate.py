@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import inspect
 import io
 import json
@@ -31,6 +32,7 @@ from streetvision.evaluation.evaluate import (
     evidence_size,
     write_evaluation,
 )
+from streetvision.evaluation.predictions import parse_predictions
 from streetvision.evaluation.report import safe_key
 from streetvision.params import check_params
 
@@ -176,7 +178,7 @@ def test_the_report_is_finite_and_scalar(evaluation: Evaluation) -> None:
         assert not isinstance(leaf, float) or np.isfinite(leaf)
 
 
-def test_the_files(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_the_files(evaluation: Evaluation, split: Split, tmp_path: Path) -> None:
     report, folder = tmp_path / "evaluation.json", tmp_path / "plots"
     written = write_evaluation(evaluation, report, folder)
     assert sorted(path.name for path in written) == [
@@ -187,12 +189,22 @@ def test_the_files(evaluation: Evaluation, tmp_path: Path) -> None:
     assert json.loads(report.read_text()) == evaluation.report
     with (folder / "predictions.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["id", "group", "label", "probability"]
+    slices = ["source", "weather", "daytime", "evidence_size"]
+    assert header == ["id", "group", "label", "probability", "image_sha256", *slices]
     found = evaluation.predictions
     assert [row[0] for row in rows] == found["id"].tolist()
     assert [row[1] for row in rows] == found["group"].tolist()
     assert [int(row[2]) for row in rows] == found["label"].tolist()
     assert [float(row[3]) for row in rows] == found["probability"].tolist()
+    read = parse_predictions((folder / "predictions.csv").read_text(), "here")
+    assert read.pictures is not None
+    for row, name in enumerate(read.pictures):
+        assert name == hashlib.sha256(split.image_bytes(row)).hexdigest()[:16]
+    assert len(set(read.pictures)) == len(split)
+    assert tuple(read.slices) == tuple(slices)
+    for name in slices[:3]:
+        assert read.slices[name].tolist() == [value or "" for value in split.column(name)]
+    assert read.slices["evidence_size"].tolist() == evidence_size(split.evidence_area()).tolist()
     for path in folder.glob("*.png"):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             assert image.format == "PNG"

@@ -254,6 +254,60 @@ def test_the_reward_is_that_of_heads_challenge(compared: Project, run: Run) -> N
     assert "metrics/challenge.json of working tree is not what `challenge` writes" in said
 
 
+def locked_stage(project: Project, name: str) -> None:
+    """`main` gets a stage whose code is `name` and whose results are the predictions, as if it had run."""
+    (project / name).write_text("first\n")
+    stage = {
+        "cmd": "true",
+        "deps": [name],
+        "metrics": [{"metrics/evaluation.json": {"cache": False}}],
+    }
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"evaluate": stage}}))
+    project.dvc("commit", "--quiet", "--force")
+    project.commit()
+
+
+def test_stale_results_are_refused(compared: Project, run: Run) -> None:
+    """Code that was changed, committed and not run: in the working tree and of a revision."""
+    set_gates(compared)
+    locked_stage(compared, "score.py")
+    assert run("gate", "main")[:2] == (
+        0,
+        run("gate", "main", "HEAD")[1].replace("HEAD", "working tree"),
+    )
+    compared.git("checkout", "--quiet", "-b", "change")
+    (compared / "score.py").write_text("second\n")
+    for commit in (False, True):
+        if commit:
+            compared.commit()
+        heads = [(), ("change",)] if commit else [()]
+        for head in heads:
+            for choice in ("fail", "pass"):
+                code, shown, said = run("gate", "main", *head, "--inconclusive", choice)
+                name = head[0] if head else "working tree"
+                assert (code, said) == (1, "")
+                first, last = shown.splitlines()
+                assert first == f"stale in {name}: evaluate: score.py changed"
+                assert last.startswith(
+                    f"{name} against main: fail, its results are stale; `dvc repro`"
+                )
+    code, shown, _ = run("compare", "main", "change")
+    assert code == 0
+    assert shown.split("\n\n")[2] == "Note: stale in change: evaluate: score.py changed."
+    # Base is stale: doubt, unless the user says that doubts pass.
+    code, shown, _ = run("gate", "change", "main")
+    assert code == 1
+    assert "Note: stale in change: evaluate: score.py changed." in shown
+    assert "main against change: inconclusive" in shown
+    assert run("gate", "change", "main", "--inconclusive", "pass")[0] == 0
+    # A metric that was edited, or merged, is nobody's result.
+    compared.git("checkout", "--quiet", "main")
+    (compared / "metrics/evaluation.json").write_text("{}")
+    code, shown, _ = run("gate", "main")
+    assert code == 1
+    assert "stale in working tree: evaluate: metrics/evaluation.json is not what it wrote" in shown
+
+
 def test_loosened_gates_are_named(compared: Project, run: Run) -> None:
     was = yaml.safe_load(compared.git("show", "main:params.yaml").stdout)["gates"]["max_mcc_drop"]
     set_gates(compared, max_mcc_drop=1.0)

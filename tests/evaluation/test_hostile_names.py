@@ -121,7 +121,9 @@ def test_compare_and_sweep_summary_print_no_orders(
         common["odd"]["f"] += str(rank)
         (hostile / "params.yaml").write_text(yaml.safe_dump(common))
         (hostile / "metrics/train.json").write_text(json.dumps({"val_select": {"mcc": rank / 2}}))
-        (hostile / "dvc.lock").unlink(missing_ok=True)
+        ran = {"cmd": "true", "params": {"params.yaml": {"train.learning_rate": None}}}
+        lock = {"stages": {"train": ran, "evaluate": {"cmd": "true"}}}
+        (hostile / "dvc.lock").write_text(yaml.safe_dump(lock))
         hostile.commit()
     code, shown, said = run(
         "sweep-summary", "one", "two", "--md", str(tmp_path / "s.md"), "--json", str(tmp_path / "s.json"),
