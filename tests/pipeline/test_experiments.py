@@ -78,8 +78,8 @@ def test_a_decision_reruns_nothing_before_it(project: Project) -> None:
 
 
 @pytest.mark.slow
-def test_dvcs_tables_of_a_retraining_are_short(project: Project) -> None:
-    """One-line forms of docs/experiments.md on a terminal of 160 columns."""
+def test_a_retraining_with_another_seed_in_tables_and_comparisons(project: Project) -> None:
+    """One-line forms of docs/experiments.md; scenes of another seed are no test set of both."""
     done = project.dvc("exp", "run", "-S", "train.learning_rate=0.01", "-S", "seed=8")
     assert {"train", "headline"} <= set(stages_run(done.stdout))
     # At most: without `--all`, what did not change is left out.
@@ -94,6 +94,13 @@ def test_dvcs_tables_of_a_retraining_are_short(project: Project) -> None:
     header = next(line for line in shown if "Experiment" in line).split()
     assert header[:4] == ["Experiment", "mcc", "mcc_low", "mcc_high"]
     assert {"ece", "val_select_mcc", "train.learning_rate", "seed"} <= set(header)
+    # Ids in common, and no picture.
+    for command in ("compare", "gate"):
+        done = project.python("-m", "streetvision", command, "main", check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "the test sets differ: of " in done.stderr
+        assert " images they share 0, " in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
