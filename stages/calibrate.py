@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import read_json, write_bytes_atomic, write_json_atomic
+from streetvision.core.artifacts import read_json, write_bytes_atomic, write_json_atomic
 
 
 def calibrate(stage: Stage) -> None:
@@ -13,17 +13,17 @@ def calibrate(stage: Stage) -> None:
 
     Fitted on the images that `decision.fit_on` names, clean or distorted, and reported on both.
     """
+    from streetvision.core.schema import CONDITIONS
     from streetvision.data.embeddings import read_embeddings
-    from streetvision.data.schema import CONDITIONS
     from streetvision.decision.fitting import Passes, fit_decision
     from streetvision.decision.inputs import prior_shift, sigmoid
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import scrc_document
     from streetvision.decision.report import calibration_metrics
     from streetvision.decision.validator import PolicyValidator
-    from streetvision.evaluation.metrics import prior_weights
-    from streetvision.evaluation.plots import plot_reliability
-    from streetvision.models.fusion import load_fusion
+    from streetvision.fusion.fusion import load_fusion
+    from streetvision.plots import plot_reliability
+    from streetvision.stats.metrics import prior_weights
 
     params, paths = stage.params, stage.paths
 

@@ -6,7 +6,7 @@ DVC tells a stage from its parameters' names, so a name that no stage has reruns
 from __future__ import annotations
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import write_bytes_atomic
+from streetvision.core.artifacts import write_bytes_atomic
 
 
 def check(stage: Stage) -> None:

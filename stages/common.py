@@ -12,7 +12,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, NoReturn
 
-from streetvision.artifacts import (
+from streetvision.core.artifacts import (
     ArtifactSchema,
     create_step_manifest,
     main_process,
@@ -22,11 +22,11 @@ from streetvision.artifacts import (
     sha256_file,
     write_json_atomic,
 )
-from streetvision.documents import read_yaml
-from streetvision.errors import UserError, guarded, log_to_terminal
-from streetvision.imports import code_sha256
-from streetvision.params import Params, load_params
-from streetvision.processes import collect_rarely, keep_freed_memory, leave
+from streetvision.core.documents import read_yaml
+from streetvision.core.errors import UserError, guarded, log_to_terminal
+from streetvision.core.imports import code_sha256
+from streetvision.core.params import Params, load_params
+from streetvision.core.processes import collect_rarely, keep_freed_memory, leave
 
 
 @dataclass(frozen=True)

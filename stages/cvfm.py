@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import read_json, write_bytes_atomic, write_json_atomic
+from streetvision.core.artifacts import read_json, write_bytes_atomic, write_json_atomic
 
 
 def cvfm(stage: Stage) -> None:
@@ -11,12 +11,12 @@ def cvfm(stage: Stage) -> None:
 
     Fitted on and chosen by the images that `decision.fit_on` names, clean or distorted.
     """
+    from streetvision.core.schema import CONDITIONS
     from streetvision.data.embeddings import read_embeddings
-    from streetvision.data.schema import CONDITIONS
-    from streetvision.evaluation.plots import plot_fusion
+    from streetvision.fusion.fitting import LabelledViews, choose_fusion
+    from streetvision.fusion.fusion import save_fusion
     from streetvision.models.classifier import load_head
-    from streetvision.models.fusion import save_fusion
-    from streetvision.models.fusion_training import LabelledViews, choose_fusion
+    from streetvision.plots import plot_fusion
 
     params, paths = stage.params, stage.paths
     fit_on = params.decision.fit_on

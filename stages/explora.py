@@ -6,10 +6,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import main_process, write_csv_atomic, write_json_atomic
+from streetvision.core.artifacts import main_process, write_csv_atomic, write_json_atomic
 
 if TYPE_CHECKING:
-    from streetvision.models.adapted import AdaptationResult
+    from streetvision.explora.adapted import AdaptationResult
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def explora(stage: Stage) -> None:
 
     With several devices every rank runs this; the first one writes.
     """
-    from streetvision.models.adapted import pass_through
+    from streetvision.explora.adapted import pass_through
     from streetvision.models.backbone import initial_backbone
 
     params, paths = stage.params, stage.paths
@@ -36,7 +36,7 @@ def explora(stage: Stage) -> None:
             _write(stage, config, document, pass_through(backbone))
         return
     from streetvision.data.store import open_split
-    from streetvision.models.pretraining import adapt_backbone
+    from streetvision.explora.pretraining import adapt_backbone
 
     fit, select = (
         open_split("explora", name, paths.split(name)) for name in ("train", "val_select")
@@ -55,7 +55,7 @@ def explora(stage: Stage) -> None:
 def _write(
     stage: Stage, config: dict[str, Any], document: dict[str, Any], result: AdaptationResult
 ) -> None:
-    from streetvision.models.adapted import HISTORY_COLUMNS, save_adaptation
+    from streetvision.explora.adapted import HISTORY_COLUMNS, save_adaptation
 
     paths = stage.paths
     save_adaptation(result, document, paths.explora)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import write_json_atomic
+from streetvision.core.artifacts import write_json_atomic
 from streetvision.data.store import CONTRACT
 
 if TYPE_CHECKING:

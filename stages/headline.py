@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import read_json, write_json_atomic
+from streetvision.core.artifacts import read_json, write_json_atomic
 from streetvision.evaluation.headline import headline_of, in_words
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from stages.common import Stage, run_stage
 
 def ingest(stage: Stage) -> None:
     """`data.sources` → `data/raw/*.parquet`."""
-    from streetvision.data.ingest import ingest_sources
-    from streetvision.progress import progress
+    from streetvision.core.progress import progress
+    from streetvision.sources.ingest import ingest_sources
 
     data = stage.params.data
     local_root = stage.paths.root / data.local_root

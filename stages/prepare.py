@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import write_json_atomic
-from streetvision.data.schema import SPLITS
+from streetvision.core.artifacts import write_json_atomic
+from streetvision.core.schema import SPLITS
 
 
 def prepare(stage: Stage) -> None:
     """`data/raw` → four split files, `data/quarantine.csv`, `metrics/data.json`."""
-    from streetvision.data.prepare import prepare_splits
-    from streetvision.progress import progress
+    from streetvision.core.progress import progress
+    from streetvision.prepare.prepare import prepare_splits
 
     paths = stage.paths
     splits = {name: paths.split(name) for name in SPLITS}

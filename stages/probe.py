@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import read_json, write_json_atomic
+from streetvision.core.artifacts import read_json, write_json_atomic
 
 
 def probe(stage: Stage) -> None:
     """Fit probes on TRAIN without its fusion part, read them on VAL_SELECT → `metrics/probe.json`."""
     from streetvision.data.store import open_split
-    from streetvision.models.probe import probe_backbones
+    from streetvision.explora.probe import probe_backbones
 
     params, paths = stage.params, stage.paths
     inputs = {name: paths.split(name) for name in ("train", "val_select")}

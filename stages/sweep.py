@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+from streetvision.core.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
 
 PLOTTED = 101  # points of the curve that is in Git, for revisions to be laid over each other
 
@@ -16,7 +16,7 @@ def sweep(stage: Stage) -> None:
 
     from streetvision.data.embeddings import read_embeddings
     from streetvision.decision.report import sweep_thresholds
-    from streetvision.evaluation.plots import plot_threshold_sweep
+    from streetvision.plots import plot_threshold_sweep
 
     params, paths = stage.params, stage.paths
     source = paths.embeddings("val_calib")

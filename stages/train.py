@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.common import Stage, run_stage
-from streetvision.artifacts import main_process, write_csv_atomic, write_json_atomic
+from streetvision.core.artifacts import main_process, write_csv_atomic, write_json_atomic
 
 
 def train(stage: Stage) -> None:
@@ -13,7 +13,7 @@ def train(stage: Stage) -> None:
     """
     from streetvision.data.store import open_split
     from streetvision.models.classifier import save_classifier
-    from streetvision.models.training import build_classifier, train_classifier
+    from streetvision.training.training import build_classifier, train_classifier
 
     params, paths = stage.params, stage.paths
     inputs = {name: paths.split(name) for name in ("train", "val_select")}

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from streetvision.commands import bundles, changes, data, measuring, project
-from streetvision.errors import guarded, log_to_terminal
-from streetvision.escaping import terminal
-from streetvision.processes import keep_freed_memory
+from streetvision.core.errors import guarded, log_to_terminal
+from streetvision.core.escaping import terminal
+from streetvision.core.processes import keep_freed_memory
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,9 +18,9 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
+from streetvision.core.params import Cvfm, Hardware, Train, ViewGrid
+from streetvision.core.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.data.store import open_split
-from streetvision.params import Cvfm, Hardware, Train, ViewGrid
 
 torch.set_num_threads(1)
 # The same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones.
@@ -135,13 +135,13 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory, tiny_splits: dict[str, Path], tiny_train: Train
 ) -> Trained:
     """Everything up to the bundle, trained on the tiny splits; read only."""
-    from streetvision.artifacts import write_bytes_atomic, write_json_atomic
     from streetvision.bundle.export import export_bundle
+    from streetvision.core.artifacts import write_bytes_atomic, write_json_atomic
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import fit_policy, scrc_document
+    from streetvision.fusion.fusion import Fusion, FusionConfig, save_fusion
     from streetvision.models.classifier import save_classifier, score_split
-    from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
-    from streetvision.models.training import build_classifier, fit_classifier
+    from streetvision.training.training import build_classifier, fit_classifier
 
     folder = tmp_path_factory.mktemp("trained")
     model, config = build_classifier(tiny_train, square_crop=False, seed=7, root=folder)

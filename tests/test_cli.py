@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from streetvision import cli
-from streetvision.data import hub
+from streetvision.sources import hub
 
 COMMANDS = (
     "doctor",

@@ -12,8 +12,8 @@ import pytest
 ROW = re.compile(r"\| .+ \| (?P<said>[^|]+) \| `(?P<constant>[^`]+)` \|")
 # Modules each of whose bounds, its numbers with a public name, has a row.
 WHOLE = (
-    "streetvision.bundle.limits", "streetvision.data.parquet_bounds", "streetvision.data.pixels",
-    "streetvision.documents",
+    "streetvision.bundle.limits", "streetvision.sources.parquet_bounds", "streetvision.data.pixels",
+    "streetvision.core.documents",
 )  # fmt: skip
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -12,8 +12,8 @@ from dvc.utils.hydra import apply_overrides
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streetvision.errors import UserError
-from streetvision.params import Params, check_params
+from streetvision.core.errors import UserError
+from streetvision.core.params import Params, check_params
 from streetvision.presets import FOLDER, load_preset, merge, overrides, preset_names, value
 
 DEFAULTS = Params().model_dump(mode="json")

@@ -106,7 +106,7 @@ def test_in_the_project_itself_no_installation_is_needed() -> None:
 WORKERS = """
 import os
 from pathlib import Path
-from streetvision.processes import in_processes
+from streetvision.core.processes import in_processes
 if __name__ == "__main__":
     assert list(in_processes(len, ["a", "bb", "ccc"], 2)) == [1, 2, 3]
 """
@@ -157,7 +157,7 @@ def test_all_packages_are_installed() -> None:
 def test_repro_lets_the_stages_import_their_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streetvision import repro
+    from streetvision.commands import repro
 
     given: list[dict[str, str]] = []
 

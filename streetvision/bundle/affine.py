@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import CalibrationMap, PlattMap
 from streetvision.decision.ensemble import EnsembleMap
 from streetvision.decision.inputs import check_logits, sigmoid
 from streetvision.decision.parametric import TemperatureMap
 from streetvision.decision.policy import DECISION_THRESHOLD, Policy
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import all_metrics, prior_weights
+from streetvision.stats.metrics import all_metrics, prior_weights
 
 FloatArray = NDArray[np.float64]
 # The reference logits: so many, evenly spaced between these deployed probabilities.

@@ -21,7 +21,7 @@ from streetvision.bundle.limits import (
     MAX_RATIO_EXTRA_BYTES,
 )
 from streetvision.bundle.validate import BUNDLE_JSON, parse_manifest
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2**20

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from streetvision.bundle.inputs import MAX_PIXELS, ImageInput, upright_image
+from streetvision.core.params import ViewGrid
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import ViewScores, views_of
 from streetvision.decision.policy import Policy
-from streetvision.models.fusion import Fusion
+from streetvision.fusion.fusion import Fusion
 from streetvision.models.multiview import network_scores
-from streetvision.params import ViewGrid
 
 
 class BasePredictor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streetvision.escaping import markdown
+from streetvision.core.escaping import markdown
 
 if TYPE_CHECKING:
     from streetvision.bundle.publish import Submission

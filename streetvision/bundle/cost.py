@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from streetvision.data.transforms import Preprocessing
+from streetvision.fusion.fusion import Fusion
 from streetvision.models.classifier import RoadworkClassifier
-from streetvision.models.fusion import Fusion
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from streetvision.bundle.base import BasePredictor
 from streetvision.bundle.inputs import MAX_PIXELS
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 # torch, or onnxruntime with what `export.onnx` and `export.int8` add.
 ENGINES = ("torch", "onnx", "onnx_int8")

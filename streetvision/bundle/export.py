@@ -11,19 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streetvision.artifacts import (
+from streetvision.bundle.onnx_session import ONNX_FILES, OnnxParts
+from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, sealed
+from streetvision.core.artifacts import (
     read_json,
     sha256_file,
     write_atomic,
     write_bytes_atomic,
     write_json_atomic,
 )
-from streetvision.bundle.onnx_session import ONNX_FILES, OnnxParts
-from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, sealed
-from streetvision.data.schema import CLASS_NAMES
+from streetvision.core.errors import UserError
+from streetvision.core.schema import CLASS_NAMES
 from streetvision.decision.policy import policy_from_document
-from streetvision.errors import UserError
-from streetvision.models import fusion
+from streetvision.fusion import fusion
 from streetvision.models.classifier import CONFIG, WEIGHTS, ClassifierConfig, load_weights_into
 
 if TYPE_CHECKING:

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.artifacts import (
+from streetvision.bundle.archive import bundle_folder
+from streetvision.bundle.validate import load_bundle
+from streetvision.core.artifacts import (
     ArtifactSchema,
     read_json,
     sha256_file,
     write_atomic,
     write_json_atomic,
 )
-from streetvision.bundle.archive import bundle_folder
-from streetvision.bundle.validate import load_bundle
+from streetvision.core.errors import UserError
 from streetvision.data.embeddings import read_embeddings
-from streetvision.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

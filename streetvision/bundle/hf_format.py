@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from streetvision.bundle.affine import Affine
-from streetvision.data.schema import CLASS_NAMES
+from streetvision.core.errors import UserError
+from streetvision.core.schema import CLASS_NAMES
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
 from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier
 
 # The first releases of transformers that open each kind; the wrapper took model arguments later.

@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import escaped, terminal
+from streetvision.core.params import Data
 from streetvision.data.payload import from_base64
 from streetvision.data.pixels import (
     MAX_ASPECT,
@@ -21,9 +24,6 @@ from streetvision.data.pixels import (
     upright_rgb,
 )
 from streetvision.data.walk import read_image
-from streetvision.errors import UserError
-from streetvision.escaping import escaped, terminal
-from streetvision.params import Data
 
 ImageInput = (
     Image.Image | bytes | bytearray | memoryview | str | os.PathLike[str] | NDArray[np.uint8]

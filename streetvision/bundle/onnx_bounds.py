@@ -22,8 +22,8 @@ from streetvision.bundle.limits import (
     MAX_GRAPH_BYTES,
     MAX_OPERATIONS,
 )
-from streetvision.errors import UserError
-from streetvision.escaping import terminal
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import terminal
 
 # Integers that are computed to know a shape, such as the batch's size; larger tensors are not looked into.
 _SHAPE_NUMBERS = 1024

@@ -26,10 +26,10 @@ from streetvision.bundle.onnx_session import (
     LOGITS,
     onnx_libraries,
 )
+from streetvision.core.errors import UserError
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
+from streetvision.fusion.networks import FusionNetwork, ViewTensors
 from streetvision.models.classifier import RoadworkClassifier
-from streetvision.models.fusion_networks import FusionNetwork, ViewTensors
 
 if TYPE_CHECKING:
     import onnx

@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL.Image import Image
 
-from streetvision.artifacts import write_bytes_atomic
 from streetvision.bundle.base import BasePredictor
 from streetvision.bundle.onnx_export import export_fusion, export_network, quantise
 from streetvision.bundle.onnx_predictor import OnnxPredictor, batch_of
 from streetvision.bundle.onnx_session import ONNX_FILES, Network, OnnxFusion, OnnxParts
 from streetvision.bundle.predictor import Predictor
+from streetvision.core.artifacts import write_bytes_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.params import Export
 from streetvision.data.views import views_of
 from streetvision.decision.policy import Policy
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import all_metrics, prior_weights
 from streetvision.models.multiview import batched
-from streetvision.params import Export
+from streetvision.stats.metrics import all_metrics, prior_weights
 
 log = logging.getLogger(__name__)
 MODEL, INT8_MODEL, FUSION = ONNX_FILES

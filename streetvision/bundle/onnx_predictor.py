@@ -14,10 +14,10 @@ from streetvision.bundle.base import BasePredictor
 from streetvision.bundle.inputs import MAX_PIXELS
 from streetvision.bundle.onnx_session import Network, OnnxFusion
 from streetvision.bundle.validate import BundleManifest, check_views, read_bundle
+from streetvision.core.errors import UserError
 from streetvision.data.transforms import Preprocessing
 from streetvision.decision.policy import Policy
-from streetvision.errors import UserError
-from streetvision.models.fusion import TRAINED, Fusion, FusionConfig
+from streetvision.fusion.fusion import TRAINED, Fusion, FusionConfig
 
 # Engine → key of `bundle.json` that names its model, and the parameter that makes it.
 MODELS = {

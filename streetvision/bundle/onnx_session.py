@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streetvision.core.errors import UserError
+from streetvision.core.processes import usable_cores
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
-from streetvision.models.fusion import Fusion, FusionConfig, is_tile, view_places
-from streetvision.processes import usable_cores
+from streetvision.fusion.fusion import Fusion, FusionConfig, is_tile, view_places
 
 # The classifier, its int8 version, a trained fusion.
 ONNX_FILES = ("model.onnx", "model.int8.onnx", "fusion.onnx")

@@ -17,18 +17,18 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from streetvision.bundle.cost import counted_on_meta
 from streetvision.bundle.limits import MAX_OPERATIONS
 from streetvision.bundle.validate import views_of_grid
+from streetvision.core.errors import UserError
+from streetvision.core.params import ViewGrid
 from streetvision.data.views import view_names
 from streetvision.decision.policy import Policy
-from streetvision.errors import UserError
+from streetvision.fusion.fusion import TRAINED, Fusion, FusionConfig, trained_fusion
 from streetvision.models.backbone import ARCHITECTURES
 from streetvision.models.classifier import (
     ClassifierConfig,
     RoadworkClassifier,
     filled,
 )
-from streetvision.models.fusion import TRAINED, Fusion, FusionConfig, trained_fusion
 from streetvision.models.multiview import score_views
-from streetvision.params import ViewGrid
 
 # All that an export writes; timm has more that fetch, read a file or change what is built.
 _ARGUMENTS = {"img_size"}.union(*(each.arguments for each in ARCHITECTURES.values()))

@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streetvision.artifacts import write_csv_atomic
 from streetvision.bundle.inputs import upright_image
+from streetvision.core.artifacts import write_csv_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import escaped
 from streetvision.data.walk import image_files, is_left_by_tools, left_out_line, walk_files
 from streetvision.decision.policy import DECISION_THRESHOLD
-from streetvision.errors import UserError
-from streetvision.escaping import escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,15 +12,15 @@ from streetvision.bundle.archive import bundle_folder
 from streetvision.bundle.base import BasePredictor
 from streetvision.bundle.inputs import MAX_PIXELS
 from streetvision.bundle.validate import load_bundle
+from streetvision.core.errors import UserError
 from streetvision.decision.policy import Policy
-from streetvision.errors import UserError
+from streetvision.fusion.fusion import Fusion
 from streetvision.models.classifier import (
     ClassifierConfig,
     RoadworkClassifier,
     pick_device,
     score,
 )
-from streetvision.models.fusion import Fusion
 
 
 class Predictor(BasePredictor):

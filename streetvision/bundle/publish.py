@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streetvision.artifacts import (
+from streetvision.bundle.archive import bundle_folder
+from streetvision.bundle.cards import Facts, hub_card
+from streetvision.bundle.publishable import FOLDED_FILES, check_fold, check_publishable
+from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, load_bundle, read_bundle
+from streetvision.core.artifacts import (
     ArtifactSchema,
     read_json,
     sha256_file,
     write_bytes_atomic,
     write_json_atomic,
 )
-from streetvision.bundle.archive import bundle_folder
-from streetvision.bundle.cards import Facts, hub_card
-from streetvision.bundle.publishable import FOLDED_FILES, check_fold, check_publishable
-from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, load_bundle, read_bundle
-from streetvision.data.hub import CONNECT_SECONDS
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
+from streetvision.sources.hub import CONNECT_SECONDS
 
 MODEL_CARD, HUB_CARD = "model_card.json", "README.md"
 # Where the bundle lies in a repository whose root is the folded model.

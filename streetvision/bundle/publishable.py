@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streetvision.artifacts import json_text, read_json, sha256_file
 from streetvision.bundle.export import FUSION_WEIGHTS
 from streetvision.bundle.onnx_session import ONNX_FILES
 from streetvision.bundle.validate import ONNX_KEYS, file_of
+from streetvision.core.artifacts import json_text, read_json, sha256_file
+from streetvision.core.errors import UserError
 from streetvision.decision.pickling import dump_policy_pickle
-from streetvision.errors import UserError
-from streetvision.models import fusion
+from streetvision.fusion import fusion
 from streetvision.models.classifier import WEIGHTS
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from streetvision.bundle.engines import load_predictor
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 # What a validator sends.
 SIDE_PX = 224

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from streetvision.artifacts import config_hash, json_text
 from streetvision.bundle.limits import MAX_FILE_BYTES, MAX_JSON_BYTES, MAX_PASS_PIXELS
-from streetvision.errors import UserError
-from streetvision.json_schema import schema_errors
+from streetvision.core.artifacts import config_hash, json_text
+from streetvision.core.errors import UserError
+from streetvision.core.json_schema import schema_errors
 
 if TYPE_CHECKING:
     from streetvision.decision.policy import Policy
+    from streetvision.fusion.fusion import Fusion
     from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier
-    from streetvision.models.fusion import Fusion
 
 BUNDLE_JSON = "bundle.json"
 SCHEMA = Path(__file__).parent / "schemas/bundle.schema.json"
@@ -243,8 +243,8 @@ def check_views(document: Mapping[str, Any]) -> None:
 
 def views_of_grid(document: Mapping[str, Any]) -> int:
     """How many views of an image a bundle's network sees."""
+    from streetvision.core.params import ViewGrid
     from streetvision.data.views import view_names
-    from streetvision.params import ViewGrid
 
     return len(view_names(ViewGrid(**document["views"]["grid"])))
 

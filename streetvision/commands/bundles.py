@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from streetvision.commands.common import ALARM, Add, add_class_names, class_names, say
-from streetvision.escaping import escaped
+from streetvision.core.escaping import escaped
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def _deploying(add: Add) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import json_text
     from streetvision.bundle.predictor import Predictor
+    from streetvision.core.artifacts import json_text
     from streetvision.evaluation.evaluate import evaluate_split, write_evaluation
     from streetvision.evaluation.labelled import labelled_images
 
@@ -129,8 +129,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> int:
     from streetvision.bundle.engines import load_predictor
     from streetvision.bundle.predict import find_images, predict_files, write_predictions
-    from streetvision.data.schema import CLASS_NAMES
-    from streetvision.progress import progress
+    from streetvision.core.progress import progress
+    from streetvision.core.schema import CLASS_NAMES
 
     predictor = load_predictor(options.bundle, options.engine, options.device)
     paths = find_images(options.images)
@@ -149,8 +149,8 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _fold(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import ArtifactSchema
     from streetvision.bundle.folded import describe, fold_bundle
+    from streetvision.core.artifacts import ArtifactSchema
 
     record = fold_bundle(
         options.bundle, options.output, approximate=options.approximate,
@@ -162,8 +162,8 @@ def _fold(options: argparse.Namespace) -> None:
 def _publish(options: argparse.Namespace) -> None:
     import time
 
-    from streetvision.artifacts import ArtifactSchema
     from streetvision.bundle.publish import Submission, check_repo, publication, upload
+    from streetvision.core.artifacts import ArtifactSchema
 
     check_repo(options.repo)
     submission = Submission(
@@ -200,8 +200,8 @@ def _natix_check(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from streetvision.artifacts import ArtifactSchema
     from streetvision.bundle.predictor import Predictor
+    from streetvision.core.artifacts import ArtifactSchema
     from streetvision.evaluation.replay import replay
 
     predictor = Predictor.load(options.bundle or ArtifactSchema(Path.cwd()).bundle)

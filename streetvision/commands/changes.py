@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streetvision.commands.common import PARAMS, Add, say
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 if TYPE_CHECKING:
-    from streetvision.evaluation.gates import Timing
-    from streetvision.evaluation.revisions import Revision
-    from streetvision.experiments import Run
-    from streetvision.params import Gates
+    from streetvision.core.params import Gates
+    from streetvision.review.experiments import Run
+    from streetvision.review.gates import Timing
+    from streetvision.review.revisions import Revision
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +91,9 @@ def _add_sweep_summary(sweep: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
-    from streetvision.evaluation import compare_report
-    from streetvision.evaluation.revisions import contact_sheet, review
+    from streetvision.core.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+    from streetvision.review import compare_report
+    from streetvision.review.revisions import contact_sheet, review
 
     found = review(*_sides(options))
     if options.md is not None:
@@ -110,9 +110,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from streetvision.evaluation.gates import gate_report, judge, overall, refusal
-    from streetvision.evaluation.revisions import review
-    from streetvision.params import load_params
+    from streetvision.core.params import load_params
+    from streetvision.review.gates import gate_report, judge, overall, refusal
+    from streetvision.review.revisions import review
 
     gates = load_params(Path.cwd() / PARAMS).gates
     timings = _timings(options)
@@ -129,7 +129,7 @@ def _gate(options: argparse.Namespace) -> int:
 
 
 def _timings(options: argparse.Namespace) -> tuple[Timing, Timing] | None:
-    from streetvision.evaluation.gates import read_timing
+    from streetvision.review.gates import read_timing
 
     if options.timing is None:
         return None
@@ -137,19 +137,19 @@ def _timings(options: argparse.Namespace) -> tuple[Timing, Timing] | None:
 
 
 def _sides(options: argparse.Namespace) -> tuple[Revision, Revision]:
-    from streetvision.evaluation.revisions import Revision
+    from streetvision.review.revisions import Revision
 
     root = Path.cwd()
     return Revision(root, options.base), Revision(root, options.head)
 
 
 def _sweep_summary(options: argparse.Namespace) -> None:
-    from streetvision import git
-    from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
-    from streetvision.escaping import shortened
-    from streetvision.evaluation.review_plots import plot_parallel_coordinates
-    from streetvision.evaluation.sweep_summary import columns, document, render, summarise
-    from streetvision.experiments import finished
+    from streetvision.core import git
+    from streetvision.core.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+    from streetvision.core.escaping import shortened
+    from streetvision.review.experiments import finished
+    from streetvision.review.review_plots import plot_parallel_coordinates
+    from streetvision.review.sweep_summary import columns, document, render, summarise
 
     highest = None if options.best is None else options.best == "highest"
     runs = finished(Path.cwd(), options.revisions)
@@ -172,9 +172,9 @@ def _sweep_summary(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
-    from streetvision.evaluation.change_report import change_report
-    from streetvision.params import load_params
+    from streetvision.core.artifacts import write_bytes_atomic, write_csv_atomic
+    from streetvision.core.params import load_params
+    from streetvision.review.change_report import change_report
 
     root, sides = Path.cwd(), _sides(options)
     gates: Gates | str
@@ -197,7 +197,7 @@ def _dvc_plots(root: Path, runs: Sequence[Run], output: Path) -> None:
     import subprocess
     import sys
 
-    from streetvision import git
+    from streetvision.core import git
 
     for run in runs:
         if run.commit is not None and git.asks_elsewhere(root, run.commit):

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from streetvision.escaping import terminal
+from streetvision.core.escaping import terminal
 
 if TYPE_CHECKING:
-    from streetvision.data.labels import ClassNames
+    from streetvision.sources.labels import ClassNames
 
 # Name, what it runs, one line of help → its parser.
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
@@ -30,7 +30,7 @@ def add_class_names(command: argparse.ArgumentParser) -> None:
 
 def class_names(options: argparse.Namespace) -> ClassNames:
     """What the user calls the classes."""
-    from streetvision.data.labels import ClassNames
+    from streetvision.sources.labels import ClassNames
 
     return ClassNames(tuple(options.positive), tuple(options.negative))
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from streetvision.commands.common import ALARM, PARAMS, Add, add_class_names, class_names, say
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 
 def register(add: Add) -> None:
@@ -56,13 +56,13 @@ def _reviewing_data(add: Add) -> None:
 
 
 def _drift(options: argparse.Namespace) -> int:
-    from streetvision.artifacts import (
+    from streetvision.bundle.predictor import Predictor
+    from streetvision.core.artifacts import (
         ArtifactSchema,
         json_text,
         write_bytes_atomic,
         write_json_atomic,
     )
-    from streetvision.bundle.predictor import Predictor
     from streetvision.review.drift_report import measure_drift, render
     from streetvision.review.images import images_of
 
@@ -81,7 +81,7 @@ def _drift(options: argparse.Namespace) -> int:
 
 
 def _label_noise(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import ArtifactSchema, write_bytes_atomic
+    from streetvision.core.artifacts import ArtifactSchema, write_bytes_atomic
     from streetvision.review.label_noise import describe, write_doubts
     from streetvision.review.label_noise_run import judge_labels
 
@@ -103,10 +103,10 @@ def _label_noise(options: argparse.Namespace) -> None:
 def _leakage(options: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
-    from streetvision.artifacts import ArtifactSchema, write_bytes_atomic
     from streetvision.bundle.predictor import Predictor
-    from streetvision.data.schema import SPLITS
-    from streetvision.params import Data, load_params
+    from streetvision.core.artifacts import ArtifactSchema, write_bytes_atomic
+    from streetvision.core.params import Data, load_params
+    from streetvision.core.schema import SPLITS
     from streetvision.review.images import open_all
     from streetvision.review.leakage import find_leakage, look_at
     from streetvision.review.leakage_report import contact_sheet, describe, write_pairs

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streetvision.commands.common import PARAMS, Add, say
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 if TYPE_CHECKING:
-    from streetvision.artifacts import ArtifactSchema
-    from streetvision.params import Params
+    from streetvision.core.artifacts import ArtifactSchema
+    from streetvision.core.params import Params
 
 CROSSVAL = Path("report/crossval")
 
@@ -66,9 +66,9 @@ def _held_out(add: Add) -> None:
 
 
 def _crossval(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import ArtifactSchema
-    from streetvision.crossval import leave_one_group_out
-    from streetvision.crossval_report import render
+    from streetvision.core.artifacts import ArtifactSchema
+    from streetvision.studies.crossval import leave_one_group_out
+    from streetvision.studies.crossval_report import render
 
     params, paths = _recipe(options), ArtifactSchema(Path.cwd())
     report = leave_one_group_out(params, paths, options.output, options.folds, options.groups)
@@ -76,8 +76,8 @@ def _crossval(options: argparse.Namespace) -> None:
 
 
 def _final_fit(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import ArtifactSchema
-    from streetvision.final_fit import final_fit
+    from streetvision.core.artifacts import ArtifactSchema
+    from streetvision.studies.final_fit import final_fit
 
     paths = ArtifactSchema(Path.cwd())
     say(final_fit(_recipe(options), paths, options.crossval, options.output))
@@ -85,7 +85,7 @@ def _final_fit(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace) -> Params:
     """The parameters of `--preset`, else of the project here."""
-    from streetvision.params import load_params
+    from streetvision.core.params import load_params
     from streetvision.presets import load_preset
 
     root = Path.cwd()
@@ -97,8 +97,8 @@ def _recipe(options: argparse.Namespace) -> Params:
 
 
 def _evidence(options: argparse.Namespace) -> None:
-    from streetvision.artifacts import ArtifactSchema
-    from streetvision.processes import usable_cores
+    from streetvision.core.artifacts import ArtifactSchema
+    from streetvision.core.processes import usable_cores
 
     if options.seeds < 1 or options.workers < 0:
         raise UserError("--seeds must be at least 1, --workers at least 0")
@@ -116,9 +116,9 @@ def _evidence(options: argparse.Namespace) -> None:
 
 
 def _evidence_training(options: argparse.Namespace, paths: ArtifactSchema) -> None:
-    from streetvision.evidence.report import write_evidence
-    from streetvision.evidence.training import listing, run_all
-    from streetvision.evidence.variants import comparisons, named
+    from streetvision.studies.report import write_evidence
+    from streetvision.studies.training import listing, run_all
+    from streetvision.studies.variants import comparisons, named
 
     names = options.variants.split(",") if options.variants else None
     chosen = named(comparisons(options.size), options.data, names)
@@ -126,17 +126,17 @@ def _evidence_training(options: argparse.Namespace, paths: ArtifactSchema) -> No
 
 
 def _evidence_decision(options: argparse.Namespace, paths: ArtifactSchema) -> None:
-    from streetvision.evidence.decision import listing, run_all, studies
-    from streetvision.evidence.decision_report import write_evidence
+    from streetvision.studies.decision import listing, run_all, studies
+    from streetvision.studies.decision_report import write_evidence
 
     chosen = studies(options.size, options.data)
     _list_or_run(options, paths, chosen, (listing, run_all, write_evidence))
 
 
 def _evidence_ablation(options: argparse.Namespace, paths: ArtifactSchema) -> None:
-    from streetvision.evidence.ablation import listing, run_all
-    from streetvision.evidence.ablation_report import write_evidence
-    from streetvision.evidence.ladder import ladders
+    from streetvision.studies.ablation import listing, run_all
+    from streetvision.studies.ablation_report import write_evidence
+    from streetvision.studies.ladder import ladders
 
     chosen = ladders(options.size, options.data)
     _list_or_run(options, paths, chosen, (listing, run_all, write_evidence))
@@ -155,8 +155,8 @@ def _list_or_run(
 
 
 def _evidence_ece(options: argparse.Namespace, paths: ArtifactSchema) -> None:
-    from streetvision.evidence.fresh import measure, write_report
-    from streetvision.params import load_params
+    from streetvision.core.params import load_params
+    from streetvision.studies.fresh import measure, write_report
 
     if options.list:
         minutes = options.images / 20_000 * 100 / 60  # of one core, with the single view

@@ -22,7 +22,7 @@ def register(add: Add) -> None:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from streetvision.doctor import run_checks
+    from streetvision.commands.doctor import run_checks
 
     checks = run_checks(Path.cwd())
     width = max(len(check.name) for check in checks)
@@ -33,7 +33,7 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _preset(options: argparse.Namespace) -> None:
-    from streetvision.documents import read_yaml
+    from streetvision.core.documents import read_yaml
     from streetvision.presets import load_preset, overrides, preset_names
 
     if options.name is None:
@@ -44,12 +44,12 @@ def _preset(options: argparse.Namespace) -> None:
 
 
 def _repro(options: argparse.Namespace) -> int:
-    from streetvision.repro import reproduce
+    from streetvision.commands.repro import reproduce
 
     return reproduce(Path.cwd(), options.preset)
 
 
 def _pin(options: argparse.Namespace) -> None:
-    from streetvision.data.hub import latest_revision
+    from streetvision.sources.hub import latest_revision
 
     say(latest_revision(options.repo_id))

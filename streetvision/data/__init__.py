@@ -1,1 +1,1 @@
-"""Sources, preparation, the group-disjoint split and its store."""
+"""Images of a split: store, decoding safely, transforms, augmentation, views, loaders."""

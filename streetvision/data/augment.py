@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from streetvision.core.params import Train
 from streetvision.data.distort import LEVELS, challenge_jpeg
 from streetvision.data.transforms import Preprocessing
-from streetvision.params import Train
 
 if TYPE_CHECKING:
     import torch

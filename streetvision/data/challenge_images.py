@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from streetvision.core.processes import in_threads
+from streetvision.core.progress import progress
 from streetvision.data.distort import Task, mixed_jpegs, open_jpeg
 from streetvision.data.store import Split
-from streetvision.processes import in_threads
-from streetvision.progress import progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from streetvision.params import Challenge
+    from streetvision.core.params import Challenge
 
 
 def challenge_images(

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.errors import UserError
-from streetvision.processes import in_threads
+from streetvision.core.errors import UserError
+from streetvision.core.processes import in_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.data.store import Split, check_columns, numbers, read_arrow, write_arrow
 from streetvision.data.views import ViewScores
-from streetvision.errors import UserError
 
 
 @dataclass(frozen=True)

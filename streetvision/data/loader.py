@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from streetvision.core.errors import UserError
+from streetvision.core.processes import in_threads, usable_cores
 from streetvision.data.augment import ChallengeAugmentation
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
-from streetvision.processes import in_threads, usable_cores
 
 # Decoded images are kept while all of them take less than this.
 CACHE_BYTES = 2 * 1024**3

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from streetvision.data.schema import SPLIT_SCHEMA
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
+from streetvision.core.schema import SPLIT_SCHEMA
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -256,7 +256,7 @@ def numbers(column: pa.ChunkedArray) -> NDArray[Any]:
 
 def write_arrow(path: Path, columns: dict[str, Any]) -> Path:
     """Write columns atomically as one Arrow IPC file."""
-    from streetvision.artifacts import write_atomic
+    from streetvision.core.artifacts import write_atomic
 
     table = pa.table(columns)
 

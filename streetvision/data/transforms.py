@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from streetvision.params import Explora, Train
+    from streetvision.core.params import Explora, Train
 
 
 @dataclass(frozen=True)

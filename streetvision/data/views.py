@@ -16,7 +16,7 @@ from streetvision.data.transforms import Preprocessing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from streetvision.params import ViewGrid
+    from streetvision.core.params import ViewGrid
 
 # Pixels: left, top, right, bottom; right and bottom are the first ones outside.
 PixelBox = tuple[int, int, int, int]

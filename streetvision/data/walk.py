@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import escaped
 from streetvision.data.pixels import MAX_FILE_BYTES, is_image
-from streetvision.errors import UserError
-from streetvision.escaping import escaped
 
 TOO_LARGE = f"the {MAX_FILE_BYTES >> 20} MiB that an image file may be"
 # What stands for the content of a file that is no image: nobody's other files come into the data.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.inputs import check_keys, check_number
 from streetvision.decision.scrc import (
     CONTROLS,
@@ -27,7 +28,6 @@ from streetvision.decision.scrc import (
     scrc_t,
     smallest_alpha,
 )
-from streetvision.errors import UserError
 
 FloatArray = NDArray[np.float64]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import (
     CalibrationMap,
     Calibrator,
@@ -47,8 +48,7 @@ from streetvision.decision.parametric import (
     Temperature,
     TemperatureMap,
 )
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import all_metrics, prior_weights
+from streetvision.stats.metrics import all_metrics, prior_weights
 
 AUTO = "auto"
 MULTI_OBJECTIVE = "multi_objective"

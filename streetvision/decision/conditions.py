@@ -12,7 +12,7 @@ from streetvision.decision.folds import group_folds
 from streetvision.decision.hard_images import HardImages, unsure_between
 from streetvision.decision.inputs import check_scores, sigmoid
 from streetvision.decision.policy import fit_rule
-from streetvision.evaluation.metrics import all_metrics, prior_weights
+from streetvision.stats.metrics import all_metrics, prior_weights
 
 REPORTED = ("mcc", "accuracy", "fnr", "fpr", "log_loss", "ece")
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import (
     CalibrationMap,
     Calibrator,
@@ -37,7 +38,6 @@ from streetvision.decision.parametric import (
     Temperature,
     TemperatureMap,
 )
-from streetvision.errors import UserError
 
 # A member with less weight than this is left out.
 LEAST_WEIGHT = 1e-6

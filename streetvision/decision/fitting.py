@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streetvision.core.params import Decision
 from streetvision.decision.conditions import Condition, conditions_report, fit_hard_images
 from streetvision.decision.hard_images import HardImages
 from streetvision.decision.policy import Policy, fit_abstaining_policy, fit_policy
 from streetvision.decision.scrc import guarantee_groups
-from streetvision.params import Decision
 
 
 class Passes(NamedTuple):

@@ -14,8 +14,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.inputs import check_keys, check_number
-from streetvision.errors import UserError
 
 FloatArray = NDArray[np.float64]
 # No logit is larger.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 
 def as_array(values: Any) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import (
     SLOPE_FLOOR,
     CalibrationMap,
@@ -22,7 +23,6 @@ from streetvision.decision.calibrators import (
     standardise,
 )
 from streetvision.decision.inputs import check_row
-from streetvision.errors import UserError
 
 # Logits that agree to so many decimals of their standard deviation are one knot of the PCHIP.
 KNOT_DECIMALS = 4

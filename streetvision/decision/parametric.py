@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import (
     NEWTON_STEPS,
     NO_OVERLAP,
@@ -29,7 +30,6 @@ from streetvision.decision.calibrators import (
     standardise,
 )
 from streetvision.decision.inputs import check_number, check_positive, sigmoid
-from streetvision.errors import UserError
 
 # Probabilities of logits that vary by less differ by too little to see a curve.
 BETA_SPREAD = 1e-4

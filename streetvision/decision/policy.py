@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.abstention import Abstention, Answers, fit_abstention
 from streetvision.decision.calibrators import CalibrationMap, check_mean_is_prior
 from streetvision.decision.choice import (
@@ -45,8 +46,7 @@ from streetvision.decision.inputs import (
 )
 from streetvision.decision.scrc import Control, Method, Unit, class_weights, guarantee_groups
 from streetvision.decision.threshold import BaggedThreshold, bagged_median_threshold
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import all_metrics, prior_weights
+from streetvision.stats.metrics import all_metrics, prior_weights
 
 FloatArray = NDArray[np.float64]
 

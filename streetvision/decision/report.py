@@ -15,7 +15,7 @@ from streetvision.decision.threshold import (
     select_threshold_max_mcc,
     thresholds_document,
 )
-from streetvision.evaluation.metrics import prior_weights
+from streetvision.stats.metrics import prior_weights
 
 
 def sweep_thresholds(

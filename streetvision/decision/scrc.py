@@ -42,8 +42,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.decision.inputs import check_groups, check_prior
-from streetvision.errors import UserError
 
 FloatArray = NDArray[np.float64]
 Method = Literal["scrc_t", "scrc_i"]

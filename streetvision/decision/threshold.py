@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.errors import UserError
+from streetvision.core.processes import in_threads
 from streetvision.decision.inputs import (
     check_groups,
     check_prior,
@@ -24,10 +26,8 @@ from streetvision.decision.inputs import (
     check_weights,
     sigmoid,
 )
-from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import MIN_EFFECTIVE, Resting
-from streetvision.evaluation.metrics import count_metrics, mcc_from_counts
-from streetvision.processes import in_threads
+from streetvision.stats.bootstrap import MIN_EFFECTIVE, Resting
+from streetvision.stats.metrics import count_metrics, mcc_from_counts
 
 FloatArray = NDArray[np.float64]
 
@@ -211,7 +211,7 @@ def select_threshold_max_mcc(
         Whether to return the curve over `n_thresholds` evenly spaced thresholds as well; its
         own optimum is at `curve.best_index` and never better than the exact one.
     weights
-        Weight of each image, [N]: `streetvision.evaluation.metrics.prior_weights` gives
+        Weight of each image, [N]: `streetvision.stats.metrics.prior_weights` gives
         those of a served prior. None counts images.
 
     Returns

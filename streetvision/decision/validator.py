@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from streetvision.core.errors import UserError
+from streetvision.core.json_schema import schema_errors
 from streetvision.decision.policy import policy_from_document
-from streetvision.errors import UserError
-from streetvision.json_schema import schema_errors
 
 SCHEMAS = Path(__file__).parent / "schemas"
 #: Schema file by `policy_type`.

@@ -1,1 +1,1 @@
-"""Metrics, group intervals, the evaluation report and its plots."""
+"""What a bundle is worth: on VAL_TEST, under challenge, on a user's own images, in a miner's log."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+from streetvision.core.artifacts import write_bytes_atomic, write_csv_atomic, write_json_atomic
+from streetvision.core.processes import in_threads
+from streetvision.core.progress import progress
 from streetvision.data.store import Split
-from streetvision.processes import in_threads
-from streetvision.progress import progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,9 +58,9 @@ def evaluate_split(
     UserError
         `served_prior` outside (0, 1).
     """
-    from streetvision.evaluation import plots
-    from streetvision.evaluation.metrics import check_prior, prior_weights
+    from streetvision import plots
     from streetvision.evaluation.report import evaluation_report, one_class_report
+    from streetvision.stats.metrics import check_prior, prior_weights
 
     labels = split.labels
     one_class = len(set(labels.tolist())) == 1
@@ -123,7 +123,7 @@ def evidence_size(area: NDArray[np.float64]) -> NDArray[np.object_]:
 
 def _mistakes(split: Split, probabilities: NDArray[np.float64], count: int) -> bytes:
     """Contact sheet of the decisions that are wrong by most, worst first."""
-    from streetvision.evaluation.plots import plot_mistakes
+    from streetvision.plots import plot_mistakes
 
     wrong = np.flatnonzero((probabilities > 0.5) != (split.labels == 1))
     order = np.argsort(-np.abs(probabilities[wrong] - split.labels[wrong]), kind="stable")

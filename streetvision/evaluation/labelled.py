@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streetvision.data.files import has_classes, plan_csv, plan_folder, plan_images
-from streetvision.data.ingest import write_plans
-from streetvision.data.labels import SURE_NAMES, ClassNames
-from streetvision.data.natix import find_parquet, plan_parquet
-from streetvision.data.parts import Plan
-from streetvision.data.prepare import prepare_whole
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import escaped
+from streetvision.core.params import CsvSource, Data, FolderSource
+from streetvision.core.progress import progress
 from streetvision.data.store import Split, open_split
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.walk import READ_FORMATS, names_at_top, walk_files
-from streetvision.errors import UserError
-from streetvision.escaping import escaped
-from streetvision.params import CsvSource, Data, FolderSource
-from streetvision.progress import progress
+from streetvision.prepare.prepare import prepare_whole
+from streetvision.sources.files import has_classes, plan_csv, plan_folder, plan_images
+from streetvision.sources.ingest import write_plans
+from streetvision.sources.labels import SURE_NAMES, ClassNames
+from streetvision.sources.natix import find_parquet, plan_parquet
+from streetvision.sources.parts import Plan
 
 SPLIT_SUFFIX, PARQUET_SUFFIX = ".arrow", ".parquet"
 CSV_SUFFIXES = (".csv", ".tsv")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.data.csv_table import parse_csv
-from streetvision.data.labels import read_labels
-from streetvision.data.values import key
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 from streetvision.evaluation.evaluate import PICTURE, SLICES
-from streetvision.evaluation.metrics import Floats, Integers, check_sample
+from streetvision.sources.csv_table import parse_csv
+from streetvision.sources.labels import read_labels
+from streetvision.sources.values import key
+from streetvision.stats.metrics import Floats, Integers, check_sample
 
 _COLUMNS = ("id", "group", "label", "probability")
 # Two test sets that share fewer images, of the smaller one, are two: what they happen to share is no test set

@@ -25,14 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from streetvision.artifacts import write_bytes_atomic, write_csv_atomic
 from streetvision.bundle.inputs import upright_image
-from streetvision.data.csv_table import decode_text, read_csv, read_table_file
-from streetvision.data.files import FILE_ALIASES
-from streetvision.data.labels import read_labels
+from streetvision.core.artifacts import write_bytes_atomic, write_csv_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import escaped
+from streetvision.core.progress import progress
 from streetvision.data.walk import Finder
-from streetvision.errors import UserError
-from streetvision.escaping import escaped
 from streetvision.evaluation.reward import (
     ACCURACY_WINDOW,
     MCC_WINDOW,
@@ -40,7 +38,9 @@ from streetvision.evaluation.reward import (
     rewards,
     rolling_metrics,
 )
-from streetvision.progress import progress
+from streetvision.sources.csv_table import decode_text, read_csv, read_table_file
+from streetvision.sources.files import FILE_ALIASES
+from streetvision.sources.labels import read_labels
 
 Floats = NDArray[np.float64]
 COLUMNS = ("image", "prediction", "label")
@@ -232,7 +232,7 @@ def write_replay(
     min_accuracy: float,
 ) -> list[Path]:
     """Write `<stem>.csv`, a row a challenge, and `<stem>.png`; series are `bundle` and perhaps `log`."""
-    from streetvision.evaluation.plots import plot_replay
+    from streetvision.plots import plot_replay
 
     columns: dict[str, list[Any]] = {
         "image": [escaped(challenge.image) for challenge in challenges],

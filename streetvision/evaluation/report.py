@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import Interval, Resting, check_groups, group_intervals
-from streetvision.evaluation.metrics import (
+from streetvision.core.errors import UserError
+from streetvision.stats.bootstrap import Interval, Resting, check_groups, group_intervals
+from streetvision.stats.metrics import (
     N_BINS,
     Floats,
     Integers,

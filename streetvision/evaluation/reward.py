@@ -13,8 +13,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import Floats, check_prior, mcc_from_counts
+from streetvision.core.errors import UserError
+from streetvision.stats.metrics import Floats, check_prior, mcc_from_counts
 
 MCC_WINDOW = 100
 ACCURACY_WINDOW = 10

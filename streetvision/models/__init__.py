@@ -1,1 +1,1 @@
-"""Backbones, the classifier and its training."""
+"""The network: backbones and their weights, adapters, optimisers, the training loop."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from streetvision.core.errors import UserError
+from streetvision.core.params import Train
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
 from streetvision.models.weights import load_weights
-from streetvision.params import Train
 
 log = logging.getLogger(__name__)
 Triple = tuple[float, float, float]

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from streetvision.artifacts import read_json, write_atomic, write_json_atomic
+from streetvision.core.artifacts import read_json, write_atomic, write_json_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.processes import in_threads
+from streetvision.core.progress import progress
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
 from streetvision.models.backbone import build_backbone
 from streetvision.models.weights import fill, read_state_dict
-from streetvision.processes import in_threads
-from streetvision.progress import progress
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

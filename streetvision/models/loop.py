@@ -21,12 +21,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from streetvision.artifacts import write_atomic
+from streetvision.core.artifacts import write_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.params import Compile, Hardware
+from streetvision.core.progress import LINE_SECONDS
 from streetvision.data.loader import EpochSampler
-from streetvision.errors import UserError
 from streetvision.models.classifier import pick_device
-from streetvision.params import Compile, Hardware
-from streetvision.progress import LINE_SECONDS
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "last.ckpt"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from streetvision.core.params import ViewGrid
+from streetvision.core.processes import in_threads
+from streetvision.core.progress import progress
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import Views, ViewScores, view_names, views_of
-from streetvision.params import ViewGrid
-from streetvision.processes import in_threads
-from streetvision.progress import progress
 
 if TYPE_CHECKING:
     import torch

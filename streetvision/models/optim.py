@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 from streetvision.models.peft import after_blocks, backbone_blocks
 
 Group = dict[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from streetvision.errors import UserError
-from streetvision.params import Lora
+from streetvision.core.errors import UserError
+from streetvision.core.params import Lora
 
 log = logging.getLogger(__name__)
 

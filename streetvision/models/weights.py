@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]

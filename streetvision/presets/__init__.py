@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streetvision.documents import read_yaml
-from streetvision.errors import UserError
-from streetvision.params import Params, check_params, leaves
+from streetvision.core.documents import read_yaml
+from streetvision.core.errors import UserError
+from streetvision.core.params import Params, check_params, leaves
 
 FOLDER = Path(__file__).parent
 

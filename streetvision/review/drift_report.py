@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streetvision.core.errors import UserError
 from streetvision.data.embeddings import read_embeddings
 from streetvision.data.store import Split
-from streetvision.errors import UserError
-from streetvision.evaluation.plots import BLUE, GREY, ORANGE, _figure, _picture
+from streetvision.plots import BLUE, GREY, ORANGE, _figure, _picture
 from streetvision.review.drift import (
     Finding,
     Floats,

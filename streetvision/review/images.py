@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.artifacts import ArtifactSchema
+from streetvision.core.artifacts import ArtifactSchema
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import escaped
+from streetvision.core.progress import progress
 from streetvision.data.embeddings import Embeddings
 from streetvision.data.store import CONTRACT, Split, open_split, read_arrow
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import ViewScores, content_box
-from streetvision.errors import UserError
-from streetvision.escaping import escaped
 from streetvision.evaluation.labelled import labelled_images
-from streetvision.progress import progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image

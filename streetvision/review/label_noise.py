@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.artifacts import write_csv_atomic
-from streetvision.data.csv_table import read_csv
+from streetvision.core.artifacts import write_csv_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.escaping import shortened, terminal
 from streetvision.data.embeddings import read_embeddings
-from streetvision.data.labels import read_labels
-from streetvision.data.values import key
-from streetvision.errors import UserError
-from streetvision.escaping import shortened, terminal
+from streetvision.sources.csv_table import read_csv
+from streetvision.sources.labels import read_labels
+from streetvision.sources.values import key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,7 +80,7 @@ def out_of_group_probability(
         Too few groups for two folds that both hold both classes.
     """
     from streetvision.decision.folds import group_folds
-    from streetvision.models.probe import linear_probe
+    from streetvision.explora.probe import linear_probe
 
     folds = group_folds(labels == 1, groups, seed)
     if not folds:
@@ -209,7 +209,7 @@ def contact_sheet(
 
     Returns the PNG and how many pictures were not found.
     """
-    from streetvision.evaluation.plots import plot_mistakes
+    from streetvision.plots import plot_mistakes
 
     given, images, captions = doubts.labelled, [], []
     rows = doubts.order[:count].tolist()

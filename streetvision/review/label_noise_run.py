@@ -5,9 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from streetvision.artifacts import ArtifactSchema
-from streetvision.data.labels import SURE_NAMES, ClassNames
-from streetvision.data.schema import SPLITS
+from streetvision.core.artifacts import ArtifactSchema
+from streetvision.core.schema import SPLITS
 from streetvision.data.store import CONTRACT, Split, open_split
 from streetvision.evaluation.labelled import labelled_images
 from streetvision.review.images import bare_id, picture_finder, score_images
@@ -20,6 +19,7 @@ from streetvision.review.label_noise import (
     out_of_group_probability,
     read_predictions,
 )
+from streetvision.sources.labels import SURE_NAMES, ClassNames
 
 
 def judge_labels(

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streetvision.data.duplicates import (
+from streetvision.core.errors import UserError
+from streetvision.core.progress import progress
+from streetvision.data.store import Split
+from streetvision.prepare.duplicates import (
     candidate_pairs,
     make_thumbnail,
     normalised_thumbnails,
     perceptual_hashes,
     pixel_error,
 )
-from streetvision.data.store import Split
-from streetvision.errors import UserError
-from streetvision.progress import progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image

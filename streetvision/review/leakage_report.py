@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from streetvision.artifacts import write_csv_atomic
+from streetvision.core.artifacts import write_csv_atomic
+from streetvision.core.escaping import caption, shortened, terminal
 from streetvision.data.store import Split
-from streetvision.escaping import caption, shortened, terminal
-from streetvision.evaluation.plots import plot_mistakes
+from streetvision.plots import plot_mistakes
 from streetvision.review.images import groups_known
 from streetvision.review.leakage import MAX_EXPECTED, MIN_BASELINE, Floats, Leakage
 

@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from streetvision.artifacts import write_json_atomic
-from streetvision.processes import keep_freed_memory, usable_cores
+from streetvision.core.artifacts import write_json_atomic
+from streetvision.core.processes import keep_freed_memory, usable_cores
 from tests.benchmarks.calibrators import calibrators
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.comparison import comparison

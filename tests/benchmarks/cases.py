@@ -47,8 +47,8 @@ def bootstrap() -> list[Result]:
     from scipy import stats
     from sklearn import metrics
 
-    from streetvision.evaluation.bootstrap import group_intervals
-    from streetvision.evaluation.metrics import all_metrics
+    from streetvision.stats.bootstrap import group_intervals
+    from streetvision.stats.metrics import all_metrics
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 10_000)

@@ -21,15 +21,15 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.evaluation.compare import compare_predictions, difference_intervals
-from streetvision.evaluation.metrics import Floats, GroupTable, Integers, all_metrics_batch
-from streetvision.evaluation.paired import (
+from streetvision.evaluation.predictions import Predictions
+from streetvision.review.compare import compare_predictions, difference_intervals
+from streetvision.stats.metrics import Floats, GroupTable, Integers, all_metrics_batch
+from streetvision.stats.paired import (
     expected_reward,
     fisher_z_interval,
     mcnemar_exact,
     same_mcc_p,
 )
-from streetvision.evaluation.predictions import Predictions
 from tests.benchmarks.runner import Table
 
 PRIOR = 0.5

@@ -20,12 +20,12 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image, ImageChops
 
+from streetvision.core.params import Data
+from streetvision.core.processes import in_processes
+from streetvision.core.schema import SPLITS
 from streetvision.data.distort import LEVELS, Task, challenge_jpegs
-from streetvision.data.ingest import write_shard
-from streetvision.data.prepare import prepare_splits
-from streetvision.data.schema import SPLITS
-from streetvision.params import Data
-from streetvision.processes import in_processes
+from streetvision.prepare.prepare import prepare_splits
+from streetvision.sources.ingest import write_shard
 from tests.benchmarks.runner import Result, Table, compare
 
 PHOTOS, PHOTO_SIZE = 48, (4032, 3024)
@@ -265,10 +265,10 @@ def training_inputs(
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
+    from streetvision.core.params import Train
     from streetvision.data import loader
     from streetvision.data.store import open_split
     from streetvision.data.transforms import Preprocessing, training_transform
-    from streetvision.params import Train
 
     width = side * 4 // 3
     train = Train(height_px=side, width_px=width, challenge_probability=0.0)

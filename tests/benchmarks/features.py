@@ -18,7 +18,7 @@ IMAGES = 32
 
 def frozen() -> list[Result]:
     """Seconds of an epoch after the first, its look at VAL_SELECT and its checkpoint included."""
-    from streetvision.params import Train
+    from streetvision.core.params import Train
 
     constant = {
         "backbone": BACKBONE, "height_px": SIDE, "width_px": SIDE, "trainable": "head", "batch_size": 16,

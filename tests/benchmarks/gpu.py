@@ -52,7 +52,7 @@ def gpu() -> list[Table]:
 
 
 def _settings(name: str, epochs: int, precision: str) -> Any:
-    from streetvision.params import Train
+    from streetvision.core.params import Train
 
     return Train.model_validate(
         {
@@ -74,7 +74,7 @@ def _steady(run: Callable[[int], object]) -> float:
 
 
 def _pairs(name: str, _: str) -> list[str]:
-    from streetvision.params import Compile
+    from streetvision.core.params import Compile
 
     with bench_splits(IMAGES, SIDE, SIDE) as (splits, folder):
 
@@ -97,7 +97,7 @@ def _mode(name: str, mode: str) -> list[str]:
     """Images/s, how busy the GPU was in the last half, its peak memory, and the share of the bound."""
     import torch
 
-    from streetvision.params import Compile
+    from streetvision.core.params import Compile
 
     precision, compiled = MODES[mode]
     with bench_splits(IMAGES, SIDE, SIDE) as (splits, folder), _busy() as busy:

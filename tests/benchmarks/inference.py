@@ -20,8 +20,8 @@ from tests.benchmarks.runner import Result, Table, compare
 if TYPE_CHECKING:
     from streetvision.bundle.onnx_predictor import OnnxPredictor
     from streetvision.bundle.predictor import Predictor
+    from streetvision.fusion.fusion import Fusion
     from streetvision.models.classifier import ClassifierConfig, RoadworkClassifier
-    from streetvision.models.fusion import Fusion
 
 MODEL = "vit_base_patch16_224"
 SIDE = 224
@@ -187,8 +187,8 @@ def onnx_predictor(like: Predictor, model: bytes | None = None) -> OnnxPredictor
 
 
 def _fusion(grid: int) -> Fusion:
-    from streetvision.models.fusion import Fusion, FusionConfig
-    from streetvision.params import Cvfm, ViewGrid
+    from streetvision.core.params import Cvfm, ViewGrid
+    from streetvision.fusion.fusion import Fusion, FusionConfig
 
     mode = "single" if grid == 1 else "simple_mean"
     return Fusion(FusionConfig.of(mode, Cvfm(), ViewGrid(grid=grid), 0))
@@ -212,14 +212,14 @@ def _classifier(
 
 def _bundle(folder: Path, grid: int, model: str = MODEL, *, onnx: bool = True) -> Path:
     """A bundle as `export` writes it, with ONNX models where these can be made; several views are averaged."""
-    from streetvision.artifacts import write_bytes_atomic, write_json_atomic
     from streetvision.bundle.export import export_bundle
+    from streetvision.core.artifacts import write_bytes_atomic, write_json_atomic
+    from streetvision.core.params import Export
     from streetvision.decision.calibrators import PlattMap
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import Policy, scrc_document
+    from streetvision.fusion.fusion import save_fusion
     from streetvision.models.classifier import save_classifier
-    from streetvision.models.fusion import save_fusion
-    from streetvision.params import Export
 
     save_classifier(*_classifier(model), folder / "classifier")
     save_fusion(_fusion(grid), folder / "cvfm")

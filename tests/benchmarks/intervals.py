@@ -14,8 +14,8 @@ from functools import cache
 
 import numpy as np
 
-from streetvision.evaluation.bootstrap import Resting, group_intervals
-from streetvision.evaluation.metrics import Floats, GroupTable, Integers, all_metrics_batch
+from streetvision.stats.bootstrap import Resting, group_intervals
+from streetvision.stats.metrics import Floats, GroupTable, Integers, all_metrics_batch
 from tests.benchmarks.runner import Table
 
 PRIOR = 0.5

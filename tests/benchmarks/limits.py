@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from streetvision.params import Data
+from streetvision.core.params import Data
 from tests.benchmarks.data import (
     DECODED,
     PHOTO_SIZE,
@@ -246,7 +246,7 @@ def _training() -> Table:
     """More than half of the default `make repro`."""
     import torch
 
-    from streetvision.params import Train
+    from streetvision.core.params import Train
 
     settings = Train(epochs=2, init_from_explora=False)
     with bench_splits(TRAINED, settings.height_px, settings.width_px) as (splits, folder):

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from streetvision.artifacts import ArtifactSchema
+from streetvision.core.artifacts import ArtifactSchema
 from tests.benchmarks.limits import Steps
 from tests.benchmarks.runner import PAIRS, Table
 from tests.pipeline.project import STAGES, Project

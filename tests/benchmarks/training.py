@@ -46,7 +46,7 @@ def write_split(path: Path, jpegs: list[bytes], width: int, height: int) -> Path
     """A split file of these images, labels alternating, eight of a group."""
     import pyarrow as pa
 
-    from streetvision.data.schema import SPLIT_SCHEMA
+    from streetvision.core.schema import SPLIT_SCHEMA
 
     rows = [
         {
@@ -75,7 +75,7 @@ def bench_splits(images: int, height: int, width: int, stage: str = "train") -> 
 
 def fit(train: Any, splits: Any, folder: Path, **sections: Any) -> Any:
     """Our `fit_classifier` and its result, from the start, on whatever device there is."""
-    from streetvision.models.training import build_classifier, fit_classifier
+    from streetvision.training.training import build_classifier, fit_classifier
 
     model, config = build_classifier(train, False, 0, folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -151,7 +151,7 @@ def plain_fit(train: Any, split: Any) -> Callable[[], None]:
 
 def train() -> list[Result]:
     """Supervised training of the default model."""
-    from streetvision.params import Train
+    from streetvision.core.params import Train
 
     settings = Train(epochs=2, init_from_explora=False, challenge_probability=0.0)
     with bench_splits(512, settings.height_px, settings.width_px) as (splits, folder):
@@ -168,10 +168,10 @@ def train() -> list[Result]:
 
 def explora() -> list[Result]:
     """SimCLR with every weight trained against lightly's transform, head and loss."""
+    from streetvision.core.params import Compile, Explora, Hardware
     from streetvision.data.transforms import Preprocessing
+    from streetvision.explora.pretraining import adapt_backbone
     from streetvision.models.backbone import build_backbone, resolve
-    from streetvision.models.pretraining import adapt_backbone
-    from streetvision.params import Compile, Explora, Hardware
 
     side = 96
     settings = Explora(enabled=True, epochs=1, batch_size=128)
@@ -289,7 +289,7 @@ def _alone(measure: Callable[[Any], int], argument: Any) -> str:
 
 
 def _peak_of_part(part: str) -> int:
-    from streetvision.params import Train
+    from streetvision.core.params import Train
 
     settings = Train(
         backbone=MEMORY_MODEL, height_px=224, width_px=224, trainable=part, epochs=1,
@@ -300,10 +300,10 @@ def _peak_of_part(part: str) -> int:
 
 
 def _peak_of_cache(chunks: int) -> int:
+    from streetvision.core.params import Compile, Explora, Hardware
     from streetvision.data.transforms import Preprocessing
+    from streetvision.explora.pretraining import adapt_backbone
     from streetvision.models.backbone import build_backbone, resolve
-    from streetvision.models.pretraining import adapt_backbone
-    from streetvision.params import Compile, Explora, Hardware
 
     settings = Explora(
         enabled=True, epochs=1, batch_size=16, gradient_cache_chunks=chunks, precision="fp32"

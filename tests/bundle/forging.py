@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from streetvision.artifacts import json_text, sha256_file
 from streetvision.bundle.validate import BUNDLE_JSON, sealed
+from streetvision.core.artifacts import json_text, sha256_file
 
 
 def swap_when_hashed(monkeypatch: pytest.MonkeyPatch, path: Path, other: bytes) -> None:

@@ -19,12 +19,12 @@ from streetvision.bundle.affine import (
     nearest_affine,
     reference_logits,
 )
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import CalibrationMap, PlattMap
 from streetvision.decision.ensemble import EnsembleMap
 from streetvision.decision.parametric import BetaMap, QuadraticMap, TemperatureMap
 from streetvision.decision.policy import Policy
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import all_metrics, prior_weights
+from streetvision.stats.metrics import all_metrics, prior_weights
 
 NUMBERS = st.floats(-3, 3)
 SLOPES = st.floats(0.05, 4)

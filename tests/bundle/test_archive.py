@@ -21,7 +21,7 @@ from streetvision.bundle.archive import unpack
 from streetvision.bundle.limits import MAX_FILE_BYTES, MAX_JSON_BYTES
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

@@ -16,7 +16,6 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 
-from streetvision.artifacts import json_text, read_json, sha256_file
 from streetvision.bundle.export import export_bundle
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.validate import (
@@ -26,11 +25,12 @@ from streetvision.bundle.validate import (
     read_bundle,
     sealed,
 )
+from streetvision.core.artifacts import json_text, read_json, sha256_file
+from streetvision.core.errors import UserError
 from streetvision.data.store import open_split
 from streetvision.decision.calibrators import PlattMap
 from streetvision.decision.pickling import dump_policy_pickle
 from streetvision.decision.policy import Policy, policy_from_document
-from streetvision.errors import UserError
 from streetvision.models.classifier import load_classifier, score_split
 
 if TYPE_CHECKING:

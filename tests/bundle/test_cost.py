@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from streetvision.bundle.cost import forward_flops, prediction_cost
+from streetvision.core.params import Cvfm, ViewGrid
 from streetvision.data.transforms import Preprocessing
+from streetvision.fusion.fusion import Fusion, FusionConfig
+from streetvision.fusion.networks import build_network
 from streetvision.models.backbone import build_backbone, resolve
 from streetvision.models.classifier import RoadworkClassifier
-from streetvision.models.fusion import Fusion, FusionConfig
-from streetvision.models.fusion_networks import build_network
-from streetvision.params import Cvfm, ViewGrid
 
 PLAIN = Preprocessing(32, 48, "crop", False, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 

@@ -17,18 +17,20 @@ import torch
 from PIL import Image
 
 from streetvision import cli
-from streetvision.artifacts import (
+from streetvision.bundle import folded, hf_format
+from streetvision.bundle.export import export_bundle
+from streetvision.bundle.folded import RECORD, describe, fold_bundle, probe_image
+from streetvision.bundle.hf_format import plain_vit, vit_state
+from streetvision.bundle.predictor import Predictor
+from streetvision.core.artifacts import (
     ArtifactSchema,
     read_json,
     sha256_file,
     write_bytes_atomic,
     write_json_atomic,
 )
-from streetvision.bundle import folded, hf_format
-from streetvision.bundle.export import export_bundle
-from streetvision.bundle.folded import RECORD, describe, fold_bundle, probe_image
-from streetvision.bundle.hf_format import plain_vit, vit_state
-from streetvision.bundle.predictor import Predictor
+from streetvision.core.errors import UserError
+from streetvision.core.params import Cvfm, ViewGrid
 from streetvision.data.embeddings import write_embeddings
 from streetvision.data.store import open_split
 from streetvision.data.transforms import Preprocessing
@@ -37,11 +39,9 @@ from streetvision.decision.hard_images import HardImages
 from streetvision.decision.parametric import BetaMap
 from streetvision.decision.pickling import dump_policy_pickle
 from streetvision.decision.policy import Policy, policy_from_document, scrc_document
-from streetvision.errors import UserError
+from streetvision.fusion.fusion import Fusion, FusionConfig, save_fusion
 from streetvision.models.classifier import ClassifierConfig, load_classifier, save_classifier, score
-from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
 from streetvision.models.multiview import score_split_views
-from streetvision.params import Cvfm, ViewGrid
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

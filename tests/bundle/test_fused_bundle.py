@@ -16,16 +16,17 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 
-from streetvision.artifacts import json_text, sha256_file
 from streetvision.bundle.export import FUSION_WEIGHTS, export_bundle
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.validate import BUNDLE_JSON, sealed
+from streetvision.core.artifacts import json_text, sha256_file
+from streetvision.core.errors import UserError
+from streetvision.core.params import Cvfm, ViewGrid
 from streetvision.data.store import open_split
 from streetvision.data.views import ViewScores
 from streetvision.decision.hard_images import HardImages
-from streetvision.errors import UserError
-from streetvision.models.classifier import load_classifier
-from streetvision.models.fusion import (
+from streetvision.fusion.fitting import LabelledViews, fit_fusion
+from streetvision.fusion.fusion import (
     TRAINED,
     WEIGHTS,
     Fusion,
@@ -33,9 +34,8 @@ from streetvision.models.fusion import (
     load_fusion,
     save_fusion,
 )
-from streetvision.models.fusion_training import LabelledViews, fit_fusion
+from streetvision.models.classifier import load_classifier
 from streetvision.models.multiview import score_split_views
-from streetvision.params import Cvfm, ViewGrid
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

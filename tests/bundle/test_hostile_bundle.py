@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from streetvision.artifacts import json_text
 from streetvision.bundle.limits import MAX_FILE_BYTES, MAX_FILES, MAX_JSON_BYTES
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.validate import BUNDLE_JSON, check_views, sealed
-from streetvision.errors import UserError
+from streetvision.core.artifacts import json_text
+from streetvision.core.errors import UserError
 from tests.bundle.forging import Payload, forge, swap_when_hashed
 
 if TYPE_CHECKING:

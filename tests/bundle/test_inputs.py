@@ -22,9 +22,9 @@ from PIL import Image
 
 from streetvision.bundle.inputs import MAX_PIXELS, upright_image
 from streetvision.bundle.predictor import Predictor
-from streetvision.data.decode import decode_image
-from streetvision.errors import UserError
-from streetvision.params import Data
+from streetvision.core.errors import UserError
+from streetvision.core.params import Data
+from streetvision.prepare.decode import decode_image
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -256,7 +256,7 @@ import io, resource, struct, sys, zlib
 import numpy as np
 from PIL import Image
 from streetvision.bundle.inputs import upright_image
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 def chunk(name, body):
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

@@ -22,7 +22,6 @@ from PIL import Image
 from sklearn.metrics import matthews_corrcoef
 
 from streetvision import cli
-from streetvision.artifacts import ArtifactSchema, json_text, read_json, sha256_file
 from streetvision.bundle import onnx_export, onnx_gate
 from streetvision.bundle.engines import load_predictor, shipped_engines
 from streetvision.bundle.export import export_bundle
@@ -35,15 +34,16 @@ from streetvision.bundle.onnx_session import Network, OnnxFusion
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.timing import time_bundle
 from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, sealed
+from streetvision.core.artifacts import ArtifactSchema, json_text, read_json, sha256_file
+from streetvision.core.errors import UserError
+from streetvision.core.params import Cvfm, Export, Hardware, Params, ViewGrid, check_params
 from streetvision.data.store import open_split
 from streetvision.decision.calibrators import PlattMap
 from streetvision.decision.hard_images import HardImages
 from streetvision.decision.policy import Policy
-from streetvision.errors import UserError
+from streetvision.fusion.fusion import TRAINED, Fusion, FusionConfig, save_fusion
+from streetvision.fusion.networks import build_network
 from streetvision.models.classifier import load_classifier
-from streetvision.models.fusion import TRAINED, Fusion, FusionConfig, save_fusion
-from streetvision.models.fusion_networks import build_network
-from streetvision.params import Cvfm, Export, Hardware, Params, ViewGrid, check_params
 from tests.bundle.forging import swap_when_hashed
 
 onnx = pytest.importorskip("onnx")

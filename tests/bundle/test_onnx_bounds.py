@@ -19,7 +19,7 @@ from streetvision.bundle.limits import (
 )
 from streetvision.bundle.onnx_bounds import check_model
 from streetvision.bundle.onnx_session import open_session
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

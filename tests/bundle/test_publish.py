@@ -22,14 +22,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from streetvision import cli
-from streetvision.artifacts import ArtifactSchema, read_json, sha256_file, write_json_atomic
 from streetvision.bundle.folded import RECORD, fold_bundle
 from streetvision.bundle.predictor import Predictor
 from streetvision.bundle.publish import Submission, check_hotkey, check_repo, publication, upload
 from streetvision.bundle.publishable import check_publishable
 from streetvision.bundle.validate import BUNDLE_JSON, sealed
+from streetvision.core.artifacts import ArtifactSchema, read_json, sha256_file, write_json_atomic
+from streetvision.core.errors import UserError
 from streetvision.data.store import open_split
-from streetvision.errors import UserError
 from tests.bundle.forging import Payload, forge
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import stats
 
+from streetvision.core.params import Train
 from streetvision.data import augment
 from streetvision.data.augment import ChallengeAugmentation, challenge_view, mix_batch
 from streetvision.data.distort import challenge_jpeg
 from streetvision.data.transforms import Preprocessing
-from streetvision.params import Train
 
 PREPROCESSING = Preprocessing(32, 48, "letterbox", False, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 alphas, seeds = st.floats(0.05, 5), st.integers(0, 10**6)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from streetvision.core.params import Challenge, ViewGrid
 from streetvision.data.challenge_images import challenge_images
 from streetvision.data.distort import challenge_jpeg, challenge_rng, mixed_levels, open_jpeg
 from streetvision.data.embeddings import challenge_id, read_embeddings, write_embeddings
@@ -15,7 +16,6 @@ from streetvision.data.store import open_split
 from streetvision.data.views import view_names
 from streetvision.models.classifier import load_classifier
 from streetvision.models.multiview import score_all_views
-from streetvision.params import Challenge, ViewGrid
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

@@ -17,6 +17,7 @@ from scipy import ndimage, stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from streetvision.core.errors import UserError
 from streetvision.data.distort import (
     LEVELS,
     MAX_STRENGTHS,
@@ -36,7 +37,6 @@ from streetvision.data.distort import (
     mixed_levels,
     saturate,
 )
-from streetvision.errors import UserError
 
 STRENGTHS = ("saturation", "contrast", "resampling", "noise", "blur")
 N = 3000

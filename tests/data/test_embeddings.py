@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from streetvision.core.errors import UserError
+from streetvision.core.params import ViewGrid
 from streetvision.data.embeddings import read_embeddings, write_embeddings
 from streetvision.data.store import open_split, read_arrow, write_arrow
 from streetvision.data.views import view_names, views_of
-from streetvision.errors import UserError
 from streetvision.models.classifier import load_classifier, score_split
 from streetvision.models.multiview import score_split_views
-from streetvision.params import ViewGrid
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

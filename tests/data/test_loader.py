@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streetvision.core.errors import UserError
+from streetvision.core.params import Train
 from streetvision.data import loader
 from streetvision.data.augment import ChallengeAugmentation
 from streetvision.data.loader import (
@@ -23,8 +25,6 @@ from streetvision.data.loader import (
 )
 from streetvision.data.store import Split, open_split
 from streetvision.data.transforms import Preprocessing, training_transform
-from streetvision.errors import UserError
-from streetvision.params import Train
 
 HALF = (0.5, 0.5, 0.5)
 PREPROCESSING = Preprocessing(32, 48, "letterbox", square_crop=False, mean=HALF, std=HALF)

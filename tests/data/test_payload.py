@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from streetvision.bundle.inputs import upright_image
-from streetvision.data.labels import LabelReader
-from streetvision.data.natix import translate
+from streetvision.core.errors import UserError
 from streetvision.data.payload import from_base64
-from streetvision.errors import UserError
+from streetvision.sources.labels import LabelReader
+from streetvision.sources.natix import translate
 from tests.data.odd_images import encode, picture
 
 # Of a length that base64 pads, with both characters that the URL-safe alphabet has others for.

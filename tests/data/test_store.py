@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from streetvision.core.errors import UserError
+from streetvision.core.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.data import store
-from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.data.store import (
     CONTRACT,
     Access,
@@ -28,7 +29,6 @@ from streetvision.data.store import (
     read_arrow,
     write_arrow,
 )
-from streetvision.errors import UserError
 
 # The split contract, written out: stage, split, which of its rows, and whether their labels. TRAIN is for
 # gradients (its fusion part for fusion alone), VAL_SELECT for choosing models, VAL_CALIB for the decision,

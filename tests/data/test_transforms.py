@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
+from streetvision.core.errors import UserError
+from streetvision.core.params import Explora, Train
 from streetvision.data.transforms import (
     Preprocessing,
     central_crop,
     contrastive_transform,
     training_transform,
 )
-from streetvision.errors import UserError
-from streetvision.params import Explora, Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE = Preprocessing(32, 48, "letterbox", square_crop=False, mean=MEAN, std=STD)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from streetvision.core.params import ViewGrid
 from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import content_box, view_names, views_of
-from streetvision.params import ViewGrid
 
 # A border that no picture below contains: blue 0.
 MEAN, STD = (0.9, 0.9, 0.0), (0.2, 0.2, 0.2)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from streetvision.core.errors import UserError
 from streetvision.data import walk
 from streetvision.data.pixels import MAX_FILE_BYTES
 from streetvision.data.walk import (
@@ -26,7 +27,6 @@ from streetvision.data.walk import (
     unread_format,
     walk_files,
 )
-from streetvision.errors import UserError
 
 JPEG = b"\xff\xd8\xff and more"
 

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from streetvision.core.errors import UserError
 from streetvision.decision.abstention import Abstention, Answers, fit_abstention
 from streetvision.decision.calibrators import PlattMap
 from streetvision.decision.policy import (
@@ -29,7 +30,6 @@ from streetvision.decision.scrc import (
     guarantee_groups,
     scrc_t,
 )
-from streetvision.errors import UserError
 
 Floats = NDArray[np.float64]
 BAND = Abstention("scrc_t", "error", 0.05, None, 40, 0.3)

@@ -15,15 +15,15 @@ from scipy.special import expit
 
 from stages.calibrate import calibrate
 from stages.common import Stage
-from streetvision.artifacts import ArtifactSchema, read_json, write_json_atomic
+from streetvision.core.artifacts import ArtifactSchema, read_json, write_json_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.params import Cvfm, ViewGrid, check_params
 from streetvision.data.store import write_arrow
 from streetvision.decision.pickling import dump_policy_pickle
 from streetvision.decision.policy import policy_from_document
 from streetvision.decision.report import sweep_thresholds
 from streetvision.decision.validator import PolicyValidator
-from streetvision.errors import UserError
-from streetvision.models.fusion import Fusion, FusionConfig, save_fusion
-from streetvision.params import Cvfm, ViewGrid, check_params
+from streetvision.fusion.fusion import Fusion, FusionConfig, save_fusion
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = 1200

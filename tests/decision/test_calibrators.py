@@ -16,6 +16,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
+from streetvision.core.errors import UserError
 from streetvision.decision import calibrators
 from streetvision.decision.calibrators import (
     SLOPE_FLOOR,
@@ -24,7 +25,6 @@ from streetvision.decision.calibrators import (
     check_mean_is_prior,
 )
 from streetvision.decision.choice import calibration_map_from_dict
-from streetvision.errors import UserError
 
 Arrays = tuple[NDArray[np.float64], NDArray[np.int64]]
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import log_loss
 
+from streetvision.core.errors import UserError
+from streetvision.core.params import Decision, check_params
 from streetvision.decision.calibrators import Platt
 from streetvision.decision.choice import (
     ALLOWED,
@@ -30,8 +32,6 @@ from streetvision.decision.choice import (
 from streetvision.decision.ensemble import TIERS
 from streetvision.decision.folds import OutOfFold, group_folds, out_of_fold
 from streetvision.decision.policy import Policy, fit_policy, policy_from_document, scrc_document
-from streetvision.errors import UserError
-from streetvision.params import Decision, check_params
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

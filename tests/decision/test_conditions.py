@@ -9,7 +9,7 @@ from sklearn.metrics import log_loss, matthews_corrcoef
 from streetvision.decision.conditions import REPORTED, Condition, conditions_report
 from streetvision.decision.folds import group_folds
 from streetvision.decision.policy import fit_policy
-from streetvision.evaluation.metrics import prior_weights
+from streetvision.stats.metrics import prior_weights
 
 
 def simulated(seed: int, n_groups: int = 60, repeats: int = 2) -> dict[str, Condition]:

@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, softmax
 from sklearn.metrics import log_loss
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import PlattMap, check_sample
 from streetvision.decision.choice import CALIBRATORS, calibration_map_from_dict
 from streetvision.decision.ensemble import (
@@ -23,7 +24,6 @@ from streetvision.decision.ensemble import (
     simplex_weights,
 )
 from streetvision.decision.folds import group_folds, out_of_fold
-from streetvision.errors import UserError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

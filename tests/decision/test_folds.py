@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from streetvision.core.params import Decision
 from streetvision.decision import choice, conditions, folds, policy
 from streetvision.decision.fitting import Passes, fit_decision
 from streetvision.decision.folds import group_folds, out_of_fold
-from streetvision.models import fusion_training
-from streetvision.models.fusion_training import LabelledViews
-from streetvision.params import Decision
+from streetvision.fusion import fitting as fusion_training
+from streetvision.fusion.fitting import LabelledViews
 
 GROUPS, IMAGES = 20, 6
 

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streetvision.core.errors import UserError
+from streetvision.core.params import Decision
 from streetvision.decision.calibrators import PlattMap
 from streetvision.decision.fitting import Passes, fit_decision
 from streetvision.decision.hard_images import HardImages, unsure_between
@@ -23,8 +25,6 @@ from streetvision.decision.policy import (
 from streetvision.decision.report import calibration_metrics
 from streetvision.decision.scrc import guarantee_groups
 from streetvision.decision.validator import PolicyValidator
-from streetvision.errors import UserError
-from streetvision.params import Decision
 
 
 def passes(seed: int, groups: int = 40) -> dict[str, Passes]:

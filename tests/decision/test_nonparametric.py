@@ -13,6 +13,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
+from streetvision.core.errors import UserError
 from streetvision.decision.choice import calibration_map_from_dict
 from streetvision.decision.nonparametric import (
     Isotonic,
@@ -22,7 +23,6 @@ from streetvision.decision.nonparametric import (
     VennAbers,
     VennAbersMap,
 )
-from streetvision.errors import UserError
 
 Floats = NDArray[np.float64]
 Arrays = tuple[Floats, NDArray[np.int64], Floats]

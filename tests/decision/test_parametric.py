@@ -11,6 +11,7 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import SLOPE_FLOOR, Platt
 from streetvision.decision.choice import calibration_map_from_dict
 from streetvision.decision.parametric import (
@@ -22,7 +23,6 @@ from streetvision.decision.parametric import (
     TemperatureMap,
     bounded_logistic,
 )
-from streetvision.errors import UserError
 
 Floats = NDArray[np.float64]
 Arrays = tuple[Floats, NDArray[np.bool_]]

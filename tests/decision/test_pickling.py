@@ -8,10 +8,10 @@ import pickletools
 
 import pytest
 
+from streetvision.core.errors import UserError
 from streetvision.decision.calibrators import PlattMap
 from streetvision.decision.pickling import dump_policy_pickle
 from streetvision.decision.policy import Policy, policy_from_document, scrc_document
-from streetvision.errors import UserError
 
 POLICY = Policy(PlattMap(0.1 + 0.2, -1 / 3), 0.78, 0.5, 0.1)
 DOCUMENT = scrc_document(POLICY, {"metrics": {"before": {"ece": 0.1}, "after": {"ece": 0.01}}})

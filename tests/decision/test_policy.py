@@ -16,12 +16,12 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, log_loss
 
+from streetvision.core.errors import UserError
 from streetvision.decision import policy as policy_module
 from streetvision.decision.calibrators import Platt, PlattMap
 from streetvision.decision.folds import group_folds
 from streetvision.decision.policy import Policy, fit_policy, policy_from_document, scrc_document
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import all_metrics, prior_weights
+from streetvision.stats.metrics import all_metrics, prior_weights
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-from streetvision.artifacts import json_text
+from streetvision.core.artifacts import json_text
 from streetvision.decision.policy import fit_policy
 from streetvision.decision.report import calibration_metrics, sweep_thresholds
 from streetvision.decision.threshold import bagged_median_threshold, select_threshold_max_mcc
-from streetvision.evaluation.metrics import prior_weights
+from streetvision.stats.metrics import prior_weights
 
 
 def scores(seed: int) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from streetvision.core.errors import UserError
 from streetvision.decision.scrc import (
     BETS,
     STAKES,
@@ -28,7 +29,6 @@ from streetvision.decision.scrc import (
     scrc_t,
     smallest_alpha,
 )
-from streetvision.errors import UserError
 
 Floats = NDArray[np.float64]
 Images = tuple[Floats, NDArray[np.bool_], NDArray[np.intp]]

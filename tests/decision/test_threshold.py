@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score
 
+from streetvision.core.errors import UserError
 from streetvision.decision.threshold import (
     BaggedThreshold,
     bagged_median_threshold,
@@ -22,8 +23,7 @@ from streetvision.decision.threshold import (
     select_threshold_max_mcc,
     thresholds_document,
 )
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import prior_weights
+from streetvision.stats.metrics import prior_weights
 
 RATIOS = {"mcc", "accuracy", "precision", "recall", "f1", "fnr", "fpr"}
 SCHEMA_METRICS = RATIOS | {"tp", "tn", "fp", "fn"}

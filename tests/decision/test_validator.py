@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from streetvision.core.errors import UserError
 from streetvision.decision.abstention import Abstention
 from streetvision.decision.calibrators import PlattMap
 from streetvision.decision.choice import DEPLOYABLE
@@ -17,7 +18,6 @@ from streetvision.decision.ensemble import TIERS
 from streetvision.decision.policy import Policy, fit_policy, scrc_document
 from streetvision.decision.report import sweep_thresholds
 from streetvision.decision.validator import PolicyValidator
-from streetvision.errors import UserError
 
 VALIDATE = PolicyValidator().validate
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streetvision.artifacts import json_text
 from streetvision.bundle.predictor import Predictor
+from streetvision.core.artifacts import json_text
+from streetvision.core.errors import UserError
+from streetvision.core.params import Challenge, SourceShare
 from streetvision.data.distort import challenge_jpeg, challenge_rng
 from streetvision.data.store import open_split
-from streetvision.errors import UserError
-from streetvision.evaluation.bootstrap import group_intervals
 from streetvision.evaluation.challenge import (
     challenge_report,
     challenge_split,
@@ -24,7 +24,7 @@ from streetvision.evaluation.challenge import (
     write_challenge,
 )
 from streetvision.evaluation.reward import reward_moments
-from streetvision.params import Challenge, SourceShare
+from streetvision.stats.bootstrap import group_intervals
 
 ONE_SOURCE = np.array(["s"] * 400, dtype=object)
 SMALL: dict[str, Any] = {"n_resamples": 200, "simulated_days": 3, "challenges_per_day": 20}

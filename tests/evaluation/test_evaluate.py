@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import matthews_corrcoef, roc_auc_score
 
-from streetvision.artifacts import ArtifactSchema
+from streetvision import plots
 from streetvision.bundle.predictor import Predictor
+from streetvision.core.artifacts import ArtifactSchema
+from streetvision.core.errors import UserError
+from streetvision.core.params import check_params
 from streetvision.data.store import Split, open_split
-from streetvision.errors import UserError
-from streetvision.evaluation import plots
 from streetvision.evaluation.evaluate import (
     EVIDENCE_NAMES,
     Evaluation,
@@ -34,7 +35,6 @@ from streetvision.evaluation.evaluate import (
 )
 from streetvision.evaluation.predictions import parse_predictions
 from streetvision.evaluation.report import safe_key
-from streetvision.params import check_params
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

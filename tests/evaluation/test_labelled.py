@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from streetvision.data.labels import ClassNames
+from streetvision.core.errors import UserError
 from streetvision.data.store import open_split
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
 from streetvision.evaluation.labelled import labelled_images
+from streetvision.sources.labels import ClassNames
 
 HALF = (0.5, 0.5, 0.5)
 PREPROCESSING = Preprocessing(32, 48, "letterbox", square_crop=False, mean=HALF, std=HALF)

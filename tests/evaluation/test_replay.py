@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from streetvision import cli
+from streetvision.core.errors import UserError
 from streetvision.data.store import open_split
-from streetvision.errors import UserError
 from streetvision.evaluation.replay import (
     Challenge,
     alarms,

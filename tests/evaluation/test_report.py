@@ -6,15 +6,15 @@ import math
 import numpy as np
 import pytest
 
-from streetvision.errors import UserError
-from streetvision.evaluation.metrics import (
+from streetvision.core.errors import UserError
+from streetvision.evaluation.report import evaluation_report, safe_key
+from streetvision.stats.metrics import (
     METRIC_NAMES,
     PLAIN_ECE,
     all_metrics,
     mcc_from_counts,
     prior_weights,
 )
-from streetvision.evaluation.report import evaluation_report, safe_key
 
 N_GROUPS = 80
 RNG = np.random.default_rng(0)

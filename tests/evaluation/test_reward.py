@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 from streetvision.evaluation.reward import beats_rival, reward_moments, rewards, simulate_rewards
 
 

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 MAX_PIXELS = 10**6
 
@@ -49,8 +49,8 @@ def manifest(data: bytes) -> None:
     """Bytes of bundle.json, sealed where they are an object: past the seal is more to be found."""
     import json
 
-    from streetvision.artifacts import json_text
     from streetvision.bundle.validate import parse_manifest, sealed
+    from streetvision.core.artifacts import json_text
 
     try:
         document = json.loads(data)
@@ -130,8 +130,8 @@ def seeds(target: str) -> list[bytes]:
 
 def _empty_bundle() -> bytes:
     """A bundle.json that passes all checks of a manifest."""
-    from streetvision.artifacts import json_text
     from streetvision.bundle.validate import sealed
+    from streetvision.core.artifacts import json_text
 
     preprocessing = {
         "height": 32, "width": 48, "fit": "letterbox", "square_crop": False,

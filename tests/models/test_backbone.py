@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 from streetvision.models.backbone import (
     ARCHITECTURES,
     build_backbone,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from streetvision.core.errors import UserError
 from streetvision.data.store import open_split
 from streetvision.data.transforms import Preprocessing
-from streetvision.errors import UserError
 from streetvision.models.backbone import resolve
 from streetvision.models.classifier import (
     CONFIG,

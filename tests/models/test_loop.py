@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from streetvision.core.errors import UserError
+from streetvision.core.params import Compile, Hardware
 from streetvision.data.loader import EpochSampler, Key
-from streetvision.errors import UserError
 from streetvision.models.backbone import build_backbone, resolve
 from streetvision.models.loop import (
     AtomicCheckpoints,
@@ -30,7 +31,6 @@ from streetvision.models.loop import (
     precision,
     run_loop,
 )
-from streetvision.params import Compile, Hardware
 from tests.models.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from streetvision.artifacts import main_process
+from streetvision.core.artifacts import main_process
 from tests.models.test_loop import train_two
 scratch = Path(sys.argv[1])
 result = train_two(scratch)

@@ -18,7 +18,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
+from streetvision.core.params import TrainLora
 from streetvision.models.backbone import ARCHITECTURES
 from streetvision.models.optim import (
     GradientFilter,
@@ -28,7 +29,6 @@ from streetvision.models.optim import (
     warmup_cosine,
 )
 from streetvision.models.peft import add_adapters
-from streetvision.params import TrainLora
 
 RATES = {"learning_rate": 0.01, "head_factor": 3.0, "layer_decay": 0.7, "weight_decay": 0.05}
 TINY_VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32}

@@ -12,7 +12,8 @@ import timm
 import torch
 from torch import nn
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
+from streetvision.core.params import Lora
 from streetvision.models.backbone import ARCHITECTURES, build_backbone, resolve
 from streetvision.models.peft import (
     adapter_state,
@@ -23,7 +24,6 @@ from streetvision.models.peft import (
     merge_adapters,
     unfreeze,
 )
-from streetvision.params import Lora
 
 SIDE = 32
 LINEAR = ["street_vit", "dinov3", "eva02"]

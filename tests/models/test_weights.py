@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 from streetvision.models.backbone import ARCHITECTURES, build_backbone, resolve
 from streetvision.models.weights import fill, load_weights, read_state_dict
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from streetvision.params import Params
+from streetvision.core.params import Params
 from tests.pipeline.project import Project, copy_code, with_git
 
 

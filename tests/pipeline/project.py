@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from streetvision.data.schema import CONDITIONS, SPLITS
+from streetvision.core.schema import CONDITIONS, SPLITS
 from streetvision.data.store import CONTRACT
 from streetvision.presets import load_preset, merge
 
@@ -172,11 +172,11 @@ def names(entries: Iterable[Any]) -> list[str]:
 
 
 def code_deps(stage: Mapping[str, Any]) -> list[str]:
-    return [name for name in stage["deps"] if name.endswith(".py")]
+    return [name for name in stage["deps"] if name.startswith(("stages/", "streetvision/"))]
 
 
 def data_deps(stage: Mapping[str, Any]) -> list[str]:
-    return [name for name in stage["deps"] if not name.endswith(".py")]
+    return [name for name in stage["deps"] if name not in code_deps(stage)]
 
 
 def outputs(stage: Mapping[str, Any]) -> list[str]:

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from streetvision.artifacts import write_bytes_atomic
-from streetvision.errors import guarded
+from streetvision.core.artifacts import write_bytes_atomic
+from streetvision.core.errors import guarded
 from tests.pipeline.project import Project
 
 

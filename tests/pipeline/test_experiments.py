@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from streetvision.core.params import Params
 from streetvision.evaluation.headline import HEADLINE
-from streetvision.params import Params
 from streetvision.presets import load_preset
 from tests.pipeline.project import CACHED_METRICS, REPOSITORY, STAGES, Project, stages_run
 

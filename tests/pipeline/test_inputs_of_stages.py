@@ -23,10 +23,10 @@ from stages.cvfm import cvfm
 from stages.embed import embed
 from stages.evaluate import evaluate
 from stages.sweep import sweep
-from streetvision.artifacts import ArtifactSchema
+from streetvision.core.artifacts import ArtifactSchema
+from streetvision.core.errors import UserError
+from streetvision.core.params import Params, check_params
 from streetvision.data.embeddings import read_embeddings
-from streetvision.errors import UserError
-from streetvision.params import Params, check_params
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from streetvision.artifacts import config_hash, json_text
-from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
+from streetvision.core.artifacts import config_hash, json_text
+from streetvision.core.params import leaves
+from streetvision.core.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.evaluation.headline import HEADLINE
-from streetvision.params import leaves
 from streetvision.presets import value
 from tests.pipeline.project import (
     STAGES,
@@ -37,8 +37,8 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel
 from stages.common import Stage
-from streetvision.artifacts import ArtifactSchema
-from streetvision.params import load_params
+from streetvision.core.artifacts import ArtifactSchema
+from streetvision.core.params import load_params
 
 def blind(section, prefix, tracked):
     for key, value in list(section.__dict__.items()):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from streetvision.params import Params
+from streetvision.core.params import Params
 from streetvision.presets import load_preset, preset_names
 from tests.pipeline.project import REPOSITORY, Project, copy_code
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streetvision.artifacts import ArtifactSchema
+from streetvision.core.artifacts import ArtifactSchema
 from streetvision.data.store import open_split
 from tests.pipeline.project import Project
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stages.common import Stage
-from streetvision.artifacts import ArtifactSchema
-from streetvision.params import Params
+from streetvision.core.artifacts import ArtifactSchema
+from streetvision.core.params import Params
 
 CODE = {
     "stages/__init__.py": "",

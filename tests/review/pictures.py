@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from streetvision.data.schema import SPLIT_SCHEMA
+from streetvision.core.schema import SPLIT_SCHEMA
 from streetvision.data.store import read_arrow, write_arrow
 from streetvision.review.leakage import Looked
 

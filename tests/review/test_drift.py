@@ -20,6 +20,8 @@ from scipy.stats import binom, ks_2samp
 
 from streetvision import cli
 from streetvision.bundle.predictor import Predictor
+from streetvision.core.errors import UserError
+from streetvision.core.params import Cvfm, ViewGrid
 from streetvision.data.distort import Task, challenge_jpegs
 from streetvision.data.embeddings import read_embeddings, write_embeddings
 from streetvision.data.store import open_split
@@ -27,10 +29,8 @@ from streetvision.data.transforms import Preprocessing
 from streetvision.data.views import view_names
 from streetvision.decision.hard_images import HardImages
 from streetvision.decision.inputs import sigmoid
-from streetvision.errors import UserError
-from streetvision.models.fusion import Fusion, FusionConfig
+from streetvision.fusion.fusion import Fusion, FusionConfig
 from streetvision.models.multiview import score_split_views
-from streetvision.params import Cvfm, ViewGrid
 from streetvision.review.drift import (
     holm,
     kernel_sums,

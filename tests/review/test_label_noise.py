@@ -16,12 +16,12 @@ from PIL import Image
 
 from streetvision import cli
 from streetvision.bundle.predictor import Predictor
+from streetvision.core.errors import UserError
+from streetvision.core.params import ViewGrid
 from streetvision.data.embeddings import write_embeddings
 from streetvision.data.store import CONTRACT, open_split
 from streetvision.decision.inputs import sigmoid
-from streetvision.errors import UserError
 from streetvision.models.multiview import score_split_views
-from streetvision.params import ViewGrid
 from streetvision.review.label_noise import (
     Labelled,
     describe,

@@ -15,9 +15,9 @@ from PIL import Image, ImageEnhance
 
 from streetvision import cli
 from streetvision.bundle.predictor import Predictor
-from streetvision.data.duplicates import normalised_thumbnails, perceptual_hashes, pixel_error
+from streetvision.core.errors import UserError
 from streetvision.data.store import open_split
-from streetvision.errors import UserError
+from streetvision.prepare.duplicates import normalised_thumbnails, perceptual_hashes, pixel_error
 from streetvision.review.leakage import (
     Looked,
     early_features,

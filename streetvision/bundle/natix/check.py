@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from streetvision.bundle.natix.install import CONFIG, NAME, install
 from streetvision.bundle.natix.stand_in import make_checkout
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 CHALLENGE_PX = 224
 LIMIT_S = 9.0  # a validator waits no longer

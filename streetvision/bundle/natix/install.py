@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streetvision.artifacts import json_text, sha256_file, write_atomic, write_bytes_atomic
 from streetvision.bundle.archive import bundle_folder
 from streetvision.bundle.validate import BUNDLE_JSON, file_of, load_bundle
-from streetvision.errors import UserError
+from streetvision.core.artifacts import json_text, sha256_file, write_atomic, write_bytes_atomic
+from streetvision.core.errors import UserError
 
 NAME = "StreetVision"
 CONFIG = f"{NAME}.yaml"

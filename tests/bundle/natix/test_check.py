@@ -26,7 +26,7 @@ from streetvision.bundle.natix.check import (
 )
 from streetvision.bundle.natix.install import DETECTOR, DETECTORS, install
 from streetvision.bundle.natix.stand_in import make_checkout
-from streetvision.errors import UserError
+from streetvision.core.errors import UserError
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

@@ -23,15 +23,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from streetvision.artifacts import write_bytes_atomic, write_json_atomic
 from streetvision.bundle.export import export_bundle
 from streetvision.bundle.natix import miner
 from streetvision.bundle.natix.check import payload, running_miner
 from streetvision.bundle.natix.install import CONFIG, DETECTOR, DETECTORS, install
 from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.bundle.predictor import Predictor
+from streetvision.core.artifacts import write_bytes_atomic, write_json_atomic
+from streetvision.core.errors import UserError
+from streetvision.core.params import Cvfm, ViewGrid
 from streetvision.data import pixels
-from streetvision.data.decode import decode_image
 from streetvision.data.transforms import Preprocessing
 from streetvision.decision.abstention import Abstention
 from streetvision.decision.choice import DEPLOYABLE, fit_kind
@@ -39,12 +40,11 @@ from streetvision.decision.ensemble import TIERS
 from streetvision.decision.hard_images import HardImages
 from streetvision.decision.pickling import dump_policy_pickle
 from streetvision.decision.policy import Policy, scrc_document
-from streetvision.errors import UserError
+from streetvision.fusion.fusion import TRAINED, UNTRAINED, Fusion, FusionConfig, save_fusion
+from streetvision.fusion.networks import build_network, freeze_head
 from streetvision.models.backbone import resolve
 from streetvision.models.classifier import ClassifierConfig, save_classifier
-from streetvision.models.fusion import TRAINED, UNTRAINED, Fusion, FusionConfig, save_fusion
-from streetvision.models.fusion_networks import build_network, freeze_head
-from streetvision.params import Cvfm, ViewGrid
+from streetvision.prepare.decode import decode_image
 from tests.data.odd_images import bombs, in_png, png_chunk, rare_modes, spoilt_metadata
 
 if TYPE_CHECKING:

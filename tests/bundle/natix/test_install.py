@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from streetvision import cli
-from streetvision.artifacts import json_text, read_json, sha256_file
 from streetvision.bundle.natix import install as module
 from streetvision.bundle.natix.install import CHECKOUT, CONFIG, DETECTOR, DETECTORS, IMPORT, install
 from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.bundle.validate import BUNDLE_JSON, sealed
-from streetvision.errors import UserError
+from streetvision.core.artifacts import json_text, read_json, sha256_file
+from streetvision.core.errors import UserError
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

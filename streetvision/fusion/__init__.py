@@ -1,0 +1,1 @@
+"""Phase 4c, cross-view fusion (CVFM): one logit of all views of an image."""

@@ -1,0 +1,1 @@
+"""Street scenes drawn by a seed, with and without roadwork."""

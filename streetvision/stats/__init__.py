@@ -1,0 +1,1 @@
+"""Metrics, intervals that count groups, paired tests."""
