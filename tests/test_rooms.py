@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "streetvision"
 # From the ground up. `docs/development.md` says what each is about.
 ROOMS = (
-    "core", "presets", "stats", "plots", "subnet", "data", "sources", "prepare", "models", "explora", "training",
-    "decision", "fusion", "bundle", "evaluation", "review", "studies", "commands", "cli",
+    "core", "presets", "stats", "plots", "subnet", "data", "sources", "prepare", "models", "explora",
+    "training", "decision", "fusion", "bundle", "evaluation", "review", "studies", "commands", "cli",
 )  # fmt: skip
 MODULES = {path: imported(path, ROOT) for path in sorted(PACKAGE.rglob("*.py"))}
 
