@@ -31,16 +31,16 @@ from streetvision.core.errors import UserError
 from streetvision.core.escaping import escaped
 from streetvision.core.progress import progress
 from streetvision.data.walk import Finder
-from streetvision.evaluation.reward import (
+from streetvision.sources.csv_table import decode_text, read_csv, read_table_file
+from streetvision.sources.files import FILE_ALIASES
+from streetvision.sources.labels import read_labels
+from streetvision.subnet.reward import (
     ACCURACY_WINDOW,
     MCC_WINDOW,
     NO_ANSWER,
     rewards,
     rolling_metrics,
 )
-from streetvision.sources.csv_table import decode_text, read_csv, read_table_file
-from streetvision.sources.files import FILE_ALIASES
-from streetvision.sources.labels import read_labels
 
 Floats = NDArray[np.float64]
 COLUMNS = ("image", "prediction", "label")

@@ -40,7 +40,6 @@ from streetvision.stats.metrics import (
 )
 from streetvision.stats.paired import (
     LEVEL,
-    expected_reward,
     fisher_z_interval,
     groups_needed,
     holm,
@@ -48,6 +47,7 @@ from streetvision.stats.paired import (
     resting_groups,
     same_mcc_p,
 )
+from streetvision.subnet.reward import expected_reward
 
 RESAMPLES = 10_000
 REWARD = "reward"

@@ -9,13 +9,11 @@ interval of a high MCC is too narrow even for independent images.
 from __future__ import annotations
 
 import math
-from functools import cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from streetvision.evaluation.reward import reward_moments
 from streetvision.stats.bootstrap import (
     MIN_GROUPS,
     Interval,
@@ -35,7 +33,6 @@ from streetvision.stats.metrics import (
 LEVEL, POWER = 0.95, 0.8
 _NO_VARIATION = 1e-12
 FISHER_Z = "fisher_z_iid"
-_NODES = 40  # of the reward's interpolation, along each rate
 
 
 def resting_groups(labels: Integers, index: Integers, served_prior: float) -> Resting:
@@ -199,31 +196,3 @@ def _correlation(x: Floats, y: Floats) -> float:
     """Correlation of two binary columns, 0 where it is undefined."""
     counts = [(x == i) & (y == j) for i, j in ((1, 1), (0, 1), (0, 0), (1, 0))]
     return float(mcc_from_counts(*(each.sum() for each in counts)))
-
-
-def expected_reward(
-    true_positive_rate: Floats, false_positive_rate: Floats, positive_share: float
-) -> Floats:
-    """`reward_moments`'s mean [R] for thousands of rates [R] in [0, 1]; NaN where they are.
-
-    It is a polynomial of the two rates, close to one of low degree: interpolated between 40 × 40 Chebyshev
-    points, within 1e-8 (a test).
-    """
-    from numpy.polynomial.chebyshev import chebvander
-
-    x, y = (chebvander(2 * r - 1, _NODES - 1) for r in (true_positive_rate, false_positive_rate))
-    reward: Floats = ((x @ _reward_coefficients(positive_share)) * y).sum(axis=1)
-    return reward
-
-
-@cache
-def _reward_coefficients(positive_share: float) -> Floats:
-    """Chebyshev coefficients [40, 40] of the mean reward, by true and false positive rate."""
-    from numpy.polynomial.chebyshev import chebpts1, chebvander
-
-    points = chebpts1(_NODES)
-    tpr, fpr = ((each.ravel() + 1) / 2 for each in np.meshgrid(points, points, indexing="ij"))
-    values = reward_moments(tpr, fpr, positive_share)[0].reshape(_NODES, _NODES)
-    inverse = np.linalg.inv(chebvander(points, _NODES - 1))
-    coefficients: Floats = inverse @ values @ inverse.T
-    return coefficients

@@ -25,11 +25,11 @@ from streetvision.evaluation.predictions import Predictions
 from streetvision.review.compare import compare_predictions, difference_intervals
 from streetvision.stats.metrics import Floats, GroupTable, Integers, all_metrics_batch
 from streetvision.stats.paired import (
-    expected_reward,
     fisher_z_interval,
     mcnemar_exact,
     same_mcc_p,
 )
+from streetvision.subnet.reward import expected_reward
 from tests.benchmarks.runner import Table
 
 PRIOR = 0.5

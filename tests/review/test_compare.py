@@ -9,7 +9,6 @@ from scipy.stats import binom
 from streetvision.core.errors import UserError
 from streetvision.evaluation.evaluate import picture_hash
 from streetvision.evaluation.predictions import Predictions, joined_groups, parse_predictions
-from streetvision.evaluation.reward import reward_moments
 from streetvision.review.compare import (
     METRICS,
     Comparison,
@@ -19,6 +18,7 @@ from streetvision.review.compare import (
 from streetvision.stats.bootstrap import BIASED, BOOTSTRAP, JACKKNIFE, group_intervals, spread
 from streetvision.stats.metrics import all_metrics, prior_weights
 from streetvision.stats.paired import groups_needed, resting_groups, same_mcc_p
+from streetvision.subnet.reward import reward_moments
 from tests.benchmarks.comparison import BETTER, NULLS, rates, simulate, true_differences
 from tests.benchmarks.comparison import METRICS as COVERED
 

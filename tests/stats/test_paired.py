@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scipy.stats import binom, t
 
 from streetvision.core.errors import UserError
-from streetvision.evaluation.reward import reward_moments
 from streetvision.stats.bootstrap import (
     JACKKNIFE,
     MIN_GROUPS,
@@ -21,7 +20,6 @@ from streetvision.stats.bootstrap import (
 from streetvision.stats.metrics import all_metrics, mcc_from_counts, prior_weights
 from streetvision.stats.paired import (
     correlation_difference_bounds,
-    expected_reward,
     fisher_z_interval,
     groups_needed,
     groups_needed_for_ece,
@@ -30,6 +28,7 @@ from streetvision.stats.paired import (
     resting_groups,
     same_mcc_p,
 )
+from streetvision.subnet.reward import expected_reward, reward_moments
 
 
 def holm_rejects(p: list[float], level: float) -> list[bool]:
