@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.data.distort import LEVELS, challenge_jpeg
 from streetvision.data.transforms import Preprocessing
 from streetvision.params import Train
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.served import served_jpeg
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,8 @@ def challenge_view(
     from PIL import Image as PILImage
 
     shares = np.asarray(levels, dtype=np.float64)
-    level = LEVELS[rng.choice(len(LEVELS), p=shares / shares.sum())]
-    data = challenge_jpeg(image, level, rng)
+    level = CROP.levels[rng.choice(len(CROP.levels), p=shares / shares.sum())]
+    data = served_jpeg(CROP, image, level, rng)
     with PILImage.open(io.BytesIO(data), formats=("JPEG",)) as served:
         view = preprocessing.apply(served)
     return np.ascontiguousarray(view[:, ::-1]) if rng.random() < flip_probability else view

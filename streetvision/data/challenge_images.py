@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from streetvision.data.distort import Task, mixed_jpegs, open_jpeg
 from streetvision.data.store import Split
 from streetvision.processes import in_threads
 from streetvision.progress import progress
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.served import Task, mixed_served_jpegs, open_jpeg
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,8 +25,8 @@ def challenge_images(
     Their levels are mixed by `challenge.level_shares`; seed, image id and repetition determine them.
     """
     tasks = [Task(str(name), split.image_bytes(row)) for row, name in enumerate(split.ids)]
-    jpegs = mixed_jpegs(
-        tasks, challenge.level_shares, repeats, seed, challenge.flip_probability, workers
+    jpegs = mixed_served_jpegs(
+        CROP, tasks, challenge.level_shares, repeats, seed, challenge.flip_probability, workers
     )
     shown = progress(jpegs, len(tasks) * repeats, f"{split.name}, distorted")
     yield from in_threads(open_jpeg, shown, workers)

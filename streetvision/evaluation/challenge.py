@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from streetvision.artifacts import write_bytes_atomic, write_json_atomic
-from streetvision.data.distort import LEVELS, SIDE, Task, challenge_jpegs, open_jpeg
 from streetvision.data.store import Split
 from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import (
@@ -21,9 +20,11 @@ from streetvision.evaluation.bootstrap import (
     statistic_intervals,
 )
 from streetvision.evaluation.metrics import Floats, Integers, count_metrics, prior_weights
-from streetvision.evaluation.reward import beats_rival, reward_moments, simulate_rewards
 from streetvision.processes import in_threads
 from streetvision.progress import progress
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.reward import beats_rival, reward_moments, simulate_rewards
+from streetvision.subnet.served import Task, open_jpeg, served_jpegs
 
 if TYPE_CHECKING:
     from streetvision.bundle.predictor import Predictor
@@ -71,11 +72,11 @@ def challenge_split(
     prior_weights(split.labels, served_prior)  # refuses one class before the work
     sources = split.column("source")
     source_weights(split.labels, sources, challenge.source_shares)
-    levels = [level for level in LEVELS if challenge.level_shares[level] > 0]
+    levels = [level for level in CROP.levels if challenge.level_shares[level] > 0]
     total = len(split) * len(levels) * challenge.repeats
     tasks = [Task(str(name), split.image_bytes(row)) for row, name in enumerate(split.ids)]
-    jpegs = challenge_jpegs(
-        tasks, levels, challenge.repeats, seed, challenge.flip_probability, workers
+    jpegs = served_jpegs(
+        CROP, tasks, levels, challenge.repeats, seed, challenge.flip_probability, workers
     )
     images = in_threads(open_jpeg, progress(jpegs, total, "scoring"), workers)
     scored = predictor.probabilities(images)
@@ -187,7 +188,7 @@ def challenge_report(
         },
         "repeats": repeats,
         "challenges_scored": int(probabilities.size),
-        "image_side_px": SIDE,
+        "image_side_px": CROP.side,
         "served_prior": served_prior,
         "reward": {
             "mean": overall["reward"].value,

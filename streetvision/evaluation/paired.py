@@ -30,7 +30,7 @@ from streetvision.evaluation.metrics import (
     check_sample,
     mcc_from_counts,
 )
-from streetvision.evaluation.reward import reward_moments
+from streetvision.subnet.reward import reward_moments
 
 LEVEL, POWER = 0.95, 0.8
 _NO_VARIATION = 1e-12

@@ -33,14 +33,14 @@ from streetvision.data.labels import read_labels
 from streetvision.data.walk import Finder
 from streetvision.errors import UserError
 from streetvision.escaping import escaped
-from streetvision.evaluation.reward import (
+from streetvision.progress import progress
+from streetvision.subnet.reward import (
     ACCURACY_WINDOW,
     MCC_WINDOW,
     NO_ANSWER,
     rewards,
     rolling_metrics,
 )
-from streetvision.progress import progress
 
 Floats = NDArray[np.float64]
 COLUMNS = ("image", "prediction", "label")

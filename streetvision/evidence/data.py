@@ -204,7 +204,8 @@ def make_distorted(work: tuple[Fold, str, Preprocessing]) -> None:
     """Distort a scored split as the validator does, at its four levels, unless that is done."""
     from PIL import Image
 
-    from streetvision.data.distort import LEVELS, Task, challenge_jpegs
+    from streetvision.subnet.profiles import CROP
+    from streetvision.subnet.served import Task, served_jpegs
 
     fold, name, preprocessing = work
     path = fold.distorted(name, preprocessing)
@@ -212,10 +213,10 @@ def make_distorted(work: tuple[Fold, str, Preprocessing]) -> None:
         return
     split = fold.read(name)
     tasks = [Task(str(each), split.image_bytes(row)) for row, each in enumerate(split.ids)]
-    shape = (len(LEVELS), len(split), preprocessing.height, preprocessing.width, 3)
+    shape = (len(CROP.levels), len(split), preprocessing.height, preprocessing.width, 3)
     inputs = np.empty(shape, np.uint8)
-    for number, jpeg in enumerate(challenge_jpegs(tasks, LEVELS, 1, SEED)):
-        row, level = divmod(number, len(LEVELS))
+    for number, jpeg in enumerate(served_jpegs(CROP, tasks, CROP.levels, 1, SEED)):
+        row, level = divmod(number, len(CROP.levels))
         with Image.open(io.BytesIO(jpeg)) as image:
             inputs[level, row] = preprocessing.apply(image)
 

@@ -20,12 +20,13 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image, ImageChops
 
-from streetvision.data.distort import LEVELS, Task, challenge_jpegs
 from streetvision.data.ingest import write_shard
 from streetvision.data.prepare import prepare_splits
 from streetvision.data.schema import SPLITS
 from streetvision.params import Data
 from streetvision.processes import in_processes
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.served import Task, challenge_rng, served_jpegs
 from tests.benchmarks.runner import Result, Table, compare
 
 PHOTOS, PHOTO_SIZE = 48, (4032, 3024)
@@ -312,7 +313,7 @@ def challenge_tasks(side: int) -> list[Task]:
 
 def all_levels(tasks: Sequence[Task]) -> list[bytes]:
     """A challenge of each image at each level."""
-    return list(challenge_jpegs(tasks, LEVELS, 1, 0))
+    return list(served_jpegs(CROP, tasks, CROP.levels, 1, 0))
 
 
 def distort() -> list[Result]:
@@ -327,7 +328,7 @@ def distort() -> list[Result]:
                     "torchvision on float tensors, as the validator, same draws",
                     partial(all_levels, tasks),
                     lambda tasks=tasks: [
-                        _plain_challenge(task, n) for task in tasks for n in LEVELS
+                        _plain_challenge(task, n) for task in tasks for n in CROP.levels
                     ],
                     reach=3,
                 )
@@ -340,11 +341,11 @@ def _plain_challenge(task: Task, level: int) -> bytes:
     import torch
     from torchvision.transforms.v2 import functional
 
-    from streetvision.data import distort as ours
+    from streetvision.subnet import distortions as ours
 
     to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     source = Image.open(io.BytesIO(task.data)).convert("RGB")
-    drawn = ours.draw(level, source.size, ours.challenge_rng(0, task.id, level))
+    drawn = ours.draw_crop(level, source.size, challenge_rng(0, task.id, level))
     image = functional.to_dtype(functional.to_image(source), torch.float32, scale=True)
     image = functional.rotate(image, drawn.angle)
     left, top, side = drawn.crop

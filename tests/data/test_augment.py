@@ -16,9 +16,10 @@ from scipy import stats
 
 from streetvision.data import augment
 from streetvision.data.augment import ChallengeAugmentation, challenge_view, mix_batch
-from streetvision.data.distort import challenge_jpeg
 from streetvision.data.transforms import Preprocessing
 from streetvision.params import Train
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.served import served_jpeg
 
 PREPROCESSING = Preprocessing(32, 48, "letterbox", False, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 alphas, seeds = st.floats(0.05, 5), st.integers(0, 10**6)
@@ -43,7 +44,7 @@ def test_the_view_is_the_served_jpeg_as_the_model_reads_it(level: int) -> None:
     rng, twin = np.random.default_rng(5), np.random.default_rng(5)
     found = challenge_view(picture(), PREPROCESSING, levels, 0.0, rng)
     twin.random()  # the draw of the level
-    with Image.open(io.BytesIO(challenge_jpeg(picture(), level, twin))) as served:
+    with Image.open(io.BytesIO(served_jpeg(CROP, picture(), level, twin))) as served:
         wanted = PREPROCESSING.apply(served)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, wanted)
@@ -53,7 +54,7 @@ def test_the_view_is_the_served_jpeg_as_the_model_reads_it(level: int) -> None:
 
 def test_levels_and_flips_are_drawn_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     levels: list[int] = []
-    plain = challenge_jpeg(picture(), 0, np.random.default_rng(0))
+    plain = served_jpeg(CROP, picture(), 0, np.random.default_rng(0))
 
     def recorded(image: Image.Image, level: int, rng: np.random.Generator) -> bytes:
         levels.append(level)

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from streetvision.data.challenge_images import challenge_images
-from streetvision.data.distort import challenge_jpeg, challenge_rng, mixed_levels, open_jpeg
 from streetvision.data.embeddings import challenge_id, read_embeddings, write_embeddings
 from streetvision.data.store import open_split
 from streetvision.data.views import view_names
 from streetvision.models.classifier import load_classifier
 from streetvision.models.multiview import score_all_views
 from streetvision.params import Challenge, ViewGrid
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.served import challenge_rng, mixed_levels, open_jpeg, served_jpeg
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -29,8 +30,8 @@ def test_images_are_those_of_their_level_and_repetition(tiny_splits: dict[str, P
     assert len(found) == 27
     for row, name in enumerate(split.ids):
         for repeat, level in enumerate(mixed_levels(name, UNEVEN.level_shares, 3, 5)):
-            expected = challenge_jpeg(
-                split.image(row), level, challenge_rng(5, name, level, repeat)
+            expected = served_jpeg(
+                CROP, split.image(row), level, challenge_rng(5, name, level, repeat)
             )
             assert found[3 * row + repeat].tobytes() == open_jpeg(expected).tobytes()
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from streetvision.artifacts import json_text
 from streetvision.bundle.predictor import Predictor
-from streetvision.data.distort import challenge_jpeg, challenge_rng
 from streetvision.data.store import open_split
 from streetvision.errors import UserError
 from streetvision.evaluation.bootstrap import group_intervals
@@ -23,8 +22,10 @@ from streetvision.evaluation.challenge import (
     source_weights,
     write_challenge,
 )
-from streetvision.evaluation.reward import reward_moments
 from streetvision.params import Challenge, SourceShare
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.reward import reward_moments
+from streetvision.subnet.served import challenge_rng, served_jpeg
 
 ONE_SOURCE = np.array(["s"] * 400, dtype=object)
 SMALL: dict[str, Any] = {"n_resamples": 200, "simulated_days": 3, "challenges_per_day": 20}
@@ -161,7 +162,7 @@ def test_a_split_through_a_bundle(
     found = challenge_split(predictor, split, settings, 0.5, seed=7, workers=1)
     wrong = []
     for row, name in enumerate(split.ids):
-        data = challenge_jpeg(split.image(row), 3, challenge_rng(7, name, 3, 1))
+        data = served_jpeg(CROP, split.image(row), 3, challenge_rng(7, name, 3, 1))
         p = predictor(Image.open(io.BytesIO(data)))
         wrong.append((p > 0.5) != split.labels[row])
     # The second repeat of level 3 alone is half of that level's images.

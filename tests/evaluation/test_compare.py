@@ -18,7 +18,7 @@ from streetvision.evaluation.evaluate import picture_hash
 from streetvision.evaluation.metrics import all_metrics, prior_weights
 from streetvision.evaluation.paired import groups_needed, resting_groups, same_mcc_p
 from streetvision.evaluation.predictions import Predictions, joined_groups, parse_predictions
-from streetvision.evaluation.reward import reward_moments
+from streetvision.subnet.reward import reward_moments
 from tests.benchmarks.comparison import BETTER, NULLS, rates, simulate, true_differences
 from tests.benchmarks.comparison import METRICS as COVERED
 

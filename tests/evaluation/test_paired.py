@@ -29,7 +29,7 @@ from streetvision.evaluation.paired import (
     resting_groups,
     same_mcc_p,
 )
-from streetvision.evaluation.reward import reward_moments
+from streetvision.subnet.reward import reward_moments
 
 
 def holm_rejects(p: list[float], level: float) -> list[bool]:

@@ -25,7 +25,7 @@ from streetvision.evaluation.replay import (
     replay,
     windows,
 )
-from streetvision.evaluation.reward import rewards, rolling_metrics
+from streetvision.subnet.reward import rewards, rolling_metrics
 
 if TYPE_CHECKING:
     from tests.conftest import Trained

@@ -20,7 +20,6 @@ from scipy.stats import binom, ks_2samp
 
 from streetvision import cli
 from streetvision.bundle.predictor import Predictor
-from streetvision.data.distort import Task, challenge_jpegs
 from streetvision.data.embeddings import read_embeddings, write_embeddings
 from streetvision.data.store import open_split
 from streetvision.data.transforms import Preprocessing
@@ -45,6 +44,8 @@ from streetvision.review.drift import (
 )
 from streetvision.review.drift_report import TESTS, drift_report, psi_level, render
 from streetvision.review.images import Sample, embedded_sample, look, open_images, score_images
+from streetvision.subnet.profiles import CROP
+from streetvision.subnet.served import Task, served_jpegs
 
 Floats = NDArray[np.float64]
 HALF = (0.5, 0.5, 0.5)
@@ -437,7 +438,7 @@ def test_clean_images_pass_and_distorted_ones_alarm(
     # The same images through the validator's distortions, in a folder without labels.
     split = open_split("evaluate", "val_test", fresh)
     tasks = [Task(str(name), split.image_bytes(row)) for row, name in enumerate(split.ids)]
-    for row, jpeg in enumerate(challenge_jpegs(tasks, [3], 1, seed=0, workers=0)):
+    for row, jpeg in enumerate(served_jpegs(CROP, tasks, [3], 1, seed=0, workers=0)):
         path = project / "served" / str(split.groups[row]) / f"{row}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg)

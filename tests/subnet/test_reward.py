@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from streetvision.errors import UserError
-from streetvision.evaluation.reward import beats_rival, reward_moments, rewards, simulate_rewards
+from streetvision.subnet.reward import beats_rival, reward_moments, rewards, simulate_rewards
 
 
 def slow_rewards(predictions: list[float], labels: list[int]) -> list[float]:

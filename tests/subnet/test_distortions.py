@@ -2,57 +2,49 @@
 
 from __future__ import annotations
 
-import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from streetvision.data.distort import (
-    LEVELS,
+from streetvision.subnet.distortions import (
     MAX_STRENGTHS,
     SIDE,
     Distortion,
-    Task,
     add_noise,
-    apply,
+    apply_crop,
+    apply_letterbox,
     blur,
-    challenge_jpeg,
-    challenge_jpegs,
-    challenge_rng,
-    distort,
     down_and_up,
-    draw,
-    mixed_jpegs,
-    mixed_levels,
+    draw_crop,
+    draw_letterbox,
+    letterboxed,
+    rotated,
     saturate,
 )
-from streetvision.errors import UserError
+from streetvision.subnet.profiles import CROP, LETTERBOX
+from streetvision.subnet.served import challenge_rng, served_image
+from tests.subnet.pictures import picture
 
 STRENGTHS = ("saturation", "contrast", "resampling", "noise", "blur")
 N = 3000
 
 
-def picture(width: int = 128, height: int = 96, seed: int = 0) -> Image.Image:
-    """Smooth colours with a few sharp edges."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    pixels = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
-    pixels[height // 3 : height // 2, width // 4 : width // 2] = (250, 120, 10)
-    return Image.fromarray(pixels)
-
-
 def draws(level: int, size: tuple[int, int] = (200, 200), flips: float = 0.0) -> list[Distortion]:
-    return [draw(level, size, challenge_rng(1, str(i), level), flips) for i in range(N)]
+    return [draw_crop(level, size, challenge_rng(1, str(i), level), flips) for i in range(N)]
+
+
+def crops(found: list[Distortion]) -> NDArray[np.int64]:
+    """Left, top and side [N, 3] of what is cut."""
+    return np.array([d.crop for d in found])
 
 
 def square(seed: int = 0) -> NDArray[np.uint8]:
@@ -75,7 +67,7 @@ def tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
 def test_level_0_is_the_central_square(size: tuple[int, int]) -> None:
     image = picture(*size)
     short = min(size)
-    found = distort(image, 0, np.random.default_rng(0))
+    found = served_image(CROP, image, 0, np.random.default_rng(0))
     square = functional.center_crop(image, [short, short])
     wanted = functional.resize(square, [SIDE, SIDE], antialias=True)
     assert apart(found, wanted).max() <= 1
@@ -87,19 +79,19 @@ def test_angle_area_and_place_are_uniform(level: int) -> None:
     found = draws(level, size)
     angles = [d.angle for d in found]
     assert stats.kstest(angles, stats.uniform(-20, 40).cdf).pvalue > 1e-3
-    sides = np.array([d.crop[2] for d in found])
+    sides = crops(found)[:, 2]
     areas = sides**2 / (size[0] * size[1])
     assert stats.kstest(areas, stats.uniform(0.2, 0.8).cdf).pvalue > 1e-3
     assert 0.2 <= areas.min() + 1e-3 < 0.21
     assert 0.99 < areas.max() <= 1
     for axis in (0, 1):
-        place = np.array([d.crop[axis] for d in found]) / (size[axis] - sides + 1e-9)
+        place = crops(found)[:, axis] / (size[axis] - sides + 1e-9)
         assert stats.kstest(place[sides < 1900], stats.uniform(0, 1).cdf).pvalue > 1e-3
 
 
 def test_a_wide_image_is_cropped_by_the_sizes_that_fit() -> None:
     """Of 4:3 no square covers more than three quarters: as torchvision, draw again."""
-    areas = np.array([d.crop[2] ** 2 for d in draws(1, (2000, 1500))]) / 3e6
+    areas = crops(draws(1, (2000, 1500)))[:, 2] ** 2 / 3e6
     assert stats.kstest(areas, stats.uniform(0.2, 0.55).cdf).pvalue > 1e-3
     # No square of a fifth of the area fits into 10:1: the largest central one.
     assert {d.crop for d in draws(1, (1000, 100))} == {(450, 0, 100)}
@@ -108,14 +100,14 @@ def test_a_wide_image_is_cropped_by_the_sizes_that_fit() -> None:
 def test_crop_is_distributed_as_torchvisions() -> None:
     image = torch.zeros(3, 150, 200)
     torch.manual_seed(0)
-    crops = [v2.RandomResizedCrop(SIDE, (0.2, 1), (1, 1)).make_params([image]) for _ in range(N)]
-    ours = np.array([d.crop for d in draws(1, (200, 150))])
+    random_crop = v2.RandomResizedCrop(SIDE, (0.2, 1), (1, 1))
+    theirs = [random_crop.make_params([image]) for _ in range(N)]
+    ours = crops(draws(1, (200, 150)))
     for column, key in enumerate(("left", "top", "height")):
-        theirs = [crop[key] for crop in crops]
-        assert stats.ks_2samp(ours[:, column], theirs).pvalue > 1e-3
+        assert stats.ks_2samp(ours[:, column], [crop[key] for crop in theirs]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", CROP.levels)
 def test_strengths_are_uniform_and_independent(level: int) -> None:
     found = np.array([[getattr(d, name) for name in STRENGTHS] for d in draws(level)])
     for column, most in enumerate(MAX_STRENGTHS[level]):
@@ -135,7 +127,9 @@ def test_the_documented_strengths() -> None:
 
 
 def test_flips_are_off_unless_asked_for() -> None:
-    assert not any(d.flip_horizontal or d.flip_vertical for level in LEVELS for d in draws(level))
+    assert not any(
+        d.flip_horizontal or d.flip_vertical for level in CROP.levels for d in draws(level)
+    )
     found = draws(2, flips=0.3)
     for name in ("flip_horizontal", "flip_vertical"):
         assert np.mean([getattr(d, name) for d in found]) == pytest.approx(0.3, abs=0.04)
@@ -143,12 +137,6 @@ def test_flips_are_off_unless_asked_for() -> None:
     # Turning them on changes nothing else.
     plain = [(d.angle, d.crop, *(getattr(d, name) for name in STRENGTHS)) for d in draws(2)]
     assert plain == [(d.angle, d.crop, *(getattr(d, name) for name in STRENGTHS)) for d in found]
-
-
-@pytest.mark.parametrize("level", [-1, 4])
-def test_an_unknown_level_is_refused(level: int) -> None:
-    with pytest.raises(UserError, match="distortion level must be one of"):
-        draw(level, (10, 10), np.random.default_rng(0))
 
 
 # --------------------------------------------------------------------------- what is done
@@ -159,7 +147,7 @@ def test_rotation_crop_and_flips_are_those_of_torchvision(scale: int) -> None:
     image = picture(128 * scale, 96 * scale)
     left, top, side = 20 * scale, 10 * scale, 70 * scale
     drawn = Distortion(17.0, (left, top, side), True, True)
-    found = apply(image, drawn, np.random.default_rng(0))
+    found = apply_crop(image, drawn, np.random.default_rng(0))
     turned = functional.rotate(image, 17.0)
     wanted = functional.resized_crop(turned, top, left, side, side, [SIDE, SIDE], antialias=True)
     wanted = functional.vertical_flip(functional.horizontal_flip(wanted))
@@ -168,6 +156,56 @@ def test_rotation_crop_and_flips_are_those_of_torchvision(scale: int) -> None:
     theirs = functional.rotate(tensor(np.asarray(image)), 17.0).permute(1, 2, 0).numpy()
     assert (np.asarray(turned) != theirs).any(axis=2).mean() < 0.02
     assert tuple(np.asarray(turned)[0, -1]) == (0, 0, 0)
+
+
+def slow_mask_rule(
+    left: int, top: int, side: int, size: tuple[int, int], point: tuple[int, int]
+) -> tuple[int, int]:
+    """The rule line by line; where it says width it holds the height, and the other way round."""
+    (height, width), (x, y) = size, point
+    if x < left:
+        left = max(0, x - 10)
+    elif x > left + side:
+        left = min(width - side, x - side + 10)
+    if y < top:
+        top = max(0, y - 10)
+    elif y > top + side:
+        top = min(height - side, y - side + 10)
+    return left, top
+
+
+@pytest.mark.parametrize("size", [(200, 150), (150, 200), (180, 180)])
+def test_a_crop_moves_to_the_point_that_was_painted_over(size: tuple[int, int]) -> None:
+    moved = 0
+    for seed in range(300):
+        point = tuple(np.random.default_rng(seed).integers(0, size).tolist())
+        plain, kept = (
+            draw_crop(1, size, challenge_rng(1, str(seed), 1), 0.0, mask)
+            for mask in (None, (point[0], point[1]))
+        )
+        assert plain.crop is not None
+        assert kept.crop is not None
+        left, top, side = plain.crop
+        wanted = slow_mask_rule(left, top, side, size, (point[0], point[1]))
+        assert kept == replace(plain, crop=(*wanted, side))
+        moved += kept != plain
+        if size == (180, 180):  # elsewhere the rule's confusion of the axes may lose the point
+            assert kept.crop[0] <= point[0] <= kept.crop[0] + side
+            assert kept.crop[1] <= point[1] <= kept.crop[1] + side
+    assert moved > 30
+    assert draw_crop(0, size, np.random.default_rng(0), 0.0, (0, 0)).crop == draw_crop(
+        0, size, np.random.default_rng(0)
+    ).crop  # fmt: skip
+
+
+def test_what_a_moved_crop_has_beyond_the_picture_is_black() -> None:
+    image = picture(200, 150)
+    found = np.asarray(apply_crop(image, Distortion(0.0, (20, 60, 100)), np.random.default_rng(0)))
+    theirs = functional.crop(tensor(np.asarray(image)), 60, 20, 100, 100)
+    wanted = functional.resize(theirs, [SIDE, SIDE]).permute(1, 2, 0).numpy()
+    assert apart(found, wanted).max() <= 1
+    assert not found[-20:].any()
+    assert found[:-30].any()
 
 
 def broadcast(red_green_blue: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -197,7 +235,7 @@ def test_saturation_scales_chroma_and_keeps_luma(factor: float) -> None:
 def test_contrast_multiplies_and_cuts(strength: int, factor: float) -> None:
     image = Image.fromarray(square())
     rng = np.random.default_rng(0)
-    found = np.asarray(apply(image, Distortion(0.0, (0, 0, SIDE), contrast=strength), rng))
+    found = np.asarray(apply_crop(image, Distortion(0.0, (0, 0, SIDE), contrast=strength), rng))
     wanted = (np.asarray(image).astype(np.float32) * np.float32(factor)).astype(np.uint8)
     assert np.array_equal(found, wanted)
 
@@ -281,78 +319,98 @@ def test_blur_is_a_gaussian_kernel(kernel: int) -> None:
     assert apart(blur(pixels, kernel), theirs.permute(1, 2, 0).numpy()).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "size", [(320, 180), (180, 320), (64, 48), (224, 224), (301, 97), (500, 50), (449, 300)]
+)
+def test_the_letterbox_is_that_of_torchvision(size: tuple[int, int]) -> None:
+    """The whole frame, sides cut to whole pixels as the validator's arithmetic cuts them."""
+    image = picture(*size)
+    scale = min(224 / size[0], 224 / size[1])
+    width, height = int(size[0] * scale), int(size[1] * scale)
+    shrunk = functional.resize(image, [height, width])
+    left, top = (224 - width) // 2, (224 - height) // 2
+    padding = [left, top, 224 - width - left, 224 - height - top]
+    wanted = functional.pad(shrunk, padding, fill=[0])
+    assert np.array_equal(letterboxed(image), np.asarray(wanted))
+    found = served_image(LETTERBOX, image, 0, np.random.default_rng(0))
+    assert np.array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_a_side_of_the_letterbox_may_fall_short_by_rounding() -> None:
+    short = [n for n in range(16, 3000) if int(n * (224 / n)) < 224]
+    assert short  # 224 / n · n is 223.99…
+    found = letterboxed(Image.new("RGB", (short[0], short[0]), (9, 9, 9)))
+    assert found.any(axis=(0, 2)).sum() == 223
+
+
+@pytest.mark.parametrize("angle", [-20.0, -7.3, 0.01, 3.0, 13.7, 20.0])
+def test_a_letterbox_is_turned_as_torchvision_turns_tensors(angle: float) -> None:
+    pixels = square()
+    wanted = functional.rotate(tensor(pixels), angle).permute(1, 2, 0).numpy()
+    # A pixel whose source lies between two is anybody's.
+    assert (rotated(pixels, angle) != wanted).any(axis=2).sum() <= 2
+    found = np.asarray(
+        apply_letterbox(Image.fromarray(pixels), Distortion(angle, None), np.random.default_rng(0))
+    )
+    assert np.array_equal(found, rotated(pixels, angle))
+
+
+def slow_letterbox(image: Image.Image, drawn: Distortion) -> NDArray[np.uint8]:
+    """All steps but the noise, with torchvision and, as the validator, OpenCV in Y, Cb, Cr."""
+    turned = functional.rotate(tensor(letterboxed(image)), drawn.angle)
+    if drawn.flip_horizontal:
+        turned = functional.horizontal_flip(turned)
+    if drawn.flip_vertical:
+        turned = functional.vertical_flip(turned)
+    pixels = turned.permute(1, 2, 0).numpy()
+    if drawn.saturation:
+        ycbcr = broadcast(pixels.astype(np.float32))
+        ycbcr[..., 1:] = 0.5 + (0.4, 0.3)[drawn.saturation - 1] * (ycbcr[..., 1:] - 0.5)
+        pixels = seen(ycbcr).astype(np.uint8)
+    if drawn.contrast:
+        pixels = (pixels.astype(np.float32) * (0.85, 0.725)[drawn.contrast - 1]).astype(np.uint8)
+    if drawn.resampling:
+        small = 224 // (2, 3)[drawn.resampling - 1]
+        pixels = cv2.resize(cv2.resize(pixels, (small, small)), (224, 224))
+    if drawn.blur:
+        kernel = (7, 9)[drawn.blur - 1]
+        pixels = cv2.GaussianBlur(pixels, (kernel, kernel), kernel / 6)
+    return np.asarray(pixels)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_letterbox_is_that_of_the_slow_version(level: int) -> None:
+    for seed in range(40):
+        image = picture(*((160, 90), (90, 160), (256, 192))[seed % 3], seed)
+        drawn = draw_letterbox(level, challenge_rng(2, str(seed), level), 0.5)
+        drawn = replace(drawn, noise=0)
+        found = np.asarray(apply_letterbox(image, drawn, np.random.default_rng(0)))
+        off = apart(found, slow_letterbox(image, drawn))
+        assert (off > 1).any(axis=2).mean() < 1e-3
+        assert off.mean() < 0.05
+
+
+def test_a_letterbox_draws_angle_and_strengths_and_cuts_nothing() -> None:
+    for level in LETTERBOX.levels:
+        found = [draw_letterbox(level, challenge_rng(1, str(i), level)) for i in range(N)]
+        assert {d.crop for d in found} == {None}
+        assert not any(d.flip_horizontal or d.flip_vertical for d in found)
+        angles = [d.angle for d in found]
+        if level:
+            assert stats.kstest(angles, stats.uniform(-20, 40).cdf).pvalue > 1e-3
+        else:
+            assert not any(angles)
+        for name, most in zip(STRENGTHS, MAX_STRENGTHS[level], strict=True):
+            counts = np.bincount([getattr(d, name) for d in found], minlength=3)
+            assert counts[most + 1 :].sum() == 0
+            if most:
+                assert stats.chisquare(counts[: most + 1]).pvalue > 1e-3
+
+
 def test_distortions_follow_in_order() -> None:
     image, rng = Image.fromarray(square()), np.random.default_rng
     every = Distortion(0.0, (0, 0, SIDE), False, False, 2, 2, 2, 2, 2)
     pixels = saturate(square(), 0.3)
     pixels = (pixels.astype(np.float32) * np.float32(0.725)).astype(np.uint8)
     pixels = blur(add_noise(down_and_up(pixels, 3), 0.002, rng(5)), 9)
-    assert np.array_equal(np.asarray(apply(image, every, rng(5))), pixels)
-
-
-# --------------------------------------------------------------------------- challenges
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from(LEVELS), st.integers(1, 300), st.integers(1, 300), st.integers(0, 99))
-def test_any_image_becomes_224_rgb(level: int, width: int, height: int, seed: int) -> None:
-    image = Image.new("L", (width, height), 99)
-    data = challenge_jpeg(image, level, np.random.default_rng(seed), 0.5)
-    with Image.open(io.BytesIO(data)) as found:
-        assert (found.format, found.mode, found.size) == ("JPEG", "RGB", (SIDE, SIDE))
-
-
-def test_the_jpeg_is_of_pillows_default_quality() -> None:
-    image = picture()
-    plain = io.BytesIO()
-    distort(image, 0, np.random.default_rng(0)).save(plain, "JPEG")
-    assert challenge_jpeg(image, 0, np.random.default_rng(0)) == plain.getvalue()
-
-
-def test_a_challenge_depends_on_no_order_and_no_workers() -> None:
-    tasks = []
-    for number in range(40):
-        data = io.BytesIO()
-        picture(48, 36, number).save(data, "JPEG")
-        tasks.append(Task(f"image-{number}", data.getvalue()))
-    found = list(challenge_jpegs(tasks, LEVELS, 2, 7))
-    assert len(set(found)) == len(found) - 40  # level 0 alone repeats itself
-    assert list(challenge_jpegs(tasks, LEVELS, 2, 7, workers=2)) == found
-    backwards = list(challenge_jpegs(tasks[::-1], LEVELS, 2, 7))
-    assert [backwards[8 * n : 8 * n + 8] for n in range(39, -1, -1)] == [
-        found[8 * n : 8 * n + 8] for n in range(40)
-    ]
-    # One level alone is what it is among all; another seed is another challenge.
-    assert list(challenge_jpegs(tasks, [2], 2, 7)) == [
-        data for n in range(40) for data in found[8 * n + 4 : 8 * n + 6]
-    ]
-    assert list(challenge_jpegs(tasks[:1], [3], 1, 8)) != [found[6]]
-
-
-@pytest.mark.parametrize(
-    ("shares", "repeats"),
-    [((0.25,) * 4, 1), ((0.25,) * 4, 4), ((0.1, 0.6, 0, 0.3), 3), ((0, 0, 0, 1), 2)],
-)
-def test_levels_are_mixed_by_their_shares(shares: tuple[float, ...], repeats: int) -> None:
-    drawn = np.array([mixed_levels(str(i), shares, repeats, 3) for i in range(N)])
-    assert drawn.shape == (N, repeats)
-    for level, share in enumerate(shares):
-        counts = (drawn == level).sum(axis=1)
-        # No image has one more or less than its share of the repeats.
-        assert (np.abs(counts - share * repeats) < 1).all()
-        deviation = np.sqrt(share * (1 - share) / (N * repeats))
-        assert abs((drawn == level).mean() - share) <= 4 * deviation
-    assert mixed_levels("7", shares, repeats, 3) == tuple(drawn[7])
-
-
-def test_a_mixture_draws_from_the_challenges_of_its_levels() -> None:
-    data = io.BytesIO()
-    picture(48, 36).save(data, "JPEG")
-    tasks = [Task(f"image-{number}", data.getvalue()) for number in range(40)]
-    shares = (0.1, 0.2, 0.3, 0.4)
-    found = list(mixed_jpegs(tasks, shares, 2, 7))
-    assert list(mixed_jpegs(tasks, shares, 2, 7, workers=2)) == found
-    every = list(challenge_jpegs(tasks, LEVELS, 2, 7))
-    for number, task in enumerate(tasks):
-        for repeat, level in enumerate(mixed_levels(task.id, shares, 2, 7)):
-            assert found[2 * number + repeat] == every[8 * number + 2 * level + repeat]
+    assert np.array_equal(np.asarray(apply_crop(image, every, rng(5))), pixels)
