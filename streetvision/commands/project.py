@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from streetvision.commands.common import PARAMS, Add, say
@@ -19,6 +20,9 @@ def register(add: Add) -> None:
     repro.add_argument("--preset")
     pin = add("pin", _pin, "print the newest commit of a data set on the hub")
     pin.add_argument("repo_id", help="owner/name")
+
+    subnet = add("subnet", _subnet, "list what the subnet's validators sent, era by era")
+    subnet.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -53,3 +57,9 @@ def _pin(options: argparse.Namespace) -> None:
     from streetvision.data.hub import latest_revision
 
     say(latest_revision(options.repo_id))
+
+
+def _subnet(options: argparse.Namespace) -> None:
+    from streetvision.subnet.listing import as_json, as_table
+
+    say(json.dumps(as_json(), indent=2) if options.json else as_table())

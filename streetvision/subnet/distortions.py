@@ -134,7 +134,11 @@ def _drawn(
 def apply_crop(image: Image, distortion: Distortion, rng: np.random.Generator) -> Image:
     """Turn an RGB image, cut a square out of it, and distort that at 224 × 224 pixels; `rng` makes the noise.
 
-    ACCURACY_CROP
+    Against the validator's own code (28a1755), over 1,000 drawn distortions of pictures of eleven sizes from 97
+    to 4,032 pixels, a third of them with a `mask_center`: 0.3 grey levels apart on average (0.6 in the worst
+    picture), as it turns and crops in floating point and cuts the fraction where here it is rounded. More than
+    one level apart are 0.6 % of the pixels (8 % in the worst picture), on edges, by up to 211 levels: there
+    Pillow's rotation takes the neighbour of the pixel that torchvision's takes. Level 0 is within one level.
     """
     from PIL import Image as PILImage
 

@@ -69,7 +69,7 @@ class ValidatorProfile:
     drawn_levels : levels whose picture depends on the random generator
     side : width and height of what is sent, pixels; None where a picture keeps its own
     sources : share of the challenges by where the pictures came from
-    reward : a key of `reward.REWARDS`
+    reward : a key of `payment.REWARDS`, which has its windows
     jpeg_quality, jpeg_subsampling : Pillow's defaults; EXIF is dropped without turning the picture
     deadline : seconds until an answer
     positive_share : of labels

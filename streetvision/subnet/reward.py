@@ -165,6 +165,3 @@ def beats_rival(accuracy: float, rival_accuracy: float, challenges: int) -> floa
     own, rival = _binomial(challenges, np.array([accuracy, rival_accuracy]))
     fewer = np.append(0, rival.cumsum()[:-1])  # the rival has fewer right than k
     return float(np.clip((own * (fewer + rival / 2)).sum(), 0, 1))
-
-
-REWARDS = {"sn72": reward_moments}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from streetvision.errors import UserError
+from streetvision.subnet.payment import REWARDS
 from streetvision.subnet.profiles import (
     CROP,
     HALT,
@@ -19,7 +20,6 @@ from streetvision.subnet.profiles import (
     ValidatorProfile,
     profile,
 )
-from streetvision.subnet.reward import REWARDS
 from streetvision.subnet.served import Task, served_jpegs
 from tests.subnet.pictures import encoded, picture
 
