@@ -11,7 +11,7 @@ from streetvision.core.artifacts import read_json, write_bytes_atomic, write_jso
 def calibrate(stage: Stage) -> None:
     """Fused VAL_CALIB logits → `scrc_params.json` and `.pkl`, with the phase-2 threshold as baseline.
 
-    Fitted on the images that `decision.fit_on` names, clean or distorted, and reported on both.
+    Fitted on the images that `decision.fit_on` names, clean or as served, and reported on both.
     """
     from streetvision.core.schema import CONDITIONS
     from streetvision.data.embeddings import read_embeddings

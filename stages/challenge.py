@@ -1,4 +1,4 @@
-"""What the subnet would pay: VAL_TEST, distorted as its validator does: `python -m stages.challenge`."""
+"""What the subnet would pay: VAL_TEST as its validators send it: `python -m stages.challenge`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from stages.common import Stage, run_stage
 
 
 def challenge(stage: Stage) -> None:
-    """Bundle and VAL_TEST → `metrics/challenge.json` and its plots."""
+    """Bundle, VAL_TEST and its original files → `metrics/challenge.json` and its plots."""
     from streetvision.bundle.predictor import Predictor
-    from streetvision.data.store import open_split
+    from streetvision.data.store import open_originals, open_split
     from streetvision.evaluation.challenge import challenge_split, write_challenge
 
     params, paths = stage.params, stage.paths
-    source = paths.split("val_test")
+    source, files = paths.split("val_test"), paths.originals
     predictor = Predictor.load(paths.bundle, params.hardware.device)
     split = open_split("challenge", "val_test", source)
     found = challenge_split(
-        predictor, split, params.challenge, params.decision.served_prior,
+        predictor, split, open_originals("challenge", files), params.subnet, params.challenge,
+        params.decision.served_prior,
         seed=params.seed, workers=params.hardware.workers,
     )  # fmt: skip
     written = write_challenge(found, paths.metric("challenge"), paths.metrics / "plots")
     metrics = {"mcc": found.report["mcc"], "reward": found.report["reward"]["mean"]}
-    stage.write_manifest(stage.config(), [paths.bundle, source], written, metrics)
+    stage.write_manifest(stage.config(), [paths.bundle, source, files], written, metrics)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from streetvision.core.artifacts import read_json, write_bytes_atomic, write_jso
 def cvfm(stage: Stage) -> None:
     """Embeddings of TRAIN's fusion part and VAL_SELECT → `models/cvfm`; each mode is reported.
 
-    Fitted on and chosen by the images that `decision.fit_on` names, clean or distorted.
+    Fitted on and chosen by the images that `decision.fit_on` names, clean or as served.
     """
     from streetvision.core.schema import CONDITIONS
     from streetvision.data.embeddings import read_embeddings

@@ -9,11 +9,10 @@ from streetvision.data.store import CONTRACT
 def embed(stage: Stage) -> None:
     """Classifier on TRAIN's fusion part, VAL_SELECT and VAL_CALIB → `data/embeddings`.
 
-    Each as it is, and distorted as the validator does: what is served is distorted, so fusion and the
-    policy are fitted there.
+    Each as it is, and as `subnet.validator` sends it: fusion and the policy are fitted on what is served.
     """
-    from streetvision.data.challenge_images import challenge_images
     from streetvision.data.embeddings import write_embeddings
+    from streetvision.data.served_images import served_images, served_versions
     from streetvision.data.store import open_split
     from streetvision.data.views import view_names
     from streetvision.models.classifier import load_classifier, pick_device
@@ -24,7 +23,7 @@ def embed(stage: Stage) -> None:
     device = pick_device(params.hardware.device)
     model.to(device)
     views = view_names(params.views)
-    repeats = params.embed.challenge_repeats
+    repeats = served_versions(params.subnet, params.embed.served_repeats)
     written = []
     for name in CONTRACT["embed"]:
         split = open_split("embed", name, paths.split(name))
@@ -32,13 +31,11 @@ def embed(stage: Stage) -> None:
             model, config.preprocessing, split, params.views, params.embed.batch_size, device
         )
         written.append(write_embeddings(paths.embeddings(name), split, views, scores))
-        images = challenge_images(
-            split, params.challenge, repeats, params.seed, params.hardware.workers
-        )
+        images = served_images(split, params.subnet, repeats, params.seed, params.hardware.workers)
         scores = score_all_views(
             model, config.preprocessing, images, params.views, params.embed.batch_size, device
         )
-        path = paths.embeddings(name, "challenge")
+        path = paths.embeddings(name, "served")
         written.append(write_embeddings(path, split, views, scores, repeats))
     inputs = [paths.classifier, *(paths.split(name) for name in CONTRACT["embed"])]
     stage.write_manifest(stage.config(), inputs, written, {})

@@ -46,9 +46,9 @@ def export(stage: Stage) -> None:
 
 
 def _images(stage: Stage) -> GateImages:
-    """VAL_CALIB and VAL_SELECT as they are served: as `decision.fit_on` says, clean or distorted."""
+    """VAL_CALIB and VAL_SELECT as they are served: as `decision.fit_on` says."""
     from streetvision.bundle.onnx_gate import RANGE_IMAGES, GateImages
-    from streetvision.data.challenge_images import challenge_images
+    from streetvision.data.served_images import served_images
     from streetvision.data.store import Split, open_split
 
     params = stage.params
@@ -56,7 +56,7 @@ def _images(stage: Stage) -> GateImages:
     def served(split: Split) -> Iterable[Image]:
         if params.decision.fit_on == "clean":
             return map(split.image, range(len(split)))
-        return challenge_images(split, params.challenge, 1, params.seed, params.hardware.workers)
+        return served_images(split, params.subnet, 1, params.seed, params.hardware.workers)
 
     calib, select = (
         open_split("export", name, stage.paths.split(name)) for name in ("val_calib", "val_select")

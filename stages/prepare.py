@@ -19,6 +19,7 @@ def prepare(stage: Stage) -> None:
         report = prepare_splits(
             paths.raw,
             splits,
+            paths.originals,
             paths.quarantine,
             scratch,
             data=stage.params.data,
@@ -27,7 +28,7 @@ def prepare(stage: Stage) -> None:
             progress=progress,
         )
         write_json_atomic(paths.metric("data"), report)
-        outputs = [*splits.values(), paths.quarantine, paths.metric("data")]
+        outputs = [*splits.values(), paths.originals, paths.quarantine, paths.metric("data")]
         stage.write_manifest(config, [paths.raw], outputs, {"rows_kept": report["rows_kept"]})
 
 

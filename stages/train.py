@@ -27,7 +27,7 @@ def train(stage: Stage) -> None:
                 chosen, params.data.square_crop, seed, paths.root, adapted
             ),
             params.train, splits["train"], splits["val_select"],
-            seed=params.seed, scratch=scratch, hardware=params.hardware,
+            subnet=params.subnet, seed=params.seed, scratch=scratch, hardware=params.hardware,
             compile_settings=params.compile,
         )  # fmt: skip
         if not main_process():

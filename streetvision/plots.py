@@ -307,9 +307,9 @@ def plot_threshold_sweep(
 def plot_challenge_levels(
     names: Sequence[str], mcc: ArrayLike, low: ArrayLike, high: ArrayLike
 ) -> Figure:
-    """MCC of each distortion level [L] with its interval, NaN where there is none."""
+    """MCC of each validator and of its levels [L], by name, with its interval, NaN where there is none."""
     values, bottom, top = (np.asarray(v, dtype=np.float64) for v in (mcc, low, high))
-    figure, ax = _figure(5.6, 4.2)
+    figure, ax = _figure(max(5.6, 0.85 * len(values)), 4.2)
     x = np.arange(len(values))
     ax.bar(x, values, width=0.6, color=BLUE)
     ax.errorbar(x, values, yerr=[values - bottom, top - values], fmt="none", color="black",
@@ -317,7 +317,7 @@ def plot_challenge_levels(
     for place, value in zip(x, values, strict=True):
         ax.text(place, 0.02, f"{value:.3f}", ha="center", color="white", fontweight="bold")
     ax.set_xticks(x, names)
-    ax.set(ylabel="MCC at p > 0.5", title="MCC by distortion level")
+    ax.set(ylabel="MCC at p > 0.5", title="MCC by validator and level of distortion")
     ax.set_ylim(min(0.0, float(np.nanmin([*values, *bottom]))), 1.0)
     ax.grid(visible=False, axis="x")
     return figure

@@ -113,7 +113,7 @@ def tiny_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def tiny_train() -> Train:
     """Parameters of a training run of a second."""
     return Train(
-        challenge_probability=0.0,
+        served_probability=0.0,
         backbone="street_resnet_tiny", height_px=HEIGHT, width_px=WIDTH, epochs=2, batch_size=16,
         learning_rate=0.01, precision="fp32",
     )  # fmt: skip

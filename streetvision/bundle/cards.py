@@ -101,18 +101,18 @@ def _challenge(facts: Facts) -> str:
     if report is None:
         return "The subnet's challenges were not rendered for this bundle: nothing is known of its pay."
     reward = report["reward"]
-    rows = ["| distortion | MCC | accuracy |", "|---|---|---|"]
-    for name, level in report["levels"].items():
-        rows.append(f"| {name.replace('_', ' ')} | {level['mcc']:.3f} | {level['accuracy']:.3f} |")
-    rows.append(f"| all | {report['mcc']:.3f} | {report['accuracy']:.3f} |")
+    rows = ["| validator | MCC | accuracy | expected reward |", "|---|---|---|---|"]
+    for name, each in report["validators"].items():
+        paid = each["reward"]["mean"]
+        rows.append(f"| {name} | {each['mcc']:.3f} | {each['accuracy']:.3f} | {paid:.3f} |")
     between = (
         f" (95 % interval {reward['low']:.3f} – {reward['high']:.3f})"
         if reward.get("low") is not None and reward.get("high") is not None
         else ""
     )
     text = (
-        f"On {report['challenges_scored']:,} distorted test images as the validator makes them, "
-        f"{report['image_side_px']} pixels: expected reward per challenge {reward['mean']:.3f}{between}."
+        f"On {report['n']:,} test images as the subnet's validators sent them, `{report['validator']}` last: "
+        f"expected reward per challenge {reward['mean']:.3f}{between}. {report['status']}"
     )
     return f"{text}\n\n" + "\n".join(rows)
 

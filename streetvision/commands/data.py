@@ -26,7 +26,7 @@ def _reviewing_data(add: Add) -> None:
     drift.add_argument(
         "--reference", type=Path,
         help="the same, or a file of embeddings; default: data/embeddings/val_calib.arrow, images as they "
-        "are; images of challenges belong against val_calib_challenge.arrow",
+        "are; images of challenges belong against val_calib_served.arrow",
     )  # fmt: skip
     drift.add_argument("--alpha", type=float, default=0.05, help="share of false alarms")
     drift.add_argument("--json", action="store_true", help="print JSON")

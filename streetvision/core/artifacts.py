@@ -63,6 +63,11 @@ class ArtifactSchema:
             raise UserError(f'split "{name}" is not one of {", ".join(SPLITS)}')
         return self.root / f"data/splits/{name}.arrow"
 
+    @property
+    def originals(self) -> Path:
+        """Arrow file with the files of VAL_TEST's images as they came, for `challenge`."""
+        return self.root / "data/splits/val_test_originals.arrow"
+
     def embeddings(self, name: str, condition: str = "clean") -> Path:
         """Cached logits and features of one split under one condition; VAL_TEST is never embedded."""
         if name not in SPLITS or name == "val_test":

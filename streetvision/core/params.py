@@ -164,6 +164,11 @@ class Data(Section):
         description="of the split alone: with another `seed` each image stays in its split, so that no run "
         "chooses by what is another's VAL_TEST",
     )
+    test_originals: Annotated[Integer, Field(ge=0)] = Field(
+        5000,
+        description="files of VAL_TEST's images that are kept as they came, at most, for `challenge`, which "
+        "sends them; 0 sends the stored copies",
+    )
     train_fraction: OpenFraction = 0.6
     val_select_fraction: OpenFraction = 0.1
     val_calib_fraction: OpenFraction = 0.15
@@ -345,19 +350,16 @@ class Train(Section):
     cutmix_alpha: Annotated[Number, Field(ge=0)] = Field(
         0.0, description="0 turns it off; with mixup_alpha, each batch draws one of the two"
     )
-    challenge_probability: Fraction = Field(
-        0.4, description="share of images that are distorted as the subnet's validator does instead"
+    served_probability: Fraction = Field(
+        0.0, description="share of images that are shown as `subnet.validator` sends them instead"
     )
-    challenge_levels: Annotated[
-        list[Annotated[Number, Field(ge=0)]], Field(min_length=4, max_length=4)
-    ] = Field([0.25, 0.25, 0.25, 0.25], description="shares of the distortion levels 0 to 3")
     augmentation_gate: Annotated[Integer, Field(ge=0)] = Field(
         0, description="seeds to compare with and without augmentation first; 0 skips the gate"
     )
-    augmentation_gate_on: Literal["challenge", "clean"] = Field(
-        "challenge",
-        description="VAL_SELECT's images that the gate judges by: distorted, as what is served is, by "
-        "`challenge_levels`, or as they are; both are reported",
+    augmentation_gate_on: Literal["served", "clean"] = Field(
+        "served",
+        description="VAL_SELECT's images that the gate judges by: as `subnet.validator` sends them, or as "
+        "they are; both are reported",
     )
     # Loss.
     loss: Literal["ce", "weighted_ce", "focal"] = "ce"
@@ -409,9 +411,6 @@ class Train(Section):
             raise ValueError("weighted_ce and balanced_sampler would both balance the classes")
         if self.init_from_explora and self.backbone_checkpoint != "none":
             raise ValueError("backbone_checkpoint needs init_from_explora false")
-        if abs(sum(self.challenge_levels) - 1) > 1e-6:
-            total = sum(self.challenge_levels)
-            raise ValueError(f"challenge_levels add up to {total:g}, not 1")
         peft = self.trainable in {"lora", "dora"}
         if peft and self.lora.init == "pissa" and not self.backbone.startswith(_LINEAR_FAMILIES):
             raise ValueError(
@@ -425,10 +424,10 @@ class Embed(Section):
     """Cached logits and features."""
 
     batch_size: Count = Field(64, description="images a forward pass")
-    challenge_repeats: Annotated[Integer, Field(ge=1, le=100)] = Field(
+    served_repeats: Annotated[Integer, Field(ge=1, le=100)] = Field(
         4,
-        description="distorted versions of each image, levels mixed by `challenge`; with 4 equal shares "
-        "each level once",
+        description="versions of each image as `subnet.validator` sends them, its levels mixed; with 4 equal "
+        "shares each level once; `raw` has one version",
     )
 
 
@@ -504,9 +503,9 @@ class Sweep(Section):
 class Decision(Section):
     """The deployed decision rule."""
 
-    fit_on: Literal["challenge", "clean"] = Field(
-        "challenge",
-        description="of fusion and policy: images distorted as the validator does, or as they are; "
+    fit_on: Literal["served", "clean"] = Field(
+        "served",
+        description="of fusion and policy: images as `subnet.validator` sends them, or as they are; "
         "both are reported",
     )
     served_prior: OpenFraction = Field(0.5, description="share of roadwork among served images")
@@ -609,25 +608,33 @@ class SourceShare(Section):
     share: Annotated[Number, Field(ge=0, le=1)]
 
 
-class Challenge(Section):
-    """What the subnet would pay: VAL_TEST distorted as its validator does.
+Validator = Literal["raw", "letterbox", "crop"]  # `streetvision.subnet.profiles` has them
 
-    Half of the subnet's images are generated and none can be made here: who has some names their folder
-    or Parquet in `data.sources`, and that source with a share of 0.5 here.
+
+class Subnet(Section):
+    """What is served: the validator whose images are trained for, calibrated on and reported first."""
+
+    validator: Validator = Field("raw", description="the era; `python -m streetvision subnet`")
+    flip_probability: Fraction = Field(
+        0.0, description="of each axis, from level 1 on; the public validators never flip"
+    )
+
+
+class Challenge(Section):
+    """What the subnet would pay: VAL_TEST as its validators send it.
+
+    Most of the subnet's images are generated or its own, and none can be made here: who has some names their
+    folder or Parquet in `data.sources`, and that source with its share here.
     """
 
-    level_0: Fraction = Field(0.25, description="share of challenges that are only cropped")
-    level_1: Fraction = Field(0.25, description="share that are rotated and cropped at random")
-    level_2: Fraction = Field(0.25, description="share with mild distortions besides")
-    level_3: Fraction = Field(0.25, description="share with stronger distortions besides")
+    validators: tuple[Validator, ...] = Field(
+        ("raw", "letterbox", "crop"), description="reported after `subnet.validator`"
+    )
     source_shares: tuple[SourceShare, ...] = Field(
         (), description="shares of the challenges by source; other sources share the rest by images"
     )
-    flip_probability: Fraction = Field(
-        0.0, description="of each axis, from level 1 on; the public validator never flips"
-    )
     repeats: Annotated[Integer, Field(ge=1, le=100)] = Field(
-        1, description="distorted versions of each image at each level"
+        1, description="versions of each image at each level that draws anything"
     )
     n_resamples: Annotated[Integer, Field(ge=100)] = Field(
         2000, description="group-bootstrap resamples"
@@ -642,20 +649,14 @@ class Challenge(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        total = sum(self.level_shares)
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"the shares of the four levels add up to {total:g}, not 1")
+        if len(set(self.validators)) < len(self.validators):
+            raise ValueError("validators names one twice")
         names = [each.source for each in self.source_shares]
         if len(set(names)) < len(names):
             raise ValueError("source_shares names a source twice")
         if (given := sum(each.share for each in self.source_shares)) > 1 + 1e-6:
             raise ValueError(f"source_shares add up to {given:g}, more than 1")
         return self
-
-    @property
-    def level_shares(self) -> tuple[float, float, float, float]:
-        """Share of the challenges of level 0 to 3."""
-        return (self.level_0, self.level_1, self.level_2, self.level_3)
 
 
 class Gates(Section):
@@ -692,6 +693,7 @@ class Params(Section):
     """All of `params.yaml`."""
 
     seed: Annotated[Integer, Field(ge=0, le=2**31 - 1)] = 7
+    subnet: Subnet = Subnet()
     data: Data = Data()
     explora: Explora = Explora()
     probe: Probe = Probe()

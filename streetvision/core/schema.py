@@ -13,8 +13,8 @@ import pyarrow as pa
 
 CLASS_NAMES = ("None", "Roadwork")
 SPLITS = ("train", "val_select", "val_calib", "val_test")
-# Images as they are, and distorted as the subnet's validator does.
-CONDITIONS = ("clean", "challenge")
+# Images as they are, and as the configured validator sends them.
+CONDITIONS = ("clean", "served")
 
 # Where `extra` keeps a label and a position that a source gave but that were not understood.
 UNREAD_LABEL, UNREAD_POSITION = "label", "gps"
@@ -67,3 +67,9 @@ def unread_value(extra: str | None, name: str) -> str | None:
         return None
     value = json.loads(extra).get(name)
     return None if value is None else str(value)
+
+
+# Image files as they came.
+ORIGINALS_SCHEMA = pa.schema(
+    [pa.field("id", pa.string(), nullable=False), pa.field("image", pa.binary(), nullable=False)]
+)

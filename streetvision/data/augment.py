@@ -1,17 +1,17 @@
-"""Augmentation beyond one decoded input: the subnet's own distortions, and mixtures within a batch."""
+"""Augmentation beyond one decoded input: what a validator sends, and mixtures within a batch."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streetvision.core.params import Train
+from streetvision.core.params import Subnet, Train
 from streetvision.data.transforms import Preprocessing
-from streetvision.subnet.profiles import CROP
+from streetvision.subnet.profiles import ValidatorProfile, profile
 from streetvision.subnet.served import served_jpeg
 
 if TYPE_CHECKING:
@@ -21,22 +21,24 @@ if TYPE_CHECKING:
     Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class ChallengeAugmentation:
-    """Shows a share of the images as the subnet's validator sends them, instead of any other augmentation.
+class ServedAugmentation:
+    """Shows a share of the images as `subnet.validator` sends them, instead of any other augmentation.
 
     What happens to an image depends on the seed given for it alone.
 
     Parameters
     ----------
     train
-        `challenge_probability`, `challenge_levels`, `flip_probability`.
+        `served_probability`, `flip_probability`.
+    subnet
+        Whose `validator` sends.
     preprocessing
-        From the distorted image to the model's input.
+        From what is sent to the model's input.
     """
 
-    def __init__(self, train: Train, preprocessing: Preprocessing) -> None:
-        self.probability = train.challenge_probability
-        self.levels = tuple(train.challenge_levels)
+    def __init__(self, train: Train, subnet: Subnet, preprocessing: Preprocessing) -> None:
+        self.probability = train.served_probability
+        self.sender = profile(subnet.validator)
         self.flip_probability = train.flip_probability
         self.preprocessing = preprocessing
 
@@ -49,25 +51,24 @@ class ChallengeAugmentation:
 
     def __call__(self, image: Image, rng: np.random.Generator) -> NDArray[np.uint8]:
         """The stored image as a challenge: model input [H, W, 3]."""
-        return challenge_view(image, self.preprocessing, self.levels, self.flip_probability, rng)
+        return served_view(image, self.preprocessing, self.sender, self.flip_probability, rng)
 
 
-def challenge_view(
+def served_view(
     image: Image,
     preprocessing: Preprocessing,
-    levels: Sequence[float],
+    sender: ValidatorProfile,
     flip_probability: float,
     rng: np.random.Generator,
 ) -> NDArray[np.uint8]:
-    """Distort a stored image as a challenge, send it as JPEG, and return the model input [H, W, 3].
+    """What a validator sends of a stored image, at a level of its own share, as model input [H, W, 3].
 
-    `levels` are the shares of the distortion levels 0 to 3; the flip, a liberty of ours, is horizontal.
+    The flip, a liberty of ours, is horizontal.
     """
     from PIL import Image as PILImage
 
-    shares = np.asarray(levels, dtype=np.float64)
-    level = CROP.levels[rng.choice(len(CROP.levels), p=shares / shares.sum())]
-    data = served_jpeg(CROP, image, level, rng)
+    level = sender.levels[rng.choice(len(sender.levels), p=sender.level_shares)]
+    data = served_jpeg(sender, image, level, rng)
     with PILImage.open(io.BytesIO(data), formats=("JPEG",)) as served:
         view = preprocessing.apply(served)
     return np.ascontiguousarray(view[:, ::-1]) if rng.random() < flip_probability else view

@@ -20,7 +20,7 @@ class Embeddings:
     """Ids, groups, drives and labels [N] of one split's images and the scores of their V views, named in order.
 
     A drive's name holds its group's: where drives are not known, the group is one drive.
-    Distorted images have `challenge_id`s: several may be of one image, in its group.
+    Distorted images have `served_id`s: several may be of one image, in its group.
     """
 
     ids: NDArray[np.object_]
@@ -40,7 +40,7 @@ class Embeddings:
         return self.scores.logits[:, 0]
 
 
-def challenge_id(image_id: str, repeat: int) -> str:
+def served_id(image_id: str, repeat: int) -> str:
     """Id of one distorted version of an image."""
     return f"{image_id}#{repeat}"
 
@@ -79,7 +79,7 @@ def write_embeddings(
     ids = split.ids
     if repeats is not None:
         split = split.select(np.repeat(np.arange(len(split)), repeats))
-        ids = np.array([challenge_id(str(name), k) for name in ids for k in range(repeats)], object)
+        ids = np.array([served_id(str(name), k) for name in ids for k in range(repeats)], object)
 
     kinds = _columns(width)
 

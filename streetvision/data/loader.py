@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from streetvision.core.errors import UserError
 from streetvision.core.processes import in_threads, usable_cores
-from streetvision.data.augment import ChallengeAugmentation
+from streetvision.data.augment import ServedAugmentation
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 
@@ -147,7 +147,7 @@ class TrainingImages(_Images, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         preprocessing: Preprocessing,
         augment: Transform,
         seed: int,
-        challenge: ChallengeAugmentation | None = None,
+        challenge: ServedAugmentation | None = None,
     ) -> None:
         super().__init__(split, preprocessing, seed)
         self.augment = augment

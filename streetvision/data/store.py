@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from streetvision.core.errors import UserError
-from streetvision.core.schema import SPLIT_SCHEMA
+from streetvision.core.schema import ORIGINALS_SCHEMA, SPLIT_SCHEMA
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +52,7 @@ CONTRACT: dict[str, dict[str, Access]] = {
     # the answers are the same, without labels; on VAL_SELECT it is chosen whether the int8 one ships.
     "export": {"val_select": Access(), "val_calib": Access(labels=False)},
     "evaluate": {"val_test": Access()},
-    "challenge": {"val_test": Access()},
+    "challenge": {"val_test": Access(), "val_test_originals": Access(labels=False)},
     # No stage: `python -m streetvision crossval` divides all data anew in each of its folds.
     "crossval": {"whole": Access()},
 }
@@ -153,6 +153,36 @@ def open_split(stage: str, split: str, path: Path) -> Split:
     if len(rows) == 0 and access.rows != "fusion":
         raise UserError(f"{path} holds no images for stage `{stage}`")
     return Split(table, split, rows, access.labels)
+
+
+class Originals:
+    """Image files of a split's images as they came, memory-mapped: those that `prepare` kept.
+
+    Attributes
+    ----------
+    ids : array of str [N], in the split's order
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.ids = np.array(table.column("id").to_pylist(), dtype=object)
+        self._images = table.column("image")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image_bytes(self, row: int) -> bytes:
+        """The file of one row."""
+        data: bytes = self._images[row].as_py()
+        return data
+
+
+def open_originals(stage: str, path: Path) -> Originals:
+    """Open VAL_TEST's original files for `stage`; errors as `open_split`."""
+    if "val_test_originals" not in CONTRACT.get(stage, {}):
+        raise SplitAccessError(f"stage `{stage}` did not declare the split val_test_originals")
+    table = read_arrow(path, "prepare")
+    check_columns(table, ORIGINALS_SCHEMA, f"{path} holds no original files")
+    return Originals(table)
 
 
 def read_arrow(path: Path, made_by: str) -> pa.Table:

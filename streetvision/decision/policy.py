@@ -53,8 +53,8 @@ FloatArray = NDArray[np.float64]
 # What the subnet's validator rounds at; np.round(0.5) is 0, so positive is p > 0.5.
 DECISION_THRESHOLD = 0.5
 REPORTED = ("log_loss", "brier", "ece")
-FitOn = Literal["challenge", "clean"]
-FIT_ON: tuple[FitOn, ...] = ("challenge", "clean")
+FitOn = Literal["served", "clean"]
+FIT_ON: tuple[FitOn, ...] = ("served", "clean")
 # A threshold of 0 or 1 has no finite log-odds.
 THRESHOLD_CLIP = 1e-6
 

@@ -27,11 +27,17 @@ from streetvision.core.errors import UserError
 from streetvision.core.escaping import escaped
 from streetvision.core.params import Data
 from streetvision.core.progress import Progress, no_progress
-from streetvision.core.schema import SPLIT_SCHEMA, SPLITS, UNREAD_POSITION, unread_value
+from streetvision.core.schema import (
+    ORIGINALS_SCHEMA,
+    SPLIT_SCHEMA,
+    SPLITS,
+    UNREAD_POSITION,
+    unread_value,
+)
 from streetvision.prepare import duplicates
 from streetvision.prepare.groups import GroupReport, assign_groups
 from streetvision.prepare.split import SplitResult, part_shares, split_groups
-from streetvision.prepare.workers import PART_SCHEMA, Part, make_parts
+from streetvision.prepare.workers import PART_SCHEMA, Part, make_parts, read_raw
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,7 @@ _SHOWN_COPIES = 4  # ids of images with two labels that a warning lists
 def prepare_splits(
     raw_folder: Path,
     split_paths: Mapping[str, Path],
+    originals_path: Path,
     quarantine_path: Path,
     scratch: Path,
     data: Data,
@@ -64,6 +71,8 @@ def prepare_splits(
         Holds `*.parquet` in `RAW_SCHEMA`.
     split_paths
         Arrow file of each split.
+    originals_path
+        Arrow file for the original files of at most `data.test_originals` images of VAL_TEST.
     quarantine_path
         CSV with id, source, reason, file, row (counted from 0 in that file).
     scratch
@@ -96,10 +105,14 @@ def prepare_splits(
     _write_quarantine(quarantine_path, rows, parts)  # again, with what was set aside
     result = split_groups(groups, rows.labels[kept], data.fractions, data.fusion_fraction, seed)
     _write_splits(parts, split_paths, kept, groups, result, progress)
+    originals = _write_originals(
+        parts, originals_path, split_paths["val_test"], data.test_originals, seed, progress
+    )
     report = _report_files(split_paths, group_report)
     if report["shared_groups"]:
         raise RuntimeError(f"{report['shared_groups']} groups cross the splits: a bug in the split")
     return report | {
+        "test_originals": originals,
         "rows_in": len(rows.ids),
         "rows_kept": len(kept),
         "quarantined": dict(Counter(reason for reason in rows.reasons if reason)),
@@ -377,6 +390,35 @@ def _write_splits(
 
     for split, path in split_paths.items():
         write_atomic(path, partial(write, split))
+
+
+def _write_originals(
+    parts: list[Part], path: Path, val_test: Path, limit: int, seed: int, progress: Progress
+) -> int:
+    """Copy the files of VAL_TEST's images, at most `limit` of them drawn by `seed`; how many."""
+    names = [
+        name for batch in _read_batches(val_test, ["id"]) for name in batch.column("id").to_pylist()
+    ]
+    drawn = np.random.default_rng(seed).permutation(len(names))[:limit]
+    wanted = {names[row] for row in drawn}
+
+    def write(temporary: Path) -> None:
+        with pa.ipc.new_file(temporary, ORIGINALS_SCHEMA) as writer:
+            for part in progress(parts if wanted else [], len(parts), "keeping originals"):
+                for batch in read_raw(part, ["id", "image"]):
+                    rows = [
+                        row
+                        for row, name in enumerate(batch.column("id").to_pylist())
+                        if name in wanted
+                    ]
+                    if rows:
+                        kept = batch.take(pa.array(rows))
+                        image = kept.column("image").flatten()[0]
+                        columns = [kept.column("id"), image.cast(pa.binary())]
+                        writer.write_batch(pa.record_batch(columns, schema=ORIGINALS_SCHEMA))
+
+    write_atomic(path, write)
+    return len(wanted)
 
 
 # ------------------------------------------------------------------- report

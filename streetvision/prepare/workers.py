@@ -89,18 +89,21 @@ def _unreadable(shard: Path, error: Exception) -> UserError:
     return UserError(f"{shard} cannot be read ({' '.join(str(error).split())}); rerun `ingest`")
 
 
+def read_raw(part: Part, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the raw rows of a part, a few at a time; all columns by default."""
+    # Without a buffer Arrow reads whole column chunks: gigabytes of large photographs.
+    with pq.ParquetFile(part.shard, buffer_size=1 << 20) as file:
+        yield from file.iter_batches(
+            _READ_ROWS, row_groups=[part.row_group], columns=columns, use_threads=False
+        )
+
+
 def _make_part(part: Part, data: Data) -> None:
     """Decode one row group into its part file."""
 
     def write(path: Path) -> None:
-        # Without a buffer Arrow reads whole column chunks: gigabytes of large photographs.
-        with (
-            pq.ParquetFile(part.shard, buffer_size=1 << 20) as file,
-            pa.ipc.new_file(path, PART_SCHEMA) as writer,
-        ):
-            for batch in file.iter_batches(
-                _READ_ROWS, row_groups=[part.row_group], use_threads=False
-            ):
+        with pa.ipc.new_file(path, PART_SCHEMA) as writer:
+            for batch in read_raw(part):
                 writer.write_batch(_prepare_batch(batch, data))
 
     try:

@@ -122,7 +122,7 @@ def _cells(candidate: Candidate, before: Candidate | None, lines: Lines) -> list
         if before is not None:
             gain = gain_text(paired_gain(before.sample("val_test", condition), after, "mcc"))
         cells.append(gain)
-    distorted = candidate.sample("val_test", "challenge")
+    distorted = candidate.sample("val_test", "served")
     cells += [Spread.of(distorted.by_seed(name)).text() for name in ("log_loss", "ece_debiased")]
     return [*cells, f"{_seconds(candidate.jobs, lines):.0f}", _views(candidate, lines)]
 
@@ -203,7 +203,7 @@ def _sizes(climb: Climb, lines: Lines) -> str:
         f"{name} {images:,.0f} images of {groups:,.0f} groups"
         for name, (images, groups) in counts(folds, (*PARTS, *decision)).items()
     ]
-    repeats = params.embed.challenge_repeats
+    repeats = params.embed.served_repeats
     text = [
         _SIZES.format(
             train=params.train, repeats=repeats, plural="s" * (repeats > 1), parts=", ".join(parts),

@@ -59,7 +59,7 @@ class Job:
     @property
     def key(self) -> str:
         """What determines the results, without the code."""
-        sections = {"embed", "challenge"}
+        sections = {"embed", "subnet"}
         if self.network is not None:
             sections |= {"views", "cvfm", "decision"}
         return config_hash(
@@ -182,16 +182,16 @@ def _views(
     params: Params,
     grid: ViewGrid,
 ) -> ViewScores:
-    """Scores of a split's images: as they are, or each in some distorted versions, one after the other."""
-    from streetvision.data.challenge_images import challenge_images
+    """Scores of a split's images: as they are, or each in its versions as served, one after the other."""
+    from streetvision.data.served_images import served_images
     from streetvision.models.classifier import pick_device
     from streetvision.models.multiview import score_all_views
 
-    repeats = params.embed.challenge_repeats
+    repeats = params.embed.served_repeats
     images = (
         (split.image(row) for row in range(len(split)))
         if condition == "clean"
-        else challenge_images(split, params.challenge, repeats, SEED, 1)
+        else served_images(split, params.subnet, repeats, SEED, 1)
     )
     device = pick_device(params.hardware.device)
     return score_all_views(model, preprocessing, images, grid, params.embed.batch_size, device)
@@ -199,7 +199,10 @@ def _views(
 
 def repeated(values: NDArray[Any], condition: str, params: Params) -> NDArray[Any]:
     """Labels or groups [N] of a split's images under a condition."""
-    return np.repeat(values, 1 if condition == "clean" else params.embed.challenge_repeats)
+    from streetvision.data.served_images import served_versions
+
+    versions = served_versions(params.subnet, params.embed.served_repeats)
+    return np.repeat(values, 1 if condition == "clean" else versions)
 
 
 def _decide(job: Job) -> Found:

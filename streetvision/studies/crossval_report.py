@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from streetvision.core.escaping import markdown, shortened
 from streetvision.core.params import Params
 from streetvision.core.schema import CONDITIONS
+from streetvision.data.served_images import served_versions
 from streetvision.data.store import Split
 
 # What is compared: on images as they are, the same distorted as the validator does; the baseline as they are.
@@ -27,7 +28,7 @@ def summarise(
 
     row_of = {name: row for row, name in enumerate(split.ids.tolist())}
     parts = [np.array([row_of[name] for name in fold["ids"]]) for fold in folds]
-    repeats = params.embed.challenge_repeats
+    repeats = served_versions(params.subnet, params.embed.served_repeats)
     rows = np.concatenate(parts)
     # Of each model the rows of each fold's images, and its probabilities.
     seen = {
@@ -36,7 +37,7 @@ def summarise(
     said = {
         "pipeline": [np.array(fold["conditions"]["clean"]["pipeline"]) for fold in folds],
         "pipeline_challenge": [
-            np.array(fold["conditions"]["challenge"]["pipeline"]) for fold in folds
+            np.array(fold["conditions"]["served"]["pipeline"]) for fold in folds
         ],
         "baseline": [np.array(fold["baseline"]) for fold in folds],
     }

@@ -128,7 +128,8 @@ def _prepare(
     if folds == 1:
         paths = {name: folder / "0" / f"{name}.arrow" for name in SPLITS}
         prepare_splits(
-            folder / "raw", paths, folder / "quarantine.csv", folder / "scratch", data, seed,
+            folder / "raw", paths, folder / "originals.arrow", folder / "quarantine.csv",
+            folder / "scratch", data, seed,
             workers, progress,
         )  # fmt: skip
         return

@@ -79,7 +79,7 @@ def _changes(size: str, name: str) -> dict[str, Any]:
     """What the sizes change of a preset; views are on in all of them."""
     if size == "smoke":
         tiny: dict[str, Any] = {
-            "embed": {"challenge_repeats": 2},
+            "embed": {"served_repeats": 2},
             "views": {"grid": 2},
             "cvfm": {"mode": "auto", "fits": 2, "epochs": 3, "latent_dim": 8, "attention_dim": 8},
             "decision": {"n_resamples": 200},

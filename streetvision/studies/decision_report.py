@@ -40,7 +40,7 @@ STEP_NAMES = {
 }
 CONDITION_NAMES = {
     "clean": "Images as they are",
-    "challenge": "Images distorted as the validator does, levels mixed",
+    "served": "Images as the validator sends them, levels mixed",
 }
 
 _INTRODUCTION = """\
@@ -259,7 +259,7 @@ def document(found: Mapping[str, Finished], command: str, workers: int) -> str:
         text.append(
             f"{params.train.backbone}, input {params.train.height_px} × {params.train.width_px}, "
             f"{params.train.epochs} epochs; {params.views.grid} × {params.views.grid} tiles beside the "
-            f"global view; {params.embed.challenge_repeats} distorted versions of each image that fits or "
+            f"global view; {params.embed.served_repeats} distorted versions of each image that fits or "
             f"chooses, one of each of VAL_TEST; trained fusions are the mean of {params.cvfm.fits} networks."
         )
         codes = {line["code"] for _, line in runs}

@@ -78,7 +78,7 @@ def run_split(run: Run) -> dict[str, Any]:
     UserError
         The data are too few for some step.
     """
-    from streetvision.data.challenge_images import challenge_images
+    from streetvision.data.served_images import served_images, served_versions
     from streetvision.decision.report import sweep_thresholds
     from streetvision.fusion.fitting import LabelledViews, choose_fusion, learnt_scale
     from streetvision.fusion.fusion import Fusion, FusionConfig
@@ -94,8 +94,9 @@ def run_split(run: Run) -> dict[str, Any]:
         if condition == "clean":
             images: Iterator[Image] = (split.image(row) for row in range(len(split)))
         else:
-            images = challenge_images(split, params.challenge, repeats, params.seed, 1)
-            split = split.select(np.repeat(np.arange(len(split)), repeats))
+            images = served_images(split, params.subnet, repeats, params.seed, 1)
+            versions = served_versions(params.subnet, repeats)
+            split = split.select(np.repeat(np.arange(len(split)), versions))
         scores = score_all_views(
             model, result.config.preprocessing, images, params.views, params.embed.batch_size,
             device,
@@ -104,7 +105,7 @@ def run_split(run: Run) -> dict[str, Any]:
 
     fusion_part, select, calib = (
         {
-            condition: views(fold.open(name, "embed"), condition, params.embed.challenge_repeats)
+            condition: views(fold.open(name, "embed"), condition, params.embed.served_repeats)
             for condition in CONDITIONS
         }
         for name in ("train", "val_select", "val_calib")

@@ -111,10 +111,10 @@ def _open(path: Path) -> Split:
 
 
 def _images(predictor: Predictor, split: Split, params: Params, workers: int) -> Iterator[Image]:
-    from streetvision.data.challenge_images import challenge_images
+    from streetvision.data.served_images import served_images
 
-    if predictor.policy.fit_on == "challenge":
-        return challenge_images(split, params.challenge, 1, params.seed, workers)
+    if predictor.policy.fit_on == "served":
+        return served_images(split, params.subnet, 1, params.seed, workers)
     return (split.image(row) for row in progress(range(len(split)), len(split), "scoring"))
 
 
@@ -164,7 +164,7 @@ def write_report(found: dict[str, Any], out: Path, command: str) -> str:
             cells += [f"{each['served'][name]:.4f}", text]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     high, detail = report["served_interval"]["ece_debiased"]["high"], report["ece_detail"]
-    condition = {"clean": "as they are", "challenge": "distorted as the validator does"}
+    condition = {"clean": "as they are", "served": "as the validator sends them"}
     text = _TEXT.format(
         command=command, n=report["n"], condition=condition[found["condition"]],
         fit_on=found["condition"],

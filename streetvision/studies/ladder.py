@@ -60,7 +60,7 @@ def _challenge(*shares: float) -> Rung:
     variants = (
         Variant(
             f"challenge_{round(100 * share)}", "augmentation",
-            {"train": {"challenge_probability": share}},
+            {"train": {"served_probability": share}},
         )
         for share in shares
     )  # fmt: skip
@@ -72,7 +72,7 @@ def _decision(size: str, repeats: int) -> Changes:
     found: dict[str, Any] = {
         "views": {"grid": 3},
         "cvfm": {"mode": "auto"},
-        "embed": {"challenge_repeats": repeats},
+        "embed": {"served_repeats": repeats},
     }
     if size == "smoke":
         found |= {

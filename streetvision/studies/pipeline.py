@@ -37,7 +37,7 @@ def train_network(
             chosen, params.data.square_crop, seed, root, adapted
         ),
         params.train, fold.open("train", "train"), fold.open("val_select", "train"),
-        seed=params.seed, scratch=scratch / "train", hardware=params.hardware,
+        subnet=params.subnet, seed=params.seed, scratch=scratch / "train", hardware=params.hardware,
         compile_settings=params.compile, stop_after=stop_after,
     )  # fmt: skip
 
@@ -51,18 +51,20 @@ def embed_split(
     params: Params,
 ) -> Embeddings:
     """`embed`, for one split under one condition; VAL_TEST, which that stage may not see, as `evaluate`."""
-    from streetvision.data.challenge_images import challenge_images
+    from streetvision.data.served_images import served_images, served_versions
     from streetvision.models.classifier import pick_device
     from streetvision.models.multiview import score_all_views
 
     split = fold.open(name, "evaluate" if name == "val_test" else "embed")
-    repeats = None if condition == "clean" else params.embed.challenge_repeats
+    repeats = (
+        None
+        if condition == "clean"
+        else served_versions(params.subnet, params.embed.served_repeats)
+    )
     images = (
         (split.image(row) for row in range(len(split)))
         if repeats is None
-        else challenge_images(
-            split, params.challenge, repeats, params.seed, params.hardware.workers
-        )
+        else served_images(split, params.subnet, repeats, params.seed, params.hardware.workers)
     )
     device = pick_device(params.hardware.device)
     scores = score_all_views(

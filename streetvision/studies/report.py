@@ -33,7 +33,7 @@ COLUMNS = (
     "trained parameters", "s a run",
 )  # fmt: skip
 # What variants may be chosen by.
-CRITERIA = {"clean": "undistorted images", "challenge": "the four challenge levels together"}
+CRITERIA = {"clean": "undistorted images", "served": "the four challenge levels together"}
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def train(
     )
     return fit_classifier(
         model, config, params.train, fold.open("train", "train"), fold.open("val_select", "train"),
-        seed=params.seed, scratch=scratch, hardware=params.hardware,
+        subnet=params.subnet, seed=params.seed, scratch=scratch, hardware=params.hardware,
         compile_settings=params.compile,
     )  # fmt: skip
 

@@ -106,7 +106,7 @@ AUGMENTATIONS = (
     _train("erasing", "augmentation", erasing_probability=0.25),
     _train("mixup", "augmentation", mixup_alpha=0.2),
     _train("cutmix", "augmentation", cutmix_alpha=1.0),
-    _train("challenge", "augmentation", challenge_probability=0.5),
+    _train("challenge", "augmentation", served_probability=0.5),
 )
 HEAD = _train("mlp_head", "head", head="mlp")
 GROKFAST = _train("grokfast", "optimisation", grokfast=True)
@@ -125,7 +125,7 @@ PARTS = (
 
 # A run may not depend on which epoch looked best on the images that the variants are compared on; and the
 # challenge augmentation is a variant.
-_FAIR: Changes = {"choose_epoch": "last", "challenge_probability": 0.0}
+_FAIR: Changes = {"choose_epoch": "last", "served_probability": 0.0}
 
 
 def _synthetic(images: int, cities: int, **other: Any) -> Changes:

@@ -29,7 +29,7 @@ CONSTANT = {
     "erasing_probability": 0.0,
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
-    "challenge_probability": 0.0,
+    "served_probability": 0.0,
 }
 
 

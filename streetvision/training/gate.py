@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from streetvision.core.errors import UserError
-from streetvision.core.params import Challenge, ViewGrid
-from streetvision.data.challenge_images import challenge_images
+from streetvision.core.params import Subnet, ViewGrid
+from streetvision.data.served_images import served_images
 from streetvision.data.store import Split
 from streetvision.data.transforms import Preprocessing
 from streetvision.models.classifier import RoadworkClassifier
@@ -28,7 +28,7 @@ from streetvision.stats.bootstrap import Resting, check_groups, statistic_interv
 from streetvision.stats.metrics import Floats, GroupTable, all_metrics_batch
 
 MARGIN = 0.03  # loss of MCC that is put up with
-REPEATS = 4  # distorted versions of each image of VAL_SELECT, levels mixed
+REPEATS = 4  # versions of each image of VAL_SELECT as it is served
 SCORE_BATCH = 64  # images a forward pass
 
 log = logging.getLogger(__name__)
@@ -62,22 +62,20 @@ class GateResult:
         }
 
 
-def distorted_probabilities(
+def served_probabilities(
     model: RoadworkClassifier,
     preprocessing: Preprocessing,
     split: Split,
-    levels: Sequence[float],
+    subnet: Subnet,
     seed: int,
     device: torch.device,
     workers: int,
 ) -> NDArray[np.float64]:
-    """Probabilities of `REPEATS` distorted versions of each image, in the split's order.
+    """Probabilities of each image's versions as `subnet.validator` sends them, in the split's order.
 
-    `levels` are shares of the validator's four levels, of any sum. `seed` draws the distortions.
+    `REPEATS` versions where it draws anything, else one. `seed` draws.
     """
-    shares = np.array(levels, dtype=np.float64) / sum(levels)
-    challenge = Challenge(**{f"level_{level}": share for level, share in enumerate(shares)})
-    images = challenge_images(split, challenge, REPEATS, seed, workers)
+    images = served_images(split, subnet, REPEATS, seed, workers)
     grid = ViewGrid(grid=1, flip=False)
     scores = score_all_views(model, preprocessing, images, grid, SCORE_BATCH, device)
     return np.asarray(expit(scores.logits[:, 0]), dtype=np.float64)
@@ -92,10 +90,11 @@ def conditions_gate(
     """Judge runs by (with augmentation, seed) on images as they are and on distorted ones.
 
     A run has the probabilities of VAL_SELECT's images, labels and groups [N], by condition: `clean` [N] and
-    `challenge` [`REPEATS` N].
+    `served`, some versions of each.
     """
     gates = {}
-    for condition, repeats in (("clean", 1), ("challenge", REPEATS)):
+    for condition in ("clean", "served"):
+        repeats = len(next(iter(runs.values()))[condition]) // len(labels)
         found = augmentation_gate(
             partial(_probabilities, runs, condition), np.repeat(labels, repeats),
             np.repeat(groups, repeats), seeds,

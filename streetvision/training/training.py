@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from streetvision.core.artifacts import main_process, write_json_atomic
 from streetvision.core.errors import UserError
-from streetvision.core.params import Compile, Hardware, Train
-from streetvision.data.augment import ChallengeAugmentation
+from streetvision.core.params import Compile, Hardware, Subnet, Train
+from streetvision.data.augment import ServedAugmentation
 from streetvision.data.loader import (
     EvaluationImages,
     TrainingImages,
@@ -37,7 +37,7 @@ from streetvision.training.frozen import (
     features_of,
     head_alone,
 )
-from streetvision.training.gate import conditions_gate, distorted_probabilities
+from streetvision.training.gate import conditions_gate, served_probabilities
 from streetvision.training.selection import (
     SELECT_BATCH,
     EpochSelection,
@@ -57,7 +57,7 @@ PLAIN = {
     "erasing_probability": 0.0,
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
-    "challenge_probability": 0.0,
+    "served_probability": 0.0,
 }
 
 Build = Callable[[Train, int], tuple[RoadworkClassifier, ClassifierConfig]]
@@ -104,6 +104,7 @@ def train_classifier(
     fit_split: Split,
     select_split: Split,
     *,
+    subnet: Subnet,
     seed: int,
     scratch: Path,
     hardware: Hardware,
@@ -126,8 +127,8 @@ def train_classifier(
         chosen = train if augmented else train.model_copy(update=PLAIN)
         model, config = build(chosen, number)
         return fit_classifier(
-            model, config, chosen, fit_split, select_split, seed=number, scratch=folder,
-            hardware=hardware, compile_settings=compile_settings, stop_after=stop_after,
+            model, config, chosen, fit_split, select_split, subnet=subnet, seed=number,
+            scratch=folder, hardware=hardware, compile_settings=compile_settings, stop_after=stop_after,
         )  # fmt: skip
 
     if not train.augmentation_gate:
@@ -147,12 +148,12 @@ def train_classifier(
             log.info("augmentation gate: %s", own.name)
             result = fit(augmented, number, own)
             device = pick_device(hardware.device)
-            distorted = distorted_probabilities(
+            served = served_probabilities(
                 result.model.to(device).eval(), result.config.preprocessing, select_split,
-                train.challenge_levels, seed, device, hardware.workers,
+                subnet, seed, device, hardware.workers,
             )  # fmt: skip
             clean = torch.from_numpy(result.select_logits).double().sigmoid()
-            found = {"clean": clean.tolist(), "challenge": distorted.tolist()}
+            found = {"clean": clean.tolist(), "served": served.tolist()}
             if not main_process():
                 return found
             write_json_atomic(own / "gate.json", found)
@@ -180,6 +181,7 @@ def fit_classifier(
     fit_split: Split,
     select_split: Split,
     *,
+    subnet: Subnet | None = None,
     seed: int,
     scratch: Path,
     hardware: Hardware | None = None,
@@ -208,7 +210,9 @@ def fit_classifier(
         model.to(memory_format=torch.channels_last)
     cost = _cost(model, train, len(fit_split))
     device = pick_device(hardware.device)
-    feed = _feed(model, train, fit_split, select_split, preprocessing, seed, device)
+    feed = _feed(
+        model, train, subnet or Subnet(), fit_split, select_split, preprocessing, seed, device
+    )
     loader = training_loader(
         feed.images, train.batch_size, seed, loader_workers(hardware.workers),
         balance=fit_split.labels if train.balanced_sampler else None,
@@ -259,6 +263,7 @@ class _Feed:
 def _feed(
     model: RoadworkClassifier,
     train: Train,
+    subnet: Subnet,
     fit_split: Split,
     select_split: Split,
     preprocessing: Preprocessing,
@@ -281,7 +286,7 @@ def _feed(
         )  # fmt: skip
     images = TrainingImages(
         fit_split, preprocessing, training_transform(train), seed,
-        ChallengeAugmentation(train, preprocessing) if train.challenge_probability else None,
+        ServedAugmentation(train, subnet, preprocessing) if train.served_probability else None,
     )  # fmt: skip
     return _Feed(model, preprocessing, images, EvaluationImages(select_split, preprocessing))
 

@@ -110,7 +110,9 @@ def prepare_stage(raw: Path, folder: Path, data: Data, workers: int) -> None:
         out, scratch = Path(place), Path(place, "scratch")
         scratch.mkdir()
         splits = {name: out / f"{name}.arrow" for name in SPLITS}
-        prepare_splits(raw, splits, out / "quarantine.csv", scratch, data, 0, workers)
+        prepare_splits(
+            raw, splits, out / "originals.arrow", out / "quarantine.csv", scratch, data, 0, workers
+        )
 
 
 def prepare() -> list[Result]:
@@ -272,7 +274,7 @@ def training_inputs(
     from streetvision.data.transforms import Preprocessing, training_transform
 
     width = side * 4 // 3
-    train = Train(height_px=side, width_px=width, challenge_probability=0.0)
+    train = Train(height_px=side, width_px=width, served_probability=0.0)
     transform = v2.Compose(
         [
             v2.RandomResizedCrop((side, width), (train.crop_min_area, 1.0), (1.0, 16 / 9)),

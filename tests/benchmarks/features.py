@@ -22,7 +22,7 @@ def frozen() -> list[Result]:
 
     constant = {
         "backbone": BACKBONE, "height_px": SIDE, "width_px": SIDE, "trainable": "head", "batch_size": 16,
-        "init_from_explora": False, "challenge_probability": 0.0, "crop_min_area": 1.0,
+        "init_from_explora": False, "served_probability": 0.0, "crop_min_area": 1.0,
         "colour_jitter": 0.0, "precision": "fp32",
     }  # fmt: skip
     kept = Train.model_validate(constant | {"flip_probability": 0.0, "epochs": 6})

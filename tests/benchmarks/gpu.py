@@ -58,7 +58,7 @@ def _settings(name: str, epochs: int, precision: str) -> Any:
         {
             "backbone": name, "height_px": SIDE, "width_px": SIDE, "batch_size": BATCH,
             "epochs": epochs, "precision": precision, "init_from_explora": False,
-            "choose_epoch": "last", "challenge_probability": 0.0,
+            "choose_epoch": "last", "served_probability": 0.0,
         }
     )  # fmt: skip
 

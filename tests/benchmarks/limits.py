@@ -65,7 +65,7 @@ ACCESS: Steps = {
     "colour jitter": ("colour.py:transform",),
 }
 TRAINING: Steps = {
-    "challenges": ("store.py:image", "augment.py:challenge_view"),
+    "challenges": ("store.py:image", "augment.py:served_view"),
     "other augmentation": ("loader.py:seeded",),
     "scaling the inputs": ("transforms.py:normalise",),
     "network forward": ("classifier.py:forward",),

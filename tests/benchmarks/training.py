@@ -153,7 +153,7 @@ def train() -> list[Result]:
     """Supervised training of the default model."""
     from streetvision.core.params import Train
 
-    settings = Train(epochs=2, init_from_explora=False, challenge_probability=0.0)
+    settings = Train(epochs=2, init_from_explora=False, served_probability=0.0)
     with bench_splits(512, settings.height_px, settings.width_px) as (splits, folder):
         images = settings.epochs * len(splits["train"])
         result = compare(

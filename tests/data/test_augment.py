@@ -16,7 +16,7 @@ from scipy import stats
 
 from streetvision.core.params import Train
 from streetvision.data import augment
-from streetvision.data.augment import ChallengeAugmentation, challenge_view, mix_batch
+from streetvision.data.augment import ServedAugmentation, mix_batch, served_view
 from streetvision.data.transforms import Preprocessing
 from streetvision.subnet.profiles import CROP
 from streetvision.subnet.served import served_jpeg
@@ -31,8 +31,8 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def augmentation(**changes: Any) -> ChallengeAugmentation:
-    return ChallengeAugmentation(Train(**{"challenge_probability": 1.0} | changes), PREPROCESSING)
+def augmentation(**changes: Any) -> ServedAugmentation:
+    return ServedAugmentation(Train(**{"served_probability": 1.0} | changes), PREPROCESSING)
 
 
 # --------------------------------------------------------------------------- challenge
@@ -42,13 +42,13 @@ def augmentation(**changes: Any) -> ChallengeAugmentation:
 def test_the_view_is_the_served_jpeg_as_the_model_reads_it(level: int) -> None:
     levels = [float(i == level) for i in range(4)]
     rng, twin = np.random.default_rng(5), np.random.default_rng(5)
-    found = challenge_view(picture(), PREPROCESSING, levels, 0.0, rng)
+    found = served_view(picture(), PREPROCESSING, levels, 0.0, rng)
     twin.random()  # the draw of the level
     with Image.open(io.BytesIO(served_jpeg(CROP, picture(), level, twin))) as served:
         wanted = PREPROCESSING.apply(served)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, wanted)
-    mirrored = challenge_view(picture(), PREPROCESSING, levels, 1.0, np.random.default_rng(5))
+    mirrored = served_view(picture(), PREPROCESSING, levels, 1.0, np.random.default_rng(5))
     np.testing.assert_array_equal(mirrored, wanted[:, ::-1])
 
 
@@ -63,7 +63,7 @@ def test_levels_and_flips_are_drawn_as_often_as_asked(monkeypatch: pytest.Monkey
     monkeypatch.setattr(augment, "challenge_jpeg", recorded)
     shares = (0.1, 0.0, 0.5, 0.4 - 1e-7)  # as exactly as parameters are checked
     views = [
-        challenge_view(picture(), PREPROCESSING, shares, 0.3, np.random.default_rng(i))
+        served_view(picture(), PREPROCESSING, shares, 0.3, np.random.default_rng(i))
         for i in range(1500)
     ]
     counts = np.bincount(levels, minlength=4)
@@ -96,7 +96,7 @@ def test_a_challenge_depends_on_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.2, 1.0])
 def test_the_share_of_challenges(probability: float) -> None:
-    ours = augmentation(challenge_probability=probability)
+    ours = augmentation(served_probability=probability)
     chosen = sum(ours.chosen(seed) is not None for seed in range(2000))
     assert stats.binomtest(chosen, 2000, probability).pvalue > 1e-3
 

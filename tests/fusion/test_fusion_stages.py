@@ -17,8 +17,8 @@ from stages.embed import embed
 from streetvision.core.artifacts import ArtifactSchema, write_json_atomic
 from streetvision.core.params import Params, check_params
 from streetvision.core.schema import CONDITIONS
-from streetvision.data.challenge_images import challenge_images
-from streetvision.data.embeddings import Embeddings, challenge_id, read_embeddings
+from streetvision.data.embeddings import Embeddings, read_embeddings, served_id
+from streetvision.data.served_images import served_images
 from streetvision.data.store import open_split
 from streetvision.fusion.fitting import LabelledViews, choose_fusion
 from streetvision.fusion.fusion import load_fusion
@@ -34,7 +34,7 @@ REPEATS = 2
 EMBEDDED = ("train", "val_select", "val_calib")
 CHANGES: dict[str, Any] = {
     "views": {"grid": 2},
-    "embed": {"challenge_repeats": REPEATS},
+    "embed": {"served_repeats": REPEATS},
     "cvfm": {"fits": 1, "epochs": 2, "latent_dim": 4, "attention_dim": 8},
     "hardware": {"workers": 1, "device": "cpu"},
 }
@@ -71,13 +71,13 @@ def test_each_split_is_embedded_as_it_is_and_distorted(project: ArtifactSchema, 
     split = open_split("embed", name, project.split(name))
     clean, distorted = (read_embeddings(project.embeddings(name, c)) for c in CONDITIONS)
     assert clean.ids.tolist() == split.ids.tolist()
-    assert distorted.ids.tolist() == [challenge_id(x, k) for x in split.ids for k in range(REPEATS)]
+    assert distorted.ids.tolist() == [served_id(x, k) for x in split.ids for k in range(REPEATS)]
     for found, repeats in ((clean, 1), (distorted, REPEATS)):
         np.testing.assert_array_equal(found.labels, split.labels.repeat(repeats))
         np.testing.assert_array_equal(found.groups, split.groups.repeat(repeats))
         assert len(found.views) == 5
     model, config = load_classifier(project.classifier)
-    images = challenge_images(split, params.challenge, REPEATS, params.seed, workers=1)
+    images = served_images(split, params.challenge, REPEATS, params.seed, workers=1)
     scores = score_all_views(
         model, config.preprocessing, images, params.views, 1, torch.device("cpu")
     )

@@ -31,8 +31,8 @@ CACHED_METRICS = {"metrics/plots/threshold_sweep.csv", "metrics/plots/mistakes.p
 # Which embeddings a stage may read: the split contract behind `embed`.
 EMBEDDINGS = {
     "sweep": ["val_calib"],
-    "cvfm": ["train", "train_challenge", "val_select", "val_select_challenge"],
-    "calibrate": ["val_calib", "val_calib_challenge"],
+    "cvfm": ["train", "train_served", "val_select", "val_select_served"],
+    "calibrate": ["val_calib", "val_calib_served"],
 }
 # What runs leave beside the results: no part of a fresh project.
 _MADE = ("metrics/", "dvc.lock")
@@ -196,7 +196,7 @@ def contract_violations(document: Mapping[str, Any]) -> list[str]:
             every = {
                 f"data/{folder}/{split}{suffix}.arrow"
                 for split in SPLITS
-                for suffix in ("", *(f"_{condition}" for condition in CONDITIONS))
+                for suffix in ("", "_originals", *(f"_{condition}" for condition in CONDITIONS))
             }
             listed = every & set(stage["deps"])
             found += [f"{name} lists {path}, not declared" for path in sorted(listed - wanted)]

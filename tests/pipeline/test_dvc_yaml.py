@@ -42,11 +42,11 @@ AGREED = {
     "train": {"train", "val_select"},
     "embed": {"train", "val_select", "val_calib"},
     "sweep": {"val_calib"},
-    "cvfm": {"train", "train_challenge", "val_select", "val_select_challenge"},
-    "calibrate": {"val_calib", "val_calib_challenge"},
+    "cvfm": {"train", "train_served", "val_select", "val_select_served"},
+    "calibrate": {"val_calib", "val_calib_served"},
     "export": {"val_select", "val_calib"},
     "evaluate": {"val_test"},
-    "challenge": {"val_test"},
+    "challenge": {"val_test", "val_test_originals"},
     "headline": set(),
 }
 
@@ -126,7 +126,7 @@ def test_params_are_the_leaves_of_the_schema() -> None:
 def test_paths_are_those_of_the_schema() -> None:
     paths = ArtifactSchema(Path())
     fixed = {
-        paths.checked, paths.raw, paths.quarantine, paths.explora, paths.classifier, paths.thresholds,
+        paths.checked, paths.raw, paths.originals, paths.quarantine, paths.explora, paths.classifier, paths.thresholds,
         paths.scrc_params, paths.scrc_pickle, paths.cvfm, paths.bundle,
         *(paths.split(name) for name in SPLITS),
         *(paths.embeddings(name, each) for name in CONTRACT["embed"] for each in CONDITIONS),

@@ -65,7 +65,7 @@ READ = {
 
 def parameters() -> Params:
     changes: dict[str, Any] = {
-        "embed": {"challenge_repeats": 1},
+        "embed": {"served_repeats": 1},
         "cvfm": {"epochs": 2},
         "decision": {"n_resamples": 100},
         "evaluate": {"n_resamples": 100, "mistakes": 2},

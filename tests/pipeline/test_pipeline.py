@@ -374,7 +374,7 @@ def test_second_repro_runs_nothing(project: Project) -> None:
         ({"views": {"grid": 2}}, ["embed", "cvfm"]),
         ({"embed": {"batch_size": 32}}, ["probe", "embed", "export"]),
         ({"cvfm": {"mode": "single"}}, ["cvfm"]),
-        ({"embed": {"challenge_repeats": 2}}, ["embed"]),
+        ({"embed": {"served_repeats": 2}}, ["embed"]),
         ({"decision": {"fit_on": "clean"}}, ["cvfm", "calibrate", "export"]),
         ({"decision": {"exchangeable_unit": "drive"}}, ["calibrate"]),
         ({"decision": {"hard_image_views": "all"}}, ["calibrate"]),

@@ -86,7 +86,10 @@ def prepare(
     paths = {split: out / f"{split}.arrow" for split in SPLITS}
     options = {} if progress is None else {"progress": progress}
     data = Data(**{**SETTINGS, **settings})
-    return prepare_splits(raw, paths, out / "quarantine.csv", scratch, data, 7, workers, **options)
+    return prepare_splits(
+        raw, paths, out / "val_test_originals.arrow", out / "quarantine.csv", scratch, data, 7, workers,
+        **options,
+    )  # fmt: skip
 
 
 def test_the_stage_splits_by_the_splits_own_seed(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_every_size_has_all_rungs(size: str) -> None:
         assert base.views.grid > 1
         assert base.cvfm.mode == "auto"
         assert not base.explora.enabled
-        assert base.train.challenge_probability == 0
+        assert base.train.served_probability == 0
         for rung in each.rungs:
             found = [each.comparison.params(variant, 0) for variant in rung.variants]
             assert all(one != base for one in found)
@@ -254,7 +254,7 @@ def test_a_rung_that_helps_is_carried_and_one_that_does_not_is_not(
             trained.append((job.run.variant, train.model_dump()))
         value = 0.2 + 0.9 * (train.trainable == "lora") - 0.4 * job.run.params.explora.enabled
         value += 0.1 * (train.trainable == "last_n_blocks")
-        value -= 0.6 * (train.challenge_probability > 0)
+        value -= 0.6 * (train.served_probability > 0)
         return value + 2.0 * ("fused" in name) - 1.0 * ("calibrated" in name)
 
     found = climbed(clean, quality, monkeypatch)
@@ -320,7 +320,7 @@ def test_keys_tell_jobs_apart(clean: Path) -> None:
     params = one.run.params
     changed = [
         replace(one.run, params=params.model_copy(update={"embed": params.embed.model_copy(
-            update={"challenge_repeats": 3})})),
+            update={"served_repeats": 3})})),
         replace(one.run, params=params.model_copy(update={"train": params.train.model_copy(
             update={"epochs": 9})})),
     ]  # fmt: skip

@@ -22,7 +22,6 @@ from torch.utils.data import Dataset
 
 from streetvision.core.errors import UserError
 from streetvision.core.params import Challenge, Compile, Hardware, Train, TrainLora, ViewGrid
-from streetvision.data.challenge_images import challenge_images
 from streetvision.data.loader import (
     EpochSampler,
     EvaluationImages,
@@ -30,6 +29,7 @@ from streetvision.data.loader import (
     TrainingImages,
     training_loader,
 )
+from streetvision.data.served_images import served_images
 from streetvision.data.store import open_split
 from streetvision.data.transforms import training_transform
 from streetvision.data.views import views_of
@@ -57,7 +57,7 @@ EVERYTHING = RESUMED | {
     "batch_size": 8, "accumulate_batches": 2, "optimiser": "muon", "grokfast": True,
     "layer_decay": 0.8, "weight_average": "ema", "ema_decay": 0.8, "swa_start_fraction": 0.3,
     "balanced_sampler": True, "mixup_alpha": 0.4, "cutmix_alpha": 0.4, "loss": "focal",
-    "augmentation": "trivial_augment", "challenge_probability": 0.3, "learning_rate": 0.003,
+    "augmentation": "trivial_augment", "served_probability": 0.3, "learning_rate": 0.003,
     "choose_epoch": "best_log_loss",
 }  # fmt: skip
 
@@ -393,7 +393,7 @@ def test_kept_features_pass_the_backbone_once_and_survive_a_failure(
 
 @pytest.mark.parametrize(
     "change",
-    [{"trainable": "full"}, {"flip_probability": 0.5}, {"challenge_probability": 0.1},
+    [{"trainable": "full"}, {"flip_probability": 0.5}, {"served_probability": 0.1},
      {"mixup_alpha": 0.2}, {"augmentation": "augmix"}],
 )  # fmt: skip
 def test_features_that_change_are_not_kept(
@@ -912,7 +912,7 @@ def test_the_gate_scores_what_embed_would_score(
     )
     shares = Challenge(level_0=0.25, level_1=0, level_2=0, level_3=0.75)
     wanted = []
-    for image in challenge_images(split, shares, gate.REPEATS, 5, 1):
+    for image in served_images(split, shares, gate.REPEATS, 5, 1):
         [view] = views_of(image, config.preprocessing, ViewGrid()).inputs
         logits, _ = score(model, config.preprocessing, [view], 1, torch.device("cpu"))
         wanted.append(1 / (1 + np.exp(-float(logits[0]))))
