@@ -101,7 +101,8 @@ def score_moments(
     brier = summed(negatives.mean, positives.mean) / challenges
     spread = np.sqrt(summed(negatives.variance, positives.variance)) / challenges
     # A few nodes are exact for what is near a polynomial, which the kink is not.
-    far: NDArray[np.bool_] = np.all(_CHANCE - brier > _FAR * spread, axis=(1, 2))
+    near = ~(_CHANCE - brier > _FAR * spread)
+    far = np.asarray(~near.any(axis=(1, 2)), dtype=np.bool_)
     first, second = np.empty(len(far)), np.empty(len(far))
     for rows, number in ((far, 3), (~far, 41)):
         nodes, weights = np.polynomial.hermite_e.hermegauss(number)
