@@ -56,11 +56,11 @@ def test_levels_and_flips_are_drawn_as_often_as_asked(monkeypatch: pytest.Monkey
     levels: list[int] = []
     plain = served_jpeg(CROP, picture(), 0, np.random.default_rng(0))
 
-    def recorded(image: Image.Image, level: int, rng: np.random.Generator) -> bytes:
+    def recorded(_: object, image: Image.Image, level: int, rng: np.random.Generator) -> bytes:
         levels.append(level)
         return plain
 
-    monkeypatch.setattr(augment, "challenge_jpeg", recorded)
+    monkeypatch.setattr(augment, "served_jpeg", recorded)
     shares = (0.1, 0.0, 0.5, 0.4 - 1e-7)  # as exactly as parameters are checked
     views = [
         served_view(picture(), PREPROCESSING, shares, 0.3, np.random.default_rng(i))

@@ -422,7 +422,7 @@ def test_workers_and_row_groups_leave_the_files_alone(tmp_path: Path) -> None:
     write_raw(tmp_path / "other", rows, row_group=100)
     assert prepare(tmp_path / "other", tmp_path / "three", 1) == report
     expected = files(tmp_path / "one")
-    assert len(expected) == 5
+    assert len(expected) == 6
     assert files(tmp_path / "two") == expected
     assert files(tmp_path / "three") == expected
 

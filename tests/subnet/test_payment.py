@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 from sklearn.metrics import brier_score_loss, matthews_corrcoef
 
 from streetvision.core.errors import UserError
+from streetvision.stats.metrics import mcc_from_counts
 from streetvision.subnet import sn34
 from streetvision.subnet.payment import REWARDS, answer_columns
 from streetvision.subnet.reward import reward_moments
@@ -65,7 +67,14 @@ def test_what_is_no_benchmark_is_refused(y: list[int], p: list[float], said: str
 @pytest.mark.parametrize("name", REWARDS)
 @pytest.mark.parametrize(
     ("skill", "sharpness", "share"),
-    [(1.5, 1.0, 0.5), (0.8, 3.0, 0.3), (3.0, 1.0, 0.5), (0.2, 2.0, 0.5), (9.0, 1.0, 0.5)],
+    [
+        (1.5, 1.0, 0.5),
+        (0.8, 3.0, 0.3),
+        (3.0, 1.0, 0.5),
+        (0.2, 2.0, 0.5),
+        (0.5, 1.0, 0.5),
+        (9.0, 1.0, 0.5),
+    ],
 )
 def test_the_exact_mean_is_that_of_simulated_windows(
     name: str, skill: float, sharpness: float, share: float
@@ -74,8 +83,8 @@ def test_the_exact_mean_is_that_of_simulated_windows(
     weights = np.random.default_rng(3).uniform(0.2, 2, len(y))
     (mean,), (deviation,) = REWARDS[name].expected(y, p, weights, share)
     paid = REWARDS[name].simulate(y, p, weights, share, runs=4000, seed=1)
-    assert abs(paid.mean() - mean) < 4 * max(deviation, 1e-9) / np.sqrt(len(paid))
-    assert paid.std() == pytest.approx(deviation, rel=0.06, abs=1e-9)
+    assert abs(paid.mean() - mean) < 4 * deviation / np.sqrt(len(paid)) + 1e-6
+    assert paid.std() == pytest.approx(deviation, rel=0.06, abs=1e-6)
 
 
 @pytest.mark.parametrize("challenges", [60, 300])
@@ -103,6 +112,42 @@ def test_a_short_benchmark_is_still_near_its_simulation(challenges: int) -> None
     paid = sn34.score(y[rows], p[rows])
     assert abs(paid.mean() - mean[0]) < 4 * deviation[0] / np.sqrt(len(paid))
     assert paid.std() == pytest.approx(deviation[0], rel=0.05)
+
+
+def answers_of(rate: float, rng: np.random.Generator) -> sn34.Answers:
+    return sn34.Answers(
+        np.array([rate]), rng.uniform(0.02, 0.15, (1, 2)), rng.uniform(0.001, 0.02, (1, 2))
+    )
+
+
+@pytest.mark.parametrize(
+    ("tpr", "fpr", "challenges"),
+    [(0.9, 0.1, 1000), (0.6, 0.02, 1000), (0.99, 0.01, 300), (1.0, 0.0, 50), (0.5, 0.5, 200), (0.97, 0.3, 12)],
+)  # fmt: skip
+def test_the_quadrature_is_the_sum_over_all_counts(tpr: float, fpr: float, challenges: int) -> None:
+    rng = np.random.default_rng(0)
+    low, high = answers_of(fpr, rng), answers_of(tpr, rng)
+    n = challenges // 2
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    k = np.arange(n + 1)
+    tp, fp = k[:, None], k[None, :]
+    mcc = mcc_from_counts(tp, fp, n - fp, n - tp)
+    brier, variance = (
+        (tp * h[0, 1] + (n - tp) * h[0, 0] + fp * low_[0, 1] + (n - fp) * low_[0, 0]) / (2 * n)
+        for low_, h in ((low.mean, high.mean), (low.variance, high.variance))
+    )
+    each = brier[..., None] + np.sqrt(variance / (2 * n))[..., None] * nodes
+    scores = ((mcc[..., None] + 1) / 2) ** 0.6 * np.maximum(0, 1 - 4 * each) ** 0.9
+    chance = stats.binom.pmf(k, n, tpr)[:, None] * stats.binom.pmf(k, n, fpr)
+    wanted = [
+        float((chance * (np.minimum(scores, 1) ** power @ weights / weights.sum())).sum())
+        for power in (1, 2)
+    ]
+    mean, deviation = sn34.score_moments(low, high, 0.5, challenges)
+    assert mean[0] == pytest.approx(wanted[0], abs=1e-6 if challenges > 100 else 1e-3)
+    assert deviation[0] == pytest.approx(
+        np.sqrt(wanted[1] - wanted[0] ** 2), rel=1e-3 if challenges > 100 else 0.03
+    )
 
 
 def test_subnet_72_pays_decisions_alone() -> None:
