@@ -157,14 +157,12 @@ class ArtifactSchema:
     def scratch(self) -> Path:
         """Folder of checkpoints and partial outputs, which Git and DVC leave alone: in DVC's temporary folder.
 
-        `dvc exp run --temp` and DVC's queue work in copies of the project, `.dvc/tmp/exps/<copy>`, that no run
-        outlives: the copies use the folder beside `exps`, so they share it with the project and each other.
-        Without `.dvc` it is beside the run log.
+        `dvc exp run --temp` and DVC's queue work in copies of the project below its `.dvc/tmp/exps`, which end
+        with the run: they have the project's scratch. Without `.dvc` it is beside the run log.
         """
         root = self.root.resolve()
         for folder in root.parents:
-            # `.dvc/tmp` may be a link to another disk. DVC notes in `rwlock` which copy it is making.
-            if folder.name == "exps" and (folder / "rwlock").is_file():
+            if folder.parts[-3:] == (".dvc", "tmp", "exps"):
                 return folder.parent / "streetvision/scratch"
         dvc = root / ".dvc"
         return (dvc / "tmp/streetvision" if dvc.is_dir() else root / ".streetvision") / "scratch"

@@ -576,19 +576,15 @@ def test_many_that_begin_at_once_disturb_each_other_in_nothing(tmp_path: Path) -
 
 
 def test_the_scratch_folder_is_dvcs_and_shared_with_copies_for_experiments(tmp_path: Path) -> None:
-    root = tmp_path / "project"
-    root.mkdir()
+    root = tmp_path / "exps/project"
+    root.mkdir(parents=True)
     assert ArtifactSchema(root).scratch == root / ".streetvision/scratch"
-    (tmp_path / "disk/exps").mkdir(parents=True)
     (root / ".dvc").mkdir()
-    assert ArtifactSchema(root).scratch == root / ".dvc/tmp/streetvision/scratch"
-    (root / ".dvc/tmp").symlink_to(tmp_path / "disk")
-    wanted = ArtifactSchema(root).scratch.resolve()
-    assert wanted == tmp_path / "disk/streetvision/scratch"
-    # A project may lie in anybody's folder `exps`.
-    elsewhere = tmp_path / "disk/exps/mine"
-    (elsewhere / ".dvc").mkdir(parents=True)
-    assert ArtifactSchema(elsewhere).scratch == elsewhere / ".dvc/tmp/streetvision/scratch"
-    (tmp_path / "disk/exps/rwlock").write_text("{}")
-    for copy in ("tmp1", "standalone/tmp2", "tmp3/below/in/git"):
-        assert ArtifactSchema(root / ".dvc/tmp/exps" / copy).scratch == wanted
+    wanted = root / ".dvc/tmp/streetvision/scratch"
+    (tmp_path / "link").symlink_to(root)
+    for place in (root, tmp_path / "link"):
+        assert ArtifactSchema(place).scratch == wanted
+        for copy in ("tmp1", "standalone/tmp2", "tmp3/below/in/git"):
+            folder = place / ".dvc/tmp/exps" / copy
+            (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+            assert ArtifactSchema(folder).scratch == wanted

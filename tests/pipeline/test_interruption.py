@@ -74,13 +74,8 @@ def test_killed_in_four_stages_and_the_same_bytes(project: Project, reproduced: 
 
 
 @pytest.mark.slow
-def test_an_experiment_in_a_copy_goes_on(project: Project, tmp_path: Path) -> None:
-    """What `dvc exp run --temp` works in is gone after Ctrl-C, and another after a kill; the checkpoint stays.
-
-    Here `.dvc/tmp` is a link to another disk.
-    """
-    (project / ".dvc/tmp").rename(tmp_path / "disk")
-    (project / ".dvc/tmp").symlink_to(tmp_path / "disk")
+def test_an_experiment_in_a_copy_goes_on(project: Project) -> None:
+    """What `dvc exp run --temp` works in is gone after Ctrl-C or a kill; the checkpoint stays."""
     scratch = ArtifactSchema(project.root).scratch / "train"
     # Training alone, and although its result is known.
     command = ("exp", "run", "--temp", "--force", "--single-item", "train")
