@@ -49,4 +49,4 @@ report: $(STAMP)  ## report/report.md, what a change does: make report BASE=main
 
 clean:  ## remove what can be made again; the DVC cache stays
 	rm -rf data/raw data/splits data/embeddings data/quarantine.csv data/params.checked models/explora models/probe.manifest.json models/classifier models/cvfm models/policy models/bundle models/evaluate.manifest.json models/challenge.manifest.json models/headline.manifest.json metrics/plots/threshold_sweep.csv metrics/plots/mistakes.png
-	rm -rf .streetvision report .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .streetvision .dvc/tmp/streetvision report .mypy_cache .ruff_cache .pytest_cache

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from streetvision.core.artifacts import (
     ArtifactSchema,
     create_step_manifest,
+    exclusive,
     main_process,
     run_log,
     scratch_folder,
@@ -48,14 +49,20 @@ class Stage:
     def scratch(self, config: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Path]:
         """Yield a folder that survives a crash, keyed by parameters, data and code.
 
-        The ranks of a training job share that of the first one.
+        The ranks of a training job share that of the first one. Killing DVC may leave its stage at work: until
+        that ends, this one is refused, whatever its key is, as both write the same outputs.
         """
         code = code_sha256(f"stages.{self.name}", self.paths.root)
         key = {"config": config, "data": data, "code": code}
         if not main_process():
             yield scratch_path(self.paths.scratch, self.name, key)
             return
-        with scratch_folder(self.paths.scratch, self.name, key) as folder:
+        lock = self.paths.lock(self.name)
+        busy = f"another process is still running this stage in {self.paths.root}; wait for it or stop it"
+        with (
+            exclusive(lock, busy),
+            scratch_folder(self.paths.scratch, self.name, key) as folder,
+        ):
             yield folder
 
     def upstream(self, *steps: str) -> dict[str, str]:

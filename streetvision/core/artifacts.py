@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -18,7 +19,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,7 @@ RECORDED_LIBRARIES = (
     "lightning", "numpy", "peft", "pillow", "pyarrow", "scikit-learn", "scipy", "timm", "torch",
     "torchvision",
 )  # fmt: skip
+MOST_LEFTOVERS = 8  # scratch folders of one step that nobody is at work in
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,21 @@ class ArtifactSchema:
 
     @property
     def scratch(self) -> Path:
-        """Folder of checkpoints and partial outputs; not tracked by Git or DVC."""
-        return self.root / ".streetvision/scratch"
+        """Folder of checkpoints and partial outputs, which Git and DVC leave alone: in DVC's temporary folder.
+
+        `dvc exp run --temp` and DVC's queue work in copies of the project below its `.dvc/tmp/exps`, which end
+        with the run: they have the project's scratch. Without `.dvc` it is beside the run log.
+        """
+        root = self.root.resolve()
+        for folder in root.parents:
+            if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+                return folder.parent / "streetvision/scratch"
+        dvc = root / ".dvc"
+        return (dvc / "tmp/streetvision" if dvc.is_dir() else root / ".streetvision") / "scratch"
+
+    def lock(self, step: str) -> Path:
+        """Held by the process that writes a step's outputs here; not tracked by Git or DVC."""
+        return self.root / f".streetvision/{step}.lock"
 
     def ensure_dirs(self) -> None:
         """Create every folder a stage writes to."""
@@ -205,6 +220,17 @@ def _temporary(path: Path) -> Path:
         except FileExistsError:
             continue
         return found
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file; one on another file system is copied, atomically, and then deleted."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
+        source.unlink()
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> Path:
@@ -372,14 +398,20 @@ def _git_commit(root: Path) -> str | None:
 
 
 @contextmanager
-def exclusive(lock: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file; a second process gets `UserError` with the text `busy`."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+def exclusive(lock: Path, busy: str | None) -> Iterator[None]:
+    """Hold a lock file; a second process gets `UserError` with the text `busy`, or waits if that is None."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {lock}: {error.strerror}") from error
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise UserError(busy or "") from error
         except OSError as error:
-            raise UserError(busy) from error
+            raise UserError(f"cannot lock {lock}: {error.strerror}") from error
         yield
 
 
@@ -402,17 +434,68 @@ def scratch_folder(parent: Path, step: str, key: Mapping[str, Any]) -> Iterator[
     """Yield a folder for checkpoints and parts, keyed by what determines the result.
 
     A run that dies leaves the folder, and the next run with the same key resumes from it; success deletes
-    it. Folders of the same step with another key are stale and deleted. A lock keeps a second process
-    (DVC killed, its stage still writing) from using it: `UserError`.
+    it. Runs with other keys, such as a sweep's, have folders of their own at the same time; of those that
+    nobody is at work in, only some stay, see `_delete_leftovers`.
+
+    Raises
+    ------
+    UserError
+        Another process is at work on the same key, or the folder cannot be written.
+    KeyboardInterrupt
+        As it came, with a text for `errors.guarded` if there is something to go on from: a file whose name
+        does not begin with a dot.
     """
-    home = parent / step
-    home.mkdir(parents=True, exist_ok=True)
-    busy = f"another process is still running stage `{step}` in {home}; wait for it or stop it"
-    with exclusive(home / "lock", busy):
-        folder = scratch_path(parent, step, key)
-        for other in home.iterdir():
-            if other.is_dir() and other != folder:
-                shutil.rmtree(other)
-        folder.mkdir(exist_ok=True)
-        yield folder
-        shutil.rmtree(folder)
+    folder = scratch_path(parent, step, key)
+    busy = f"another process is still running stage `{step}` in {folder}; wait for it or stop it"
+    with ExitStack() as held:
+        # Runs begin and end one at a time: no lock file is deleted while somebody is about to take it.
+        with exclusive(folder.parent / "lock", None):
+            held.enter_context(exclusive(_lock(folder), busy))
+            _delete_leftovers(folder.parent)
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        try:
+            yield folder
+        except KeyboardInterrupt as error:
+            if any(path.is_file() and path.name[0] != "." for path in folder.rglob("*")):
+                raise KeyboardInterrupt("to go on from the last checkpoint") from error
+            raise
+        with exclusive(folder.parent / "lock", None):
+            _delete(folder)
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _delete(folder: Path) -> None:
+    """Delete a scratch folder whose lock is held; `git clean` or its user may have been faster."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _lock(folder).unlink(missing_ok=True)
+
+
+def _delete_leftovers(home: Path) -> None:
+    """Delete what interrupted runs left in `home`, but the newest: those can still be taken up again.
+
+    At most `MOST_LEFTOVERS` stay, as many as a stopped queue leaves at once, and no more bytes than are free on
+    the disk: a checkpoint is a gigabyte, and whoever frees none for a full disk would not get to the next one.
+    """
+    with ExitStack() as held:
+        found = []
+        for folder in home.iterdir():
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            try:
+                held.enter_context(exclusive(_lock(folder), "at work"))
+                files = [path.lstat() for path in (folder, *folder.rglob("*"))]
+            except (UserError, FileNotFoundError):
+                continue
+            changed = max(file.st_mtime for file in files)
+            found.append((changed, sum(file.st_size for file in files), folder))
+        total, free = 0, shutil.disk_usage(home).free
+        for number, (_, size, folder) in enumerate(sorted(found, reverse=True)):
+            total += size
+            if number >= MOST_LEFTOVERS or total > free:
+                _delete(folder)

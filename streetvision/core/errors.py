@@ -34,10 +34,10 @@ def guarded(program: str, main: Callable[[], int | None]) -> int:
         # A library's message within it may have many lines, a name orders to the terminal.
         sys.stderr.write(f"{program}: error: {terminal(' '.join(str(error).split()))}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            f"{program}: interrupted; run it again to go on from the last checkpoint\n"
-        )
+    except KeyboardInterrupt as interrupt:
+        # `artifacts.scratch_folder` knows whether anything is left to go on from.
+        again = " ".join(["run it again", *map(str, interrupt.args)])
+        sys.stderr.write(f"{program}: interrupted; {again}\n")
         return 130
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from streetvision.core.artifacts import config_hash, write_atomic, write_bytes_atomic
+from streetvision.core.artifacts import config_hash, move, write_atomic, write_bytes_atomic
 from streetvision.core.params import Source
 from streetvision.core.processes import in_processes
 from streetvision.core.progress import Progress, no_progress
@@ -46,8 +46,8 @@ def ingest_sources(
     sources : in the order of the shards
     local_root : folder that the paths of local sources are relative to
     output : folder of the shards; other shards in it are deleted at the end
-    scratch : folder of finished shards, on the same file system as `output`; a rerun with the same
-        arguments and unchanged inputs goes on from it
+    scratch : folder of finished shards; a rerun with the same arguments and unchanged inputs goes on
+        from it
     shard_images : rows of one shard
     seed : of the synthetic sources
     workers : processes, 0 = one a core
@@ -94,7 +94,7 @@ def write_plans(
         if stale.name not in jobs:
             stale.unlink()
     for file in jobs:
-        (scratch / file).replace(output / file)
+        move(scratch / file, output / file)
     report: dict[str, Any] = {
         name: {
             "rows": sum(part.n_rows for part in parts.values()),
@@ -178,7 +178,7 @@ def _fingerprint(
 def _keep_valid_shards(scratch: Path, fingerprint: str) -> None:
     """Delete what an earlier run left, except finished shards of the same inputs."""
     scratch.mkdir(parents=True, exist_ok=True)
-    mark = scratch / "inputs.sha256"
+    mark = scratch / ".inputs.sha256"
     same = mark.is_file() and mark.read_text() == fingerprint
     for pattern in (".*.tmp",) if same else (".*.tmp", "*.parquet"):
         for left in scratch.glob(pattern):

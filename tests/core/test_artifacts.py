@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streetvision.core.artifacts import (
+    MOST_LEFTOVERS,
     ArtifactSchema,
     config_hash,
     create_step_manifest,
     json_text,
+    move,
     read_json,
     run_log,
     scratch_folder,
@@ -32,7 +38,7 @@ from streetvision.core.artifacts import (
     write_csv_atomic,
     write_json_atomic,
 )
-from streetvision.core.errors import UserError
+from streetvision.core.errors import UserError, guarded
 from streetvision.core.schema import CONDITIONS, SPLITS
 
 
@@ -160,6 +166,27 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"^cannot write .*file/below"):
         write_bytes_atomic(tmp_path / "file/below", b"")
+
+
+def test_a_file_moves_to_another_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.parent != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_bytes_atomic(tmp_path / "here/a", b"a")
+    (tmp_path / "there").mkdir()
+    move(tmp_path / "here/a", tmp_path / "there/b")
+    assert names(tmp_path / "here") == []
+    assert names(tmp_path / "there") == ["b"]
+    assert (tmp_path / "there/b").read_bytes() == b"a"
+    with pytest.raises(FileNotFoundError):
+        move(tmp_path / "here/a", tmp_path / "here/b")
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, np.float32("nan")])
@@ -333,14 +360,14 @@ def test_the_run_log_names_the_commit(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- scratch
 
 
-def fail_in_scratch(parent: Path, step: str, key: dict[str, int]) -> Path:
+def fail_in_scratch(parent: Path, step: str, key: dict[str, int], size: int = 7) -> Path:
     """A run that wrote a checkpoint and failed; returns its folder."""
     found = []
 
     def run() -> None:
         with scratch_folder(parent, step, key) as folder:
             found.append(folder)
-            (folder / "last.ckpt").write_bytes(b"epoch 1")
+            (folder / "last.ckpt").write_bytes(b"epoch 1".ljust(size))
             raise UserError("killed")
 
     with pytest.raises(UserError, match="killed"):
@@ -358,13 +385,132 @@ def test_a_failure_keeps_the_scratch_folder_and_success_deletes_it(tmp_path: Pat
         assert names(fresh) == []
 
 
-def test_stale_folders_go_and_other_steps_stay(tmp_path: Path) -> None:
-    stale = fail_in_scratch(tmp_path, "train", {"seed": 1})
+def aged(folder: Path, days: int) -> Path:
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (0, 1e9 - days * 86400))
+    return folder
+
+
+def test_the_newest_of_other_keys_stay(tmp_path: Path) -> None:
+    """A stopped queue's experiments can all be taken up again; of older ones no more than so many are kept."""
     other = fail_in_scratch(tmp_path, "prepare", {"seed": 1})
-    with scratch_folder(tmp_path, "train", {"seed": 2}) as folder:
-        assert folder != stale
-        assert not stale.exists()
-        assert (other / "last.ckpt").exists()
+    # The folder of the newest checkpoint is the oldest: it is what was written last that counts.
+    left = [
+        aged(fail_in_scratch(tmp_path, "train", {"seed": seed}), days=seed)
+        for seed in range(MOST_LEFTOVERS + 2)
+    ]
+    os.utime(left[-1] / "last.ckpt")
+    kept = [left[-1], *left[: MOST_LEFTOVERS - 1]]
+    with scratch_folder(tmp_path, "train", {"seed": -1}) as folder:
+        assert {path for path in folder.parent.iterdir() if path.is_dir()} == {folder, *kept}
+        locks = {path.stem for path in folder.parent.glob("*.lock")}
+        assert locks == {path.name for path in (folder, *kept)}
+    assert (other / "last.ckpt").exists()
+    # A run's own stays however old it is.
+    aged(kept[0], days=1000)
+    with scratch_folder(tmp_path, "train", {"seed": MOST_LEFTOVERS + 1}) as folder:
+        assert names(folder) == ["last.ckpt"]
+
+
+def test_leftovers_go_before_a_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [aged(fail_in_scratch(tmp_path, "train", {"seed": s}, 10**6), days=s) for s in range(3)]
+    usage = shutil.disk_usage(tmp_path)
+    for free, kept in ((2_500_000, 2), (1000, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with scratch_folder(tmp_path, "train", {"seed": 9}):
+            assert [path.exists() for path in left] == [number < kept for number in range(3)]
+
+
+def test_links_and_files_of_others_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scratch folder may be a link to another disk; what a link in it points to is not ours to delete."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis").write_bytes(b"")
+    parent = tmp_path / "scratch"
+    parent.symlink_to("disk")
+    left = fail_in_scratch(parent, "train", {"seed": 1})
+    (left / "inside").symlink_to(tmp_path / "precious")
+    (parent / "train/beside").symlink_to(tmp_path / "precious")
+    (parent / "train/notes").write_bytes(b"")
+    monkeypatch.setattr("streetvision.core.artifacts.MOST_LEFTOVERS", 0)
+    with scratch_folder(parent, "train", {"seed": 2}):
+        assert not left.exists()
+    assert names(tmp_path / "disk/train") == ["beside", "lock", "notes"]
+    assert names(tmp_path / "precious") == ["thesis"]
+
+
+def test_a_scratch_folder_that_was_cleaned_away_is_no_error(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "scratch", "train", {}):
+        shutil.rmtree(tmp_path / "scratch")  # git clean -xdf
+    with scratch_folder(tmp_path / "scratch", "train", {}) as folder:
+        assert names(folder) == []
+
+
+@pytest.mark.parametrize("place", ["scratch", "scratch/train"])
+def test_a_scratch_folder_that_cannot_be_made_is_one_line(tmp_path: Path, place: str) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+    with (
+        pytest.raises(
+            UserError, match=rf"^cannot write {path}.*lock: (File exists|Not a directory)$"
+        ),
+        scratch_folder(tmp_path / "scratch", "train", {}),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_scratch_folder_is_one_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with (
+            pytest.raises(UserError, match=r"^cannot write .*lock: Permission denied$"),
+            scratch_folder(tmp_path, "train", {}),
+        ):
+            pass
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(UserError, match=r"^cannot lock .*lock: No locks available$"),
+        scratch_folder(tmp_path, "train", {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ("last.ckpt", "run it again to go on from the last checkpoint"),
+        (".last.ckpt.tmp", "run it again"),
+        (None, "run it again"),
+    ],
+)
+def test_an_interruption_promises_what_is_there(
+    tmp_path: Path, left: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        with scratch_folder(tmp_path, "train", {}) as folder:
+            (folder / "part").mkdir()
+            if left is not None:
+                (folder / "part" / left).write_bytes(b"")
+            raise KeyboardInterrupt
+
+    assert guarded("train", main) == 130
+    assert capsys.readouterr().err == f"train: interrupted; {said}\n"
 
 
 HOLD = """
@@ -396,19 +542,49 @@ def holder(tmp_path: Path, repository: Path) -> Iterator[Callable[[], None]]:
     kill()
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(
-    tmp_path: Path, holder: Callable[[], None]
+def test_a_key_is_one_process_alone_until_it_is_dead(
+    tmp_path: Path, holder: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key in ({"seed": 1}, {"seed": 2}):
-        with (
-            pytest.raises(UserError, match="another process is still running stage `train`"),
-            scratch_folder(tmp_path, "train", key),
-        ):
-            pass
+    with (
+        pytest.raises(UserError, match="another process is still running stage `train`"),
+        scratch_folder(tmp_path, "train", {"seed": 1}),
+    ):
+        pass
     [folder] = [path for path in (tmp_path / "train").iterdir() if path.is_dir()]
-    assert names(folder) == ["mine"]
-    with scratch_folder(tmp_path, "prepare", {"seed": 1}):
-        pass  # another step is free
+    # Other keys and steps are free, and leave alone what somebody is at work in.
+    monkeypatch.setattr("streetvision.core.artifacts.MOST_LEFTOVERS", 0)
+    aged(folder, days=1000)
+    for step in ("train", "prepare"):
+        with scratch_folder(tmp_path, step, {"seed": 2}):
+            assert names(folder) == ["mine"]
     holder()
     with scratch_folder(tmp_path, "train", {"seed": 1}) as again:
         assert names(again) == ["mine"]
+
+
+def test_many_that_begin_at_once_disturb_each_other_in_nothing(tmp_path: Path) -> None:
+    """A queue's workers: no run takes another's lock, not even for the moment of looking whether it is free."""
+
+    def run(seed: int) -> None:
+        for _ in range(20):
+            with scratch_folder(tmp_path, "train", {"seed": seed}) as folder:
+                (folder / "last.ckpt").write_bytes(b"")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+    assert names(tmp_path / "train") == ["lock"]
+
+
+def test_the_scratch_folder_is_dvcs_and_shared_with_copies_for_experiments(tmp_path: Path) -> None:
+    root = tmp_path / "exps/project"
+    root.mkdir(parents=True)
+    assert ArtifactSchema(root).scratch == root / ".streetvision/scratch"
+    (root / ".dvc").mkdir()
+    wanted = root / ".dvc/tmp/streetvision/scratch"
+    (tmp_path / "link").symlink_to(root)
+    for place in (root, tmp_path / "link"):
+        assert ArtifactSchema(place).scratch == wanted
+        for copy in ("tmp1", "standalone/tmp2", "tmp3/below/in/git"):
+            folder = place / ".dvc/tmp/exps" / copy
+            (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+            assert ArtifactSchema(folder).scratch == wanted

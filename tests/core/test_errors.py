@@ -26,8 +26,9 @@ def test_the_exit_code_is_mains(returned: int | None, code: int) -> None:
     ("error", "code", "line"),
     [
         (UserError("params.yaml is missing"), 2, "stage: error: params.yaml is missing\n"),
+        (KeyboardInterrupt(), 130, "stage: interrupted; run it again\n"),
         (
-            KeyboardInterrupt(),
+            KeyboardInterrupt("to go on from the last checkpoint"),
             130,
             "stage: interrupted; run it again to go on from the last checkpoint\n",
         ),

@@ -239,9 +239,9 @@ def test_broken_split_file(project: Project) -> None:
 def test_a_second_process_is_refused(light: Project) -> None:
     import fcntl
 
-    home = light / ".streetvision/scratch/ingest"
+    home = light / ".streetvision"
     home.mkdir(parents=True)
-    with (home / "lock").open("w") as lock:
+    with (home / "ingest.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         one_line(light.stage("ingest", check=False), "ingest", "another process is still running")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from streetvision.core.artifacts import ArtifactSchema
 from tests.pipeline.project import Project, environment, outputs, read_dvc_yaml, stages_run
 
 # What a stage leaves in its scratch folder when it is part of the way.
@@ -29,12 +29,14 @@ def start(project: Project, *command: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> list[Path]:
-    """Wait until a finished part appears; temporary files begin with a dot."""
+def wait_for(
+    process: subprocess.Popen[str], folder: Path, pattern: str, newer_than: int = 0
+) -> list[Path]:
+    """Wait until a finished part appears, written after a time in ns; temporary files begin with a dot."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         found = [path for path in folder.glob(f"*/{pattern}") if path.name[0] != "."]
-        if found:
+        if found and max(path.stat().st_mtime_ns for path in found) > newer_than:
             return found
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
@@ -56,7 +58,7 @@ def test_killed_in_four_stages_and_the_same_bytes(project: Project, reproduced: 
                 *("data/raw", "data/splits", "data/embeddings", "data/quarantine.csv"))  # fmt: skip
     project.run("rm", "-rf", ".streetvision")
     for stage, pattern in PARTS.items():
-        scratch = project / f".streetvision/scratch/{stage}"
+        scratch = ArtifactSchema(project.root).scratch / stage
         process = start(project, "dvc", "repro")
         wait_for(process, scratch, pattern)
         code, _ = stop(process, signal.SIGKILL)
@@ -67,23 +69,34 @@ def test_killed_in_four_stages_and_the_same_bytes(project: Project, reproduced: 
     assert set(stages_run(done.stdout)[-3:]) == {"evaluate", "challenge", "headline"}
     assert "train: resuming from the checkpoint" in done.stderr
     assert project.hashes(written) == reproduced.hashes(written)
-    assert list((project / ".streetvision/scratch").glob("*/*/")) == []
+    assert list(ArtifactSchema(project.root).scratch.glob("*/*/")) == []
     assert [path for path in project.root.rglob("*.tmp") if ".dvc" not in path.parts] == []
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_training_is_one_line(project: Project) -> None:
-    project.change({"train": {"epochs": 500}})
-    process = start(project, "stages.train")
-    wait_for(process, project / ".streetvision/scratch/train", "last.ckpt")
+def test_an_experiment_in_a_copy_goes_on(project: Project) -> None:
+    """What `dvc exp run --temp` works in is gone after Ctrl-C or a kill; the checkpoint stays."""
+    scratch = ArtifactSchema(project.root).scratch / "train"
+    # Training alone, and although its result is known.
+    command = ("exp", "run", "--temp", "--force", "--single-item", "train")
+    resuming = "train: resuming from the checkpoint of an interrupted run"
+    process = start(project, "dvc", *command)
+    [checkpoint] = wait_for(process, scratch, PARTS["train"])
     code, stderr = stop(process, signal.SIGINT)
-    progress = re.compile(r"train: (epoch|about|\d+ parameters|this device has no BF16 arithmetic)")
-    lines = [line for line in stderr.splitlines() if not progress.match(line)]
-    assert lines == ["train: interrupted; run it again to go on from the last checkpoint"], stderr
-    assert code == 130
-    entry = (project / ".streetvision/runs.jsonl").read_text().splitlines()[-1]
-    assert '"status": "failed"' in entry
-    assert "KeyboardInterrupt" in entry
+    said = stderr.splitlines()
+    assert "train: interrupted; run it again to go on from the last checkpoint" in said, stderr
+    assert resuming not in said
+    assert "Traceback" not in stderr
+    assert code
+    process = start(project, "dvc", *command)
+    wait_for(process, scratch, PARTS["train"], newer_than=checkpoint.stat().st_mtime_ns)
+    code, stderr = stop(process, signal.SIGKILL)
+    assert resuming in stderr.splitlines()
+    assert checkpoint.exists(), "training was through before it was killed: this shows nothing"
+    assert resuming in project.dvc(*command).stderr.splitlines()
+    assert list(scratch.glob("*/")) == []
+    [made] = project.git("for-each-ref", "--format", "%(refname)", "refs/exps/*/").stdout.split()
+    assert project.git("diff", "--stat", "HEAD", made).stdout == "", "not what it is in one go"
 
 
 @pytest.mark.slow
@@ -94,7 +107,7 @@ def test_ctrl_c_in_the_data_stages_is_one_line(light: Project, stage: str) -> No
     if stage == "prepare":
         light.stage("ingest")
     process = start(light, f"stages.{stage}")
-    wait_for(process, light / f".streetvision/scratch/{stage}", PARTS[stage])
+    wait_for(process, ArtifactSchema(light.root).scratch / stage, PARTS[stage])
     code, stderr = stop(process, signal.SIGINT)
     assert stderr == f"{stage}: interrupted; run it again to go on from the last checkpoint\n"
     assert code == 130

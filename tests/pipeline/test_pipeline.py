@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from streetvision.core.artifacts import config_hash, json_text
+from streetvision.core.artifacts import ArtifactSchema, config_hash, json_text
 from streetvision.core.params import leaves
 from streetvision.core.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.evaluation.headline import HEADLINE
@@ -94,7 +94,7 @@ def test_all_outputs_and_nothing_else(reproduced: Project) -> None:
     }
     stray = {n for n in found if not any(n == out or n.startswith(f"{out}/") for out in listed)}
     assert not stray, "DVC does not know these"
-    assert list((reproduced / ".streetvision/scratch").glob("*/*/")) == []
+    assert list(ArtifactSchema(reproduced.root).scratch.glob("*/*/")) == []
     # Git has the metrics and none of the data.
     tracked = set(reproduced.git("ls-files").stdout.split())
     stages = read_dvc_yaml(reproduced.root)["stages"].values()

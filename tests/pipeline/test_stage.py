@@ -9,6 +9,7 @@ import pytest
 
 from stages.common import Stage
 from streetvision.core.artifacts import ArtifactSchema
+from streetvision.core.errors import UserError
 from streetvision.core.params import Params
 
 CODE = {
@@ -78,3 +79,14 @@ def test_a_run_that_ends_leaves_nothing(project: Path) -> None:
     with stage.scratch({}, {}) as folder:
         (folder / "last.ckpt").write_text("weights")
     assert not folder.exists()
+
+
+def test_two_runs_in_one_place_write_the_same_outputs(project: Path) -> None:
+    """DVC was killed, its stage is still at work; the next has other parameters."""
+    stage = Stage("toy", Params(), ArtifactSchema(project))
+    with (
+        stage.scratch({"lr": 1}, {}),
+        pytest.raises(UserError, match="another process is still running this stage in"),
+        stage.scratch({"lr": 2}, {}),
+    ):
+        pass

@@ -184,7 +184,7 @@ def test_killed_and_rerun_gives_the_same_bytes(tmp_path, workers):
     run([source], root, root / "raw", scratch=root / "scratch", **options)
     run([source], root, tmp_path / "whole", **options)
     assert digests(root / "raw") == digests(tmp_path / "whole")
-    assert sorted(p.name for p in (root / "scratch").iterdir()) == ["inputs.sha256"]
+    assert sorted(p.name for p in (root / "scratch").iterdir()) == [".inputs.sha256"]
     kept = {name: (root / "raw" / name).stat().st_mtime_ns for name in finished}
     assert kept == finished
 
