@@ -25,8 +25,8 @@ from streetvision.bundle.natix.layout import LAYOUTS, layout_of
 from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.errors import UserError
 
-# Width and height of what is sent, in turn: a phone's picture and a generated one whole, as validators send them
-# since May 2026, and the 224 pixels of before.
+# Width and height of what is sent, in turn: a phone's picture and a generated one, whole as v0.4.1 sends
+# them, and the 224 pixels of before.
 SIZES = ((4032, 3024), (1024, 1024), (224, 224))
 LIMIT_S = 9.0  # a validator waits no longer
 LOAD_LIMIT_S = 300.0

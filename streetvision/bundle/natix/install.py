@@ -142,9 +142,9 @@ def _with_import(path: Path) -> bytes:
 
 
 def _unlisted(checkout: Path, detectors: Path) -> tuple[str, ...]:
-    """Return `transformers` if the stock detector imports it and `requirements.miner.txt` lacks it, as v0.4.1's.
+    """Return `transformers` where the stock detector imports it and `requirements.miner.txt` lacks it.
 
-    Before v0.4 there is no such file: Poetry's list has it.
+    So it is in v0.4.1. Before v0.4 there is no such file: Poetry's list has it.
     """
     stock, listed = detectors / "vit_detector.py", checkout / "requirements.miner.txt"
     if not (stock.is_file() and listed.is_file()):

@@ -2,7 +2,7 @@
 
 Reads a challenge as the subnet's `neurons/miner.py` does: base64, `Image.open`, the registered detector; after
 any error the prediction stays -1, no answer. It is run as a program of its own, also on another Python than
-StreetVision's: `python -I miner.py CHECKOUT PACKAGE IMAGE_DETECTOR IMAGE_DETECTOR_CONFIG DEVICE`, where PACKAGE is
+StreetVision's: `python -I miner.py CHECKOUT PACKAGE IMAGE_DETECTOR IMAGE_DETECTOR_CONFIG DEVICE`. PACKAGE is
 `natix.miner` or, before v0.4, `base_miner`.
 """
 
@@ -20,7 +20,10 @@ from importlib import import_module
 from typing import Any
 
 # What StreetVision has and a miner may lack: the detector must do without.
-ABSENT = ("streetvision", "stages", "scipy", "sklearn", "pydantic", "pyarrow", "lightning", "peft")
+ABSENT = (
+    "streetvision", "stages", "scipy", "sklearn", "pydantic", "pyarrow", "lightning", "peft",
+    "transformers", "cv2",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -67,6 +70,7 @@ class Timed:
         self.function, self.seconds = function, 0.0
 
     def __call__(self, *arguments: Any) -> Any:
+        """Call the function."""
         started = time.perf_counter()
         try:
             return self.function(*arguments)

@@ -1,8 +1,8 @@
 """A folder that looks to the detector like a checkout of the subnet, for running it without one.
 
 It keeps to the interface that the public repository has in both layouts (natixnetwork/streetvision-subnet,
-commit 28a1755, and its later history up to 5d0756b): a registry of detector classes, and a base class that takes
-attributes from a YAML file and then loads.
+commit 28a1755, and its later history up to 5d0756b): a registry of detector classes, and a base class that
+takes attributes from a YAML file and then loads.
 """
 
 from __future__ import annotations

@@ -346,7 +346,9 @@ def test_the_file_needs_nothing_else_and_is_python_3_10() -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:  # the subnet's package, whatever its name
+        elif (
+            isinstance(node, ast.ImportFrom) and node.level
+        ):  # the subnet's package, whatever its name
             imported.add("." * node.level + str(node.module))
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module).split(".")[0])

@@ -151,10 +151,10 @@ def test_a_folder_that_is_no_checkout(tmp_path: Path, trained: Trained) -> None:
     neither = r"it has neither natix/miner \(v0.4 and later\) nor base_miner \(before v0.4\)$"
     with pytest.raises(UserError, match=f"is no checkout of the subnet: {neither}"):
         install(trained.bundle, tmp_path)
-    with pytest.raises(UserError, match="is no checkout of the subnet: it is no folder$"):
+    with pytest.raises(UserError, match=r"is no checkout of the subnet: it is no folder$"):
         install(trained.bundle, tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is no checkout of the subnet: it is no folder$"):
+    with pytest.raises(UserError, match=r"is no checkout of the subnet: it is no folder$"):
         install(trained.bundle, tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -174,7 +174,12 @@ def test_what_an_update_of_the_checkout_leaves_behind_does_not_count(
     """Git removes the files of the old layout that it knows, not those that were written into it."""
     new, old = LAYOUTS
     install(trained.bundle, make_checkout(tmp_path, old))
-    for name in ("__init__.py", "registry.py", "detectors/__init__.py", "detectors/feature_detector.py"):
+    for name in (
+        "__init__.py",
+        "registry.py",
+        "detectors/__init__.py",
+        "detectors/feature_detector.py",
+    ):
         (tmp_path / old.folder / name).unlink()
     make_checkout(tmp_path, new)
     assert layout_of(tmp_path) == new
