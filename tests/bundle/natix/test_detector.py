@@ -54,6 +54,18 @@ if TYPE_CHECKING:
 MINER_PYTHON = os.environ.get("MINER_PYTHON", sys.executable)
 # Between Pillow 10 and 13 a pixel in a hundred of a resized image moves by 1.
 TOLERANCE = 1e-6 if sys.executable == MINER_PYTHON else 2e-3
+# As in torch 2.2 beside numpy 2, where no array becomes a tensor nor the other way round.
+NO_BRIDGE = """
+def refuse(*_):
+    raise RuntimeError("Numpy is not available")
+torch.from_numpy = torch.as_tensor = torch.Tensor.numpy = torch.Tensor.__array__ = refuse
+made = torch.tensor
+def from_python_alone(data, *arguments, **options):
+    if type(data).__module__ == "numpy":
+        refuse()
+    return made(data, *arguments, **options)
+torch.tensor = from_python_alone
+"""
 SOURCE = Path(miner.__file__).with_name(DETECTOR)
 DETECTORS = LAYOUTS[0].detectors
 PROGRAM = f"""
@@ -66,6 +78,7 @@ import natix.miner.detectors, torch
 from natix.miner.registry import DETECTOR_REGISTRY
 from PIL import Image
 torch.set_num_threads(1)
+{NO_BRIDGE}
 found = []
 for case in json.load(sys.stdin):
     try:
@@ -357,40 +370,6 @@ def test_the_file_needs_nothing_else_and_is_python_3_10() -> None:
     assert third_party == ours | {"..registry", ".feature_detector"}
     # The subnet's torch has no safetensors in it, and in a pickle there may be code.
     assert "torch.load" not in SOURCE.read_text()
-
-
-NO_BRIDGE = """
-import torch
-def refuse(*_):
-    raise RuntimeError("Numpy is not available")
-torch.from_numpy = torch.as_tensor = torch.Tensor.numpy = torch.Tensor.__array__ = refuse
-made = torch.tensor
-def from_python_alone(data, *arguments, **options):
-    refused = type(data).__module__ == "numpy" and refuse()
-    return made(data, *arguments, **options)
-torch.tensor = from_python_alone
-"""
-
-
-def test_no_bridge_between_numpy_and_torch_is_needed(
-    tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in torch 2.2 beside numpy 2; the real one: `make compat`. Each fusion, with its tiles."""
-    checkout = make_checkout(tmp_path / "checkout")
-    modes = (*UNTRAINED, *TRAINED)
-    cases: list[tuple[str, list[Path]]] = []
-    for seed, mode in enumerate(modes):
-        case = random_bundle(tmp_path / mode, seed)
-        assert case.mode == mode
-        install(case.bundle, checkout)
-        configs = checkout / DETECTORS / "configs"
-        shutil.copyfile(configs / CONFIG, configs / f"{mode}.yaml")
-        cases.append((f"{mode}.yaml", pictures[:2]))
-    expected = served(checkout, cases)
-    assert all(isinstance(answers, list) for answers in expected), expected
-    before, after = PROGRAM.split("found = []", 1)
-    monkeypatch.setitem(globals(), "PROGRAM", f"{before}{NO_BRIDGE}found = []{after}")
-    assert served(checkout, cases) == expected
 
 
 @pytest.fixture(scope="module")
