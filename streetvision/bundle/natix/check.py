@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -116,7 +117,10 @@ def running_miner(
 ) -> Iterator[Miner]:
     """Start a miner on an interpreter that has what the subnet's environment has, and end it."""
     program, package = Path(__file__).with_name("miner.py"), layout_of(checkout).package
-    command = [str(python), "-I", str(program), str(checkout.resolve()), package]
+    # The miner is started in the checkout, where a relative path leads elsewhere. No link is followed: it is
+    # by its place that a Python knows its environment.
+    interpreter = Path(shutil.which(python) or python).absolute()
+    command = [str(interpreter), "-I", str(program), str(checkout.resolve()), package]
     command += [NAME, CONFIG, device]
     with tempfile.TemporaryFile() as log:
         try:

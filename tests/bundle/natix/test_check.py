@@ -139,6 +139,14 @@ def test_a_miner_that_hangs_or_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         miner.ask(b"{}" * 10**6)
 
 
+def test_an_interpreter_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    program(tmp_path, f"echo '{READY}'; exec sleep 60")
+    monkeypatch.chdir(tmp_path)
+    with running_miner(checkout, "./python") as miner:
+        assert miner.ready["threads"] == 1
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_installed_file_is_what_answers(
     layout: Layout, trained: Trained, tmp_path: Path
