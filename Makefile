@@ -18,7 +18,7 @@ STAMP := $(VENV)/installed-$(shell cat pyproject.toml .ci/constraints.txt | sha2
 # Stages and tests find the environment's programs first.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: venv repro test lint bench report clean
+.PHONY: venv repro test lint bench compat report clean
 .DEFAULT_GOAL := repro
 
 $(STAMP):
@@ -43,6 +43,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)  ## ratios against what one would pick instead: make bench ONLY=sweep
 	python -m tests.benchmarks -- $${ONLY:+"$$ONLY"}
+
+compat: $(STAMP)  ## the miner's detector in the subnet's environments, made once (6 GB of downloads): make compat ONLY=v0.4.1
+	python -m tests.compat $${ONLY:+"$$ONLY"}
 
 report: $(STAMP)  ## report/report.md, what a change does: make report BASE=main [HEAD=…]
 	python -m streetvision report --plots -- "$$BASE" $${HEAD:+"$$HEAD"}

@@ -186,7 +186,13 @@ def _natix_install(options: argparse.Namespace) -> None:
 
     installed = install(options.bundle, options.checkout)
     changed = "".join(f"\n  {name}" for name in installed.changed) or " nothing, all is there"
-    say(f"written into {options.checkout}:{changed}\nset in its miner.env:")
+    say(f"written into {options.checkout}:{changed}")
+    for name in installed.needed:
+        say(
+            f"no miner starts there without {name}: the subnet's own detectors import it and its "
+            "requirements.miner.txt lacks it"
+        )
+    say("set in its miner.env:")
     say("\n".join(installed.miner_env))
 
 

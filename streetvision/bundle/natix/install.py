@@ -8,6 +8,7 @@ pickled policy. Each bundle gets a folder named by its hash; earlier ones stay, 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,28 +18,33 @@ from pathlib import Path
 from typing import Any
 
 from streetvision.bundle.archive import bundle_folder
+from streetvision.bundle.natix.layout import Layout, layout_of
 from streetvision.bundle.validate import BUNDLE_JSON, file_of, load_bundle
 from streetvision.core.artifacts import json_text, sha256_file, write_atomic, write_bytes_atomic
 from streetvision.core.errors import UserError
 
 NAME = "StreetVision"
 CONFIG = f"{NAME}.yaml"
-DETECTORS = "base_miner/detectors"
 DETECTOR = "streetvision_detector.py"
-# What `neurons/miner.py` imports is this package, so it must import the detector, which registers itself.
+# The miner imports the package of the detectors, so that must import this one, which registers itself.
 IMPORT = "from .streetvision_detector import StreetVisionDetector  # noqa: F401"
 MARKER = "# Written by `python -m streetvision natix install`"
-CHECKOUT = (
-    "base_miner/registry.py", f"{DETECTORS}/__init__.py", f"{DETECTORS}/feature_detector.py",
-    f"{DETECTORS}/configs",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What an installation changed, in its order, relative to the checkout, and the lines of `miner.env`."""
+    """What an installation changed, in its order, relative to the checkout, and what is left to do.
+
+    Attributes
+    ----------
+    changed : files and folders that were written
+    needed : packages that the subnet's own detectors import and its list for miners lacks: without them no
+        miner starts
+    miner_env : lines of `miner.env`
+    """
 
     changed: tuple[str, ...]
+    needed: tuple[str, ...] = ()
     miner_env: tuple[str, ...] = (f"IMAGE_DETECTOR={NAME}", f"IMAGE_DETECTOR_CONFIG={CONFIG}")
 
 
@@ -58,10 +64,8 @@ def install(bundle: Path, checkout: Path) -> Installed:
 
 
 def _install(folder: Path, document: Mapping[str, Any], checkout: Path) -> Installed:
-    missing = [name for name in CHECKOUT if not (checkout / name).exists()]
-    if missing:
-        raise UserError(f"{checkout} is no checkout of the subnet: it has no {', '.join(missing)}")
-    detectors = checkout / DETECTORS
+    layout = layout_of(checkout)
+    detectors = checkout / layout.detectors
     detector, config = detectors / DETECTOR, detectors / "configs" / CONFIG
     for path in (detector, config):
         if path.exists() and not path.read_bytes().startswith(MARKER.encode()):
@@ -73,10 +77,11 @@ def _install(folder: Path, document: Mapping[str, Any], checkout: Path) -> Insta
     changed = [
         _copy_bundle(folder, document, detectors / "weights" / name),
         _write(detector, own),
-        _write(config, _yaml(weights).encode()),
+        _write(config, _yaml(weights, layout).encode()),
         _write(detectors / "__init__.py", _with_import(detectors / "__init__.py")),
     ]
-    return Installed(tuple(path.relative_to(checkout).as_posix() for path in changed if path))
+    names = tuple(path.relative_to(checkout).as_posix() for path in changed if path)
+    return Installed(names, _unlisted(checkout, detectors))
 
 
 def _copy_bundle(folder: Path, document: Mapping[str, Any], target: Path) -> Path | None:
@@ -117,19 +122,33 @@ def _write(path: Path, data: bytes) -> Path | None:
     return write_bytes_atomic(path, data)
 
 
-def _yaml(weights: str) -> str:
+def _yaml(weights: str, layout: Layout) -> str:
     """The detector's configuration: the keys that the subnet's base class knows."""
     return (
         f"{MARKER}; run that again to change it.\n"
         "hf_repo: ''  # nothing is downloaded\n"
         f"config_name: {CONFIG}\n"
-        f"weights: {weights}  # below {DETECTORS}/weights; the bundle is the folder around it\n"
+        f"weights: {weights}  # below {layout.detectors}/weights; the bundle is the folder around it\n"
     )
 
 
 def _with_import(path: Path) -> bytes:
-    """The package's file with the line that imports the detector, after all others."""
-    text = path.read_text(encoding="utf-8")
-    if IMPORT in text.splitlines():
-        return text.encode()
-    return f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{IMPORT}\n".encode()
+    """The package's file with the line that imports the detector, after all others; the rest as it was."""
+    data, line = path.read_bytes(), IMPORT.encode()
+    if line in data.splitlines():
+        return data
+    end = b"\r\n" if b"\r\n" in data else b"\n"
+    return data + (b"" if not data or data.endswith(b"\n") else end) + line + end
+
+
+def _unlisted(checkout: Path, detectors: Path) -> tuple[str, ...]:
+    """Return `transformers` where the stock detector imports it and `requirements.miner.txt` lacks it.
+
+    So it is in v0.4.1. Before v0.4 there is no such file: Poetry's list has it.
+    """
+    stock, listed = detectors / "vit_detector.py", checkout / "requirements.miner.txt"
+    if not (stock.is_file() and listed.is_file()):
+        return ()
+    imports = re.search(rb"^\s*(from|import) transformers\b", stock.read_bytes(), re.MULTILINE)
+    lists = re.search(rb"^\s*transformers\b", listed.read_bytes(), re.MULTILINE)
+    return ("transformers",) if imports and not lists else ()

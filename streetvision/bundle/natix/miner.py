@@ -2,7 +2,8 @@
 
 Reads a challenge as the subnet's `neurons/miner.py` does: base64, `Image.open`, the registered detector; after
 any error the prediction stays -1, no answer. It is run as a program of its own, also on another Python than
-StreetVision's: `python -I miner.py CHECKOUT IMAGE_DETECTOR IMAGE_DETECTOR_CONFIG DEVICE`.
+StreetVision's: `python -I miner.py CHECKOUT PACKAGE IMAGE_DETECTOR IMAGE_DETECTOR_CONFIG DEVICE`. PACKAGE is
+`natix.miner` or, before v0.4, `base_miner`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from importlib import import_module
 from typing import Any
 
 # What StreetVision has and a miner may lack: the detector must do without.
-ABSENT = ("streetvision", "stages", "scipy", "sklearn", "pydantic", "pyarrow", "lightning", "peft")
+ABSENT = (
+    "streetvision", "stages", "scipy", "sklearn", "pydantic", "pyarrow", "lightning", "peft",
+    "transformers", "cv2",
+)  # fmt: skip
 
 
 def main() -> None:
     """Load the detector, say so, then answer every line on standard input."""
-    checkout, name, config, device = sys.argv[1:]
+    checkout, package, name, config, device = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the subnet's classes print
 
@@ -40,10 +44,11 @@ def main() -> None:
     import PIL
     import timm
     import torch
-    from base_miner.registry import DETECTOR_REGISTRY
 
-    import_module("base_miner.detectors")  # registers them
-    detector = DETECTOR_REGISTRY[name](config_name=config, device=device)
+    import_module(f"{package}.detectors")  # registers them
+    registry = import_module(f"{package}.registry").DETECTOR_REGISTRY
+    detector = registry[name](config_name=config, device=device)
+    detector.decoded = decoding = Timed(detector.decoded)
     versions = {module.__name__: module.__version__ for module in (torch, timm, np, PIL)}
     say(
         {
@@ -53,7 +58,24 @@ def main() -> None:
         }
     )
     for line in sys.stdin.buffer:
-        say({**answer(detector, line), "peak_mib": peak_mib()})
+        decoding.seconds = 0.0
+        answered = answer(detector, line)
+        say({**answered, "decoding": decoding.seconds, "peak_mib": peak_mib()})
+
+
+class Timed:
+    """A function that counts the seconds it takes."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function."""
+        started = time.perf_counter()
+        try:
+            return self.function(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def answer(detector: Any, payload: bytes) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 """A folder that looks to the detector like a checkout of the subnet, for running it without one.
 
-It keeps to the interface that the public repository (natixnetwork/streetvision-subnet, commit 28a1755) has:
-a registry of detector classes, and a base class that takes attributes from a YAML file and then loads.
+It keeps to the interface that the public repository has in both layouts (natixnetwork/streetvision-subnet,
+commit 28a1755, and its later history up to 5d0756b): a registry of detector classes, and a base class that
+takes attributes from a YAML file and then loads.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from streetvision.bundle.natix.layout import LAYOUTS, Layout
+
+# Below the miner's package.
 FILES = {
-    "base_miner/__init__.py": "",
-    "base_miner/registry.py": """
+    "__init__.py": "",
+    "registry.py": """
 class Registry:
     def __init__(self):
         self.data = {}
@@ -31,9 +35,9 @@ class Registry:
 
 DETECTOR_REGISTRY = Registry()
 """,
-    "base_miner/detectors/__init__.py": "from .feature_detector import FeatureDetector\n",
-    "base_miner/detectors/configs/constants.py": "",
-    "base_miner/detectors/feature_detector.py": '''
+    "detectors/__init__.py": "from .feature_detector import FeatureDetector\n",
+    "detectors/configs/constants.py": "",
+    "detectors/feature_detector.py": '''
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -66,10 +70,11 @@ class FeatureDetector(ABC):
 }
 
 
-def make_checkout(folder: Path) -> Path:
+def make_checkout(folder: Path, layout: Layout = LAYOUTS[0]) -> Path:
     """Write the stand-in below `folder` and return that."""
+    package = folder / layout.folder
     for name, text in FILES.items():
-        path = folder / name
+        path = package / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return folder

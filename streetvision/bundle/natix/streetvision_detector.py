@@ -5,7 +5,11 @@ This file is complete: it needs torch, timm (which brings safetensors), numpy, P
 of StreetVision, and works on Python 3.10. It gives the probabilities of `streetvision.bundle.Predictor`, one
 image at a time; that project's tests hold both equal.
 
-`base_miner/detectors/configs/StreetVision.yaml` names the weights; all else is in `bundle.json` beside them.
+It lies among the subnet's detectors, `natix/miner/detectors` or, before v0.4, `base_miner/detectors`;
+`configs/StreetVision.yaml` there names the weights; all else is in `bundle.json` beside them.
+
+No array goes to torch, nor a tensor to numpy, by their own bridge: torch before 2.3, as the subnet pins it,
+has none for numpy 2.
 """
 
 from __future__ import annotations
@@ -27,8 +31,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from base_miner.detectors import FeatureDetector
-from base_miner.registry import DETECTOR_REGISTRY
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, ImageFile, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
@@ -37,6 +39,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
+
+# Relative: the package around has another name in each layout of the subnet.
+from ..registry import DETECTOR_REGISTRY  # noqa: TID252
+from .feature_detector import FeatureDetector
 
 MAX_PIXELS = 50_000_000  # a camera's; a larger image is not answered
 Floats = NDArray[np.float64]
@@ -79,7 +85,11 @@ class StreetVisionDetector(FeatureDetector):
 
     def __call__(self, image: Image.Image) -> float:
         """Return the probability in [0, 1] that the image shows roadwork; ValueError if it is unusable."""
-        return deployed_probability(self.policy, self.logit(upright_rgb(image, MAX_PIXELS)))
+        return deployed_probability(self.policy, self.logit(self.decoded(image)))
+
+    def decoded(self, image: Image.Image) -> Image.Image:
+        """Return the whole image, upright and in RGB; apart, so that its time can be taken apart."""
+        return upright_rgb(image, MAX_PIXELS)
 
     @torch.inference_mode()
     def logit(self, image: Image.Image) -> float:
@@ -94,13 +104,15 @@ class StreetVisionDetector(FeatureDetector):
         logits, features = self.score(inputs)
         mode = self.views["mode"]
         if not self.networks:
-            return fuse_by_rule(mode, self.views["options"], logits.numpy(), content, boxes)
+            found = np.array(logits.tolist())
+            return fuse_by_rule(mode, self.views["options"], found, content, boxes)
         fused = [getattr(network, mode)(logits, features, boxes) for network in self.networks]
         return float(sum(fused) / len(fused))
 
     def score(self, inputs: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         """Return logits [V] and features [V, D], in float64 on the CPU, of inputs [V, H, W, 3]."""
-        images = torch.from_numpy(inputs).to(self.device).permute(0, 3, 1, 2)
+        images = torch.frombuffer(inputs, dtype=torch.uint8).view(inputs.shape)
+        images = images.to(self.device).permute(0, 3, 1, 2)
         mean, std = (
             torch.tensor(self.preprocessing[name], device=self.device).view(1, 3, 1, 1) * 255
             for name in ("mean", "std")
@@ -1081,7 +1093,7 @@ class Network:
 
     def mlp(self, logits: Tensor, features: Tensor, boxes: Floats) -> Tensor:
         """Global and mean tile features and the logits, through linear layers."""
-        tiles = torch.from_numpy(is_tile(boxes))
+        tiles = torch.tensor(is_tile(boxes).tolist())
         tile = torch.zeros_like(features[0])
         if tiles.any():
             tile = self.scaled("scale_tiles", features[tiles].mean(0))
@@ -1107,7 +1119,7 @@ class Network:
 
     def attention(self, logits: Tensor, features: Tensor, boxes: Floats) -> Tensor:
         """Views attend to each other with a bias by their places; global and mean tile to the logit."""
-        tiles, place = torch.from_numpy(is_tile(boxes)), places(boxes)
+        tiles, place = torch.tensor(is_tile(boxes).tolist()), places(boxes)
         tokens = self.linear("token", self.scaled("scale", features)) + self.linear("place", place)
         count, dim = tokens.shape
         split = self.linear("query_key_value", tokens).view(count, 3, self.heads, dim // self.heads)
@@ -1127,7 +1139,8 @@ def places(boxes: Floats) -> Tensor:
     """Return centre x and y, log width and height of views in units of the global one [V, 4]."""
     corner, size = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     centre = (corner + size / 2 - corner[0]) / size[0]
-    return torch.from_numpy(np.concatenate([centre, np.log(size / size[0])], axis=1))
+    place = np.concatenate([centre, np.log(size / size[0])], axis=1)
+    return torch.tensor(place.tolist(), dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------- logit to probability

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from streetvision import cli
 from streetvision.bundle.natix import check as module
 from streetvision.bundle.natix.check import (
+    SIZES,
     Answer,
     Finding,
     challenge_image,
@@ -24,7 +26,8 @@ from streetvision.bundle.natix.check import (
     running_miner,
     unusual,
 )
-from streetvision.bundle.natix.install import DETECTOR, DETECTORS, install
+from streetvision.bundle.natix.install import DETECTOR, install
+from streetvision.bundle.natix.layout import LAYOUTS, Layout
 from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.core.errors import UserError
 
@@ -41,14 +44,24 @@ def test_a_good_bundle_passes(trained: Trained, capsys: pytest.CaptureFixture[st
     assert all(line.startswith("ok ") for line in lines)
     shown = "\n".join(lines)
     assert "loads without StreetVision: Python 3." in shown
-    assert "5 challenges within 9 s each: p50 " in shown
+    for count, size in (
+        (2, "4032×3024 (2.7"), (2, "1024×1024 (0.24 MB)"), (1, "224×224 (0.01 MB)"),
+    ):  # fmt: skip
+        assert f"{count} of {size}" in shown
+    for line in lines[1:4]:
+        assert "within 9 s each: p50 " in line
+        *_, whole, decoding = re.findall(r"p50 ([\d.]+) ms", line)
+        assert 0 < float(decoding) < float(whole)
+    large, *_, small = (float(line.rpartition("p50 ")[2].split()[0]) for line in lines[1:4])
+    assert large > 10 * small, "a picture 240 times as large takes longer to decode"
     assert "the Predictor's probabilities: largest difference" in shown
     for name in malformed():
         assert f"{name}: no answer (-1): " in shown
     for name in unusual():
         assert f"{name}: a probability: 0." in shown
-    assert "the first challenge again" in lines[-1]
-    peak = int(lines[-1].split()[-2].replace(",", ""))
+    assert "the first challenge again" in lines[-2]
+    assert "the same in base_miner (before v0.4): 0." in lines[-1]
+    peak = int(lines[-2].split()[-2].replace(",", ""))
     assert 50 < peak < 1500, "MiB; the payloads of 144 and 400 megapixels must not be decoded"
 
 
@@ -63,19 +76,28 @@ def test_one_failure_is_the_exit_status(
 
 def test_what_counts_as_a_failure() -> None:
     refused, served = module._refused, module._served
-    nothing, something = Answer(-1.0, "ValueError: no", 0.1, 9), Answer(0.4, "", 0.1, 9)
+    nothing, something = Answer(-1.0, "ValueError: no", 0.1, 0.05, 9), Answer(0.4, "", 0.1, 0.05, 9)
     assert refused("x", nothing).ok
     assert not refused("x", something).ok
     assert served("x", something).ok
     assert not served("x", nothing).ok
-    assert not served("x", Answer(float("nan"), "", 0.1, 9)).ok
-    assert not served("x", Answer(1.01, "", 0.1, 9)).ok
+    assert not served("x", Answer(float("nan"), "", 0.1, 0.05, 9)).ok
+    late = module._speed((9, 9), [b""], [Answer(0.4, "", 9.1, 0.05, 9)])
+    assert not late.ok
+    assert late.found.startswith("p50 9100.0 ms")
+    assert "of that decoding p50 50.0 ms" in late.found
+    assert not served("x", Answer(1.01, "", 0.1, 0.05, 9)).ok
 
 
-def test_a_challenge_is_like_the_validators() -> None:
-    with Image.open(io.BytesIO(challenge_image(3))) as image:
-        assert (image.format, image.size, image.mode) == ("JPEG", (224, 224), "RGB")
-    assert challenge_image(3) == challenge_image(3) != challenge_image(4)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_challenge_is_like_the_validators(size: tuple[int, int]) -> None:
+    with Image.open(io.BytesIO(challenge_image(3, size))) as image:
+        assert (image.format, image.size, image.mode) == ("JPEG", size, "RGB")
+        plain = io.BytesIO()
+        image.save(plain, "JPEG")
+        with Image.open(plain) as default:
+            assert image.quantization == default.quantization
+    assert challenge_image(3, size) == challenge_image(3, size) != challenge_image(4, size)
 
 
 def program(folder: Path, text: str) -> Path:
@@ -100,6 +122,7 @@ READY = '{"versions": {"torch": "0"}, "threads": 1, "seconds": 1}'
 
 
 def test_a_miner_that_hangs_or_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkout(tmp_path)
     monkeypatch.setattr(module, "LIMIT_S", 0.3)
     hangs = program(tmp_path, f"echo '{READY}'; exec sleep 60")
     with (
@@ -116,10 +139,21 @@ def test_a_miner_that_hangs_or_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         miner.ask(b"{}" * 10**6)
 
 
-def test_the_installed_file_is_what_answers(trained: Trained, tmp_path: Path) -> None:
-    checkout = make_checkout(tmp_path)
+def test_an_interpreter_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    program(tmp_path, f"echo '{READY}'; exec sleep 60")
+    monkeypatch.chdir(tmp_path)
+    with running_miner(checkout, "./python") as miner:
+        assert miner.ready["threads"] == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_installed_file_is_what_answers(
+    layout: Layout, trained: Trained, tmp_path: Path
+) -> None:
+    checkout = make_checkout(tmp_path, layout)
     install(trained.bundle, checkout)
-    path = checkout / DETECTORS / DETECTOR
+    path = checkout / layout.detectors / DETECTOR
     path.write_text(path.read_text().replace("    def __call__(", "    def _unused(") + CONSTANT)
     with running_miner(checkout, MINER_PYTHON) as miner:
         assert miner.ask(payload(challenge_image(0))).prediction == 0.125

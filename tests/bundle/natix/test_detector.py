@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save
 from streetvision.bundle.export import export_bundle
 from streetvision.bundle.natix import miner
 from streetvision.bundle.natix.check import payload, running_miner
-from streetvision.bundle.natix.install import CONFIG, DETECTOR, DETECTORS, install
+from streetvision.bundle.natix.install import CONFIG, DETECTOR, install
+from streetvision.bundle.natix.layout import LAYOUTS
 from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.bundle.predictor import Predictor
 from streetvision.core.artifacts import write_bytes_atomic, write_json_atomic
@@ -53,17 +54,31 @@ if TYPE_CHECKING:
 MINER_PYTHON = os.environ.get("MINER_PYTHON", sys.executable)
 # Between Pillow 10 and 13 a pixel in a hundred of a resized image moves by 1.
 TOLERANCE = 1e-6 if sys.executable == MINER_PYTHON else 2e-3
+# As in torch 2.2 beside numpy 2, where no array becomes a tensor nor the other way round.
+NO_BRIDGE = """
+def refuse(*_):
+    raise RuntimeError("Numpy is not available")
+torch.from_numpy = torch.as_tensor = torch.Tensor.numpy = torch.Tensor.__array__ = refuse
+made = torch.tensor
+def from_python_alone(data, *arguments, **options):
+    if type(data).__module__ == "numpy":
+        refuse()
+    return made(data, *arguments, **options)
+torch.tensor = from_python_alone
+"""
 SOURCE = Path(miner.__file__).with_name(DETECTOR)
+DETECTORS = LAYOUTS[0].detectors
 PROGRAM = f"""
 import json, sys
 for module in {miner.ABSENT}:
     sys.modules[module] = None
 sys.path.insert(0, sys.argv[1])
 sys.stdout, answers = sys.stderr, sys.stdout
-import base_miner.detectors, torch
-from base_miner.registry import DETECTOR_REGISTRY
+import natix.miner.detectors, torch
+from natix.miner.registry import DETECTOR_REGISTRY
 from PIL import Image
 torch.set_num_threads(1)
+{NO_BRIDGE}
 found = []
 for case in json.load(sys.stdin):
     try:
@@ -344,11 +359,15 @@ def test_the_file_needs_nothing_else_and_is_python_3_10() -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif (
+            isinstance(node, ast.ImportFrom) and node.level
+        ):  # the subnet's package, whatever its name
+            imported.add("." * node.level + str(node.module))
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
             imported.add(str(node.module).split(".")[0])
     third_party = imported - set(sys.stdlib_module_names)
-    assert third_party == {"base_miner", "torch", "timm", "numpy", "PIL", "safetensors"}
+    ours = {"torch", "timm", "numpy", "PIL", "safetensors"}
+    assert third_party == ours | {"..registry", ".feature_detector"}
     # The subnet's torch has no safetensors in it, and in a pickle there may be code.
     assert "torch.load" not in SOURCE.read_text()
 

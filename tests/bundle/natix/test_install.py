@@ -11,7 +11,8 @@ import yaml
 
 from streetvision import cli
 from streetvision.bundle.natix import install as module
-from streetvision.bundle.natix.install import CHECKOUT, CONFIG, DETECTOR, DETECTORS, IMPORT, install
+from streetvision.bundle.natix.install import CONFIG, DETECTOR, IMPORT, install
+from streetvision.bundle.natix.layout import LAYOUTS, Layout, layout_of
 from streetvision.bundle.natix.stand_in import make_checkout
 from streetvision.bundle.validate import BUNDLE_JSON, sealed
 from streetvision.core.artifacts import json_text, read_json, sha256_file
@@ -19,6 +20,9 @@ from streetvision.core.errors import UserError
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
+
+
+DETECTORS = LAYOUTS[0].detectors
 
 
 @pytest.fixture
@@ -43,31 +47,39 @@ def another(bundle: Path, folder: Path) -> Path:
     return folder
 
 
-def test_what_is_written(checkout: Path, trained: Trained) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_what_is_written(layout: Layout, tmp_path: Path, trained: Trained) -> None:
+    checkout, detectors = make_checkout(tmp_path, layout), layout.detectors
+    before = state(checkout)
     installed = install(trained.bundle, checkout)
     document = read_json(trained.bundle / BUNDLE_JSON, "export")
     name = f"streetvision-{document['sha256'][:12]}"
     assert installed.changed == (
-        f"{DETECTORS}/weights/{name}", f"{DETECTORS}/{DETECTOR}", f"{DETECTORS}/configs/{CONFIG}",
-        f"{DETECTORS}/__init__.py",
+        f"{detectors}/weights/{name}", f"{detectors}/{DETECTOR}", f"{detectors}/configs/{CONFIG}",
+        f"{detectors}/__init__.py",
     )  # fmt: skip
     assert installed.miner_env == (
         "IMAGE_DETECTOR=StreetVision", "IMAGE_DETECTOR_CONFIG=StreetVision.yaml",
     )  # fmt: skip
-    weights = checkout / DETECTORS / "weights" / name
+    weights = checkout / detectors / "weights" / name
     assert sorted(path.name for path in weights.iterdir()) == [
         "bundle.json", "model.safetensors", "scrc_params.json",
     ]  # fmt: skip
     for path in weights.iterdir():
         assert sha256_file(path) == sha256_file(trained.bundle / path.name)
-    config = yaml.safe_load((checkout / DETECTORS / "configs" / CONFIG).read_text())
+    config = yaml.safe_load((checkout / detectors / "configs" / CONFIG).read_text())
     assert config == {
         "hf_repo": "", "config_name": CONFIG, "weights": f"{name}/model.safetensors",
     }  # fmt: skip
-    lines = (checkout / DETECTORS / "__init__.py").read_text().splitlines()
+    lines = (checkout / detectors / "__init__.py").read_text().splitlines()
     assert lines[-1] == IMPORT
     assert "from .feature_detector import FeatureDetector" in lines[:-1]
     assert not list(checkout.rglob(".*")), "a temporary file stayed"
+    after = state(checkout)
+    assert {name for name in before if after[name] != before[name]} == {f"{detectors}/__init__.py"}
+    assert {name for name in after if not name.startswith(f"{detectors}/")} == {
+        f"{layout.folder}/__init__.py", f"{layout.folder}/registry.py",
+    }  # fmt: skip
 
 
 def test_a_second_time_nothing_changes(checkout: Path, trained: Trained) -> None:
@@ -111,14 +123,93 @@ def test_a_package_file_without_a_last_line_break(checkout: Path, trained: Train
     assert path.read_text() == f"from .feature_detector import FeatureDetector\n{IMPORT}\n"
 
 
-@pytest.mark.parametrize("missing", CHECKOUT)
-def test_a_folder_that_is_no_checkout(missing: str, checkout: Path, trained: Trained) -> None:
+def test_a_package_file_of_windows(checkout: Path, trained: Trained) -> None:
+    path = checkout / DETECTORS / "__init__.py"
+    path.write_bytes(b"# \xe9\r\nfrom .feature_detector import FeatureDetector\r\n")
+    before = path.read_bytes()
+    install(trained.bundle, checkout)
+    assert path.read_bytes() == before + IMPORT.encode() + b"\r\n"
+    assert install(trained.bundle, checkout).changed == ()
+
+
+@pytest.mark.parametrize(
+    ("layout", "missing"), [(each, name) for each in LAYOUTS for name in each.needed]
+)
+def test_a_checkout_that_lacks_something(
+    layout: Layout, missing: str, tmp_path: Path, trained: Trained
+) -> None:
+    checkout = make_checkout(tmp_path, layout)
     path = checkout / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = state(checkout)
     with pytest.raises(UserError, match=f"is no checkout of the subnet: it has no {missing}$"):
         install(trained.bundle, checkout)
     assert state(checkout) == before
+
+
+def test_a_folder_that_is_no_checkout(tmp_path: Path, trained: Trained) -> None:
+    neither = r"it has neither natix/miner \(v0.4 and later\) nor base_miner \(before v0.4\)$"
+    with pytest.raises(UserError, match=f"is no checkout of the subnet: {neither}"):
+        install(trained.bundle, tmp_path)
+    with pytest.raises(UserError, match=r"is no checkout of the subnet: it is no folder$"):
+        install(trained.bundle, tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"is no checkout of the subnet: it is no folder$"):
+        install(trained.bundle, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_both_layouts_at_once_are_nobodys(tmp_path: Path, trained: Trained) -> None:
+    for layout in LAYOUTS:
+        make_checkout(tmp_path, layout)
+    before = state(tmp_path)
+    with pytest.raises(UserError, match=r"has natix/miner .* and base_miner .*: move away the one"):
+        install(trained.bundle, tmp_path)
+    assert state(tmp_path) == before
+
+
+def test_what_an_update_of_the_checkout_leaves_behind_does_not_count(
+    tmp_path: Path, trained: Trained
+) -> None:
+    """Git removes the files of the old layout that it knows, not those that were written into it."""
+    new, old = LAYOUTS
+    install(trained.bundle, make_checkout(tmp_path, old))
+    for name in (
+        "__init__.py",
+        "registry.py",
+        "detectors/__init__.py",
+        "detectors/feature_detector.py",
+    ):
+        (tmp_path / old.folder / name).unlink()
+    make_checkout(tmp_path, new)
+    assert layout_of(tmp_path) == new
+    assert len(install(trained.bundle, tmp_path).changed) == 4
+
+
+STOCK = "from transformers import pipeline\n"
+
+
+@pytest.mark.parametrize(
+    ("stock", "listed", "needed"),
+    [
+        (STOCK, "timm>=1\n", ("transformers",)),
+        (STOCK, "# transformers\n", ("transformers",)),
+        (STOCK, "timm>=1\ntransformers>=4.45\n", ()),
+        (STOCK, None, ()),
+        ("import timm\n", "timm>=1\n", ()),
+    ],
+)
+def test_what_the_subnets_own_list_lacks_is_said(
+    stock: str, listed: str | None, needed: tuple[str, ...], checkout: Path, trained: Trained,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (checkout / DETECTORS / "vit_detector.py").write_text(stock)
+    if listed is not None:
+        (checkout / "requirements.miner.txt").write_text(listed)
+    assert install(trained.bundle, checkout).needed == needed
+    assert cli.main(["natix", "install", str(trained.bundle), str(checkout)]) == 0
+    said = "no miner starts there without transformers" in capsys.readouterr().out
+    assert said == bool(needed)
 
 
 @pytest.mark.parametrize("name", [DETECTOR, f"configs/{CONFIG}"])

@@ -1,0 +1,1 @@
+"""Nothing is reported: the validator's module only has to import it."""
