@@ -17,6 +17,7 @@ from PIL import Image
 
 from streetvision.artifacts import config_hash, json_text
 from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
+from streetvision.evaluation import curves
 from streetvision.evaluation.headline import HEADLINE
 from streetvision.params import leaves
 from streetvision.presets import value
@@ -324,6 +325,26 @@ def test_predictions_are_of_every_test_image(reproduced: Project) -> None:
     truth = [row["label"] == "1" for row in predicted]
     assert sum(c and t for c, t in zip(called, truth, strict=True)) == confusion["tp"]
     assert sum(c and not t for c, t in zip(called, truth, strict=True)) == confusion["fp"]
+
+
+def test_curves_are_of_the_predictions(reproduced: Project) -> None:
+    predicted = rows(reproduced, "metrics/plots/predictions.csv")
+    labels = [int(row["label"]) for row in predicted]
+    probabilities = [float(row["probability"]) for row in predicted]
+    prior = reproduced.params()["decision"]["served_prior"]
+    for name, table in (
+        ("roc", curves.roc_curve(labels, probabilities)),
+        ("precision_recall", curves.precision_recall_curve(labels, probabilities, prior)),
+        ("reliability", curves.reliability_table(labels, probabilities, prior, "as served")),
+    ):
+        found = rows(reproduced, f"metrics/plots/{name}.csv")
+        assert {key: [row[key] for row in found] for key in found[0]} == {
+            key: [str(value) for value in values] for key, values in table.items()
+        }
+    calibration = rows(reproduced, "metrics/plots/calibration.csv")
+    n = read_split(reproduced, "val_calib").num_rows
+    for panel in ("before, at the served prior", "after, in sample"):
+        assert sum(int(row["images"]) for row in calibration if row["panel"] == panel) == n
 
 
 def test_run_log_has_a_line_a_stage(reproduced: Project) -> None:
