@@ -39,10 +39,10 @@ def write_results(project: Project, seed: int) -> None:
     tables = {
         "roc": curves.roc_curve(labels, p),
         "precision_recall": curves.precision_recall_curve(labels, p, PRIOR),
-        "reliability": curves.reliability_table(labels, p, PRIOR, "as served"),
+        "reliability": curves.reliability_table(labels, p, PRIOR, "as sërved"),
         "calibration": {name: panels[0][name] + panels[1][name] for name in panels[0]},
         "mcc_curve": {"threshold": [0.0, 0.5, 1.0], "mcc": [0.0, 0.8 + seed / 10, 0.0]},
-        "predictions": {"id": [f"ünï-{row}" for row in range(600)], "label": labels.tolist(),
+        "predictions": {"id": [f"image-{row}" for row in range(600)], "label": labels.tolist(),
                         "probability": p.tolist()},
         "training": {"epoch": [0, 1], "val_mcc": [0.1, 0.2 + seed], "train_loss": [2.0, 1.0 + seed],
                      "val_loss": [2.0, 1.5]},
@@ -148,8 +148,7 @@ def test_the_page_is_drawn_without_a_network_or_a_complaint(two: Project, look: 
         for colour in COLOURS:
             assert svg.count(colour) > 1, (name, colour)  # the legend, and a mark
     assert len(re.findall(r"metrics_plots_\w+_csv", page)) >= len(SHOWN)
-    assert "ünï" in page
-    for words in ("perfectly calibrated", "before", "after", "as served", "no roadwork", "MCC"):
+    for words in ("perfectly calibrated", "before", "after", "as sërved", "no roadwork", "MCC"):
         assert words in html.unescape(page), words
     # What has nothing to draw leaves no hole.
     assert re.findall(r'<div id="(metrics_\w+_json)"', page) == []
@@ -167,5 +166,4 @@ def test_dvcs_own_page_would_ask_a_server(two: Project, look: Callable, tmp_path
         "plots", "diff", "base", "head", "--out", "own", "--html-template", tmp_path / "own.html"
     )
     _, console = look(two, two / "own/index.html")
-    assert any("ERR_NAME_NOT_RESOLVED" in line for line in console)
-    assert any("vegaEmbed is not defined" in line for line in console)
+    assert any("vegaEmbed is not defined" in line for line in console), console
