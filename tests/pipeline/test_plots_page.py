@@ -11,6 +11,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.pipeline.project import REPOSITORY, Project, names, read_dvc_yaml, wi
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 SHOWN = ("roc", "precision_recall", "reliability", "calibration", "mcc_curve", "predictions")
+BROWSERS_OWN = re.compile(r"(^|\.)(google|googleapis|gstatic|gvt1)\.com(:\d+)?$")
 PRIOR = 0.5
 COLOURS = ("#945dd6", "#13adc7")  # DVC's of the first and the second revision
 needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is here")
@@ -85,25 +87,36 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-@pytest.fixture(scope="module")
-def look(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Project, Path], tuple[str, list[str]]]:
-    """Open a page; returns the document as drawn, and what the console said."""
+@dataclass(frozen=True)
+class Opened:
+    """A page as drawn, what the console said, and the hosts that were asked for something."""
 
-    def dump(project: Project, page: Path) -> tuple[str, list[str]]:
-        profile = tmp_path_factory.mktemp("profile")
+    page: str
+    console: list[str]
+    hosts: set[str]
+
+
+@pytest.fixture(scope="module")
+def look(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Project, Path], Opened]:
+    """Open a page where no host has an address."""
+
+    def opened(project: Project, page: Path) -> Opened:
+        home = tmp_path_factory.mktemp("browser")
         done = project.run(
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", "--disable-extensions", f"--user-data-dir={profile}",
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # whoever asks a server says so on the console
+            "--disable-sync", "--disable-extensions", f"--user-data-dir={home / 'profile'}",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={home / 'net.json'}",
             "--enable-logging=stderr", "--v=0", "--virtual-time-budget=30000", "--dump-dom",
-            page.as_uri(), env={"HOME": str(profile)},
+            page.as_uri(), env={"HOME": str(home)},
         )  # fmt: skip
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        # The log ends where the browser was stopped, so it need not be whole JSON.
+        asked = set(re.findall(r'"url":"https?://([^/"]+)', (home / "net.json").read_text()))
+        own = {host for host in asked if BROWSERS_OWN.search(host)}
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        return Opened(done.stdout, console, asked - own)
 
-    return dump
+    return opened
 
 
 def drawing(page: str, name: str) -> str:
@@ -141,8 +154,10 @@ def test_every_curve_has_both_revisions(two: Project) -> None:
 
 @needs_browser
 def test_the_page_is_drawn_without_a_network_or_a_complaint(two: Project, look: Callable) -> None:
-    page, console = look(two, two / "dvc_plots/index.html")
-    assert console == []
+    found = look(two, two / "dvc_plots/index.html")
+    page = found.page
+    assert found.console == []
+    assert found.hosts == set()
     for name in SHOWN:
         svg = drawing(page, name)
         for colour in COLOURS:
@@ -165,5 +180,6 @@ def test_dvcs_own_page_would_ask_a_server(two: Project, look: Callable, tmp_path
     two.dvc(
         "plots", "diff", "base", "head", "--out", "own", "--html-template", tmp_path / "own.html"
     )
-    _, console = look(two, two / "own/index.html")
-    assert any("vegaEmbed is not defined" in line for line in console), console
+    found = look(two, two / "own/index.html")
+    assert any("vegaEmbed is not defined" in line for line in found.console)
+    assert found.hosts == {"cdn.jsdelivr.net"}
