@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from streetvision.artifacts import config_hash, json_text
+from streetvision.data.embeddings import read_embeddings
 from streetvision.data.schema import SPLIT_SCHEMA, SPLITS
 from streetvision.evaluation import curves
 from streetvision.evaluation.headline import HEADLINE
@@ -342,7 +343,7 @@ def test_curves_are_of_the_predictions(reproduced: Project) -> None:
             key: [str(value) for value in values] for key, values in table.items()
         }
     calibration = rows(reproduced, "metrics/plots/calibration.csv")
-    n = read_split(reproduced, "val_calib").num_rows
+    n = len(read_embeddings(reproduced / "data/embeddings/val_calib_challenge.arrow").labels)
     for panel in ("before, at the served prior", "after, in sample"):
         assert sum(int(row["images"]) for row in calibration if row["panel"] == panel) == n
 
