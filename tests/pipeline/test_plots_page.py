@@ -155,20 +155,19 @@ def test_every_curve_has_both_revisions(two: Project) -> None:
 @needs_browser
 def test_the_page_is_drawn_without_a_network_or_a_complaint(two: Project, look: Callable) -> None:
     found = look(two, two / "dvc_plots/index.html")
-    page = found.page
+    page = found.page.rpartition("</head>")[2]  # what is drawn, without the scripts
     assert found.console == []
     assert found.hosts == set()
     for name in SHOWN:
         svg = drawing(page, name)
         for colour in COLOURS:
             assert svg.count(colour) > 1, (name, colour)  # the legend, and a mark
-    assert len(re.findall(r"metrics_plots_\w+_csv", page)) >= len(SHOWN)
     for words in ("perfectly calibrated", "before", "after", "as sërved", "no roadwork", "MCC"):
         assert words in html.unescape(page), words
     # What has nothing to draw leaves no hole.
     assert re.findall(r'<div id="(metrics_\w+_json)"', page) == []
     assert 'id="metrics_plots_explora_csv"' not in page
-    assert len(re.findall(r"<img", page)) == 2 * len(list((two / "metrics/plots").glob("*.png")))
+    assert page.count("<img src=") == 2 * len(list((two / "metrics/plots").glob("*.png")))
 
 
 @needs_browser
