@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from stages.common import Stage, run_stage
-from streetvision.core.artifacts import read_json, write_bytes_atomic, write_json_atomic
+from streetvision.core.artifacts import (
+    read_json,
+    write_bytes_atomic,
+    write_csv_atomic,
+    write_json_atomic,
+)
 
 
 def calibrate(stage: Stage) -> None:
@@ -22,8 +27,7 @@ def calibrate(stage: Stage) -> None:
     from streetvision.decision.report import calibration_metrics
     from streetvision.decision.validator import PolicyValidator
     from streetvision.fusion.fusion import load_fusion
-    from streetvision.plots import plot_reliability
-    from streetvision.stats.metrics import prior_weights
+    from streetvision.plots.curves import reliability_table
 
     params, paths = stage.params, stage.paths
 
@@ -59,20 +63,17 @@ def calibrate(stage: Stage) -> None:
     single = found[decision.fit_on].logits
     metrics = calibration_metrics(report, policy, logits, labels, baseline["threshold"], single)
     write_json_atomic(paths.metric("calibrate"), metrics)
-    weights = prior_weights(labels, decision.served_prior)
-    images = f"VAL_CALIB, {decision.fit_on}"
     moved = logits + prior_shift(policy.calibration_prior, policy.served_prior)
-    plots = {
-        "reliability_before.png": (sigmoid(moved), f"{images}, before, at the served prior"),
-        "reliability_after.png": (
-            policy.calibrated_probability(logits),
-            f"{images}, in sample",
-        ),
-    }
+    before, after = (
+        reliability_table(labels, probabilities, decision.served_prior, panel)
+        for probabilities, panel in (
+            (sigmoid(moved), "before, at the served prior"),
+            (policy.calibrated_probability(logits), "after, in sample"),
+        )
+    )
+    table = {column: [*before[column], *after[column]] for column in before}
     outputs = [paths.scrc_params, paths.scrc_pickle, paths.metric("calibrate")]
-    for name, (probabilities, title) in plots.items():
-        picture = plot_reliability(labels, probabilities, weights, title)
-        outputs.append(write_bytes_atomic(paths.plot(name), picture))
+    outputs.append(write_csv_atomic(paths.plot("calibration.csv"), table))
     stage.write_manifest(
         stage.config(),
         [*sources.values(), paths.thresholds, paths.cvfm, paths.classifier],

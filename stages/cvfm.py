@@ -16,7 +16,7 @@ def cvfm(stage: Stage) -> None:
     from streetvision.fusion.fitting import LabelledViews, choose_fusion
     from streetvision.fusion.fusion import save_fusion
     from streetvision.models.classifier import load_head
-    from streetvision.plots import plot_fusion
+    from streetvision.plots.pictures import plot_fusion
 
     params, paths = stage.params, stage.paths
     fit_on = params.decision.fit_on

@@ -12,11 +12,10 @@ PLOTTED = 101  # points of the curve that is in Git, for revisions to be laid ov
 
 def sweep(stage: Stage) -> None:
     """VAL_CALIB logits → `thresholds.json`, its curve, in full and thinned out, and picture."""
-    import numpy as np
-
     from streetvision.data.embeddings import read_embeddings
     from streetvision.decision.report import sweep_thresholds
-    from streetvision.plots import plot_threshold_sweep
+    from streetvision.plots.curves import evenly
+    from streetvision.plots.pictures import plot_threshold_sweep
 
     params, paths = stage.params, stage.paths
     source = paths.embeddings("val_calib")
@@ -36,8 +35,7 @@ def sweep(stage: Stage) -> None:
     outputs = [paths.thresholds, paths.metric("sweep"), paths.plot("mcc_curve.png")]
     columns = asdict(curve) if params.sweep.save_curve else {key: [] for key in asdict(curve)}
     outputs.append(write_csv_atomic(paths.plot("threshold_sweep.csv"), columns))
-    last = len(curve.threshold) - 1
-    rows = np.unique(np.linspace(0, last, PLOTTED).round().astype(int))
+    rows = evenly(len(curve.threshold), PLOTTED)
     thin = {"threshold": curve.threshold[rows].tolist(), "mcc": curve.mcc[rows].tolist()}
     outputs.append(write_csv_atomic(paths.plot("mcc_curve.csv"), thin))
     stage.write_manifest(stage.config(), [source], outputs, metrics)

@@ -94,5 +94,7 @@ def test_evaluate_prints_the_report_and_writes_the_files(
     assert report == json.loads((output / "evaluation.json").read_text())
     assert report["n"] == 48
     assert (output / "plots/predictions.csv").read_text().count("\n") == 49
+    pictures = {"confusion", "mistakes", "roc", "precision_recall", "reliability"}
+    assert {path.stem for path in (output / "plots").glob("*.png")} == pictures
     assert cli.main(["evaluate", str(trained.bundle), str(tmp_path / "missing.csv")]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -6,9 +6,13 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streetvision.commands.common import ALARM, Add, add_class_names, class_names, say
 from streetvision.core.escaping import escaped
+
+if TYPE_CHECKING:
+    from streetvision.evaluation.evaluate import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +126,26 @@ def _evaluate(options: argparse.Namespace) -> None:
             n_resamples=options.resamples, mistakes=options.mistakes, seed=options.seed,
         )  # fmt: skip
     if options.output is not None:
-        write_evaluation(evaluation, options.output / "evaluation.json", options.output / "plots")
+        folder = options.output / "plots"
+        write_evaluation(evaluation, options.output / "evaluation.json", folder)
+        if evaluation.curves:
+            _draw_curves(evaluation, options.served_prior, folder)
     say(json_text(evaluation.report).rstrip())
+
+
+def _draw_curves(evaluation: Evaluation, served_prior: float, folder: Path) -> None:
+    """Pictures of the curves: of the pipeline's, DVC's page shows them."""
+    from streetvision.core.artifacts import write_bytes_atomic
+    from streetvision.review import review_plots
+
+    labels = evaluation.predictions["label"]
+    model = {"model": evaluation.predictions["probability"]}
+    for name, data in {
+        "roc.png": review_plots.overlay_roc(labels, model),
+        "precision_recall.png": review_plots.overlay_precision_recall(labels, model, served_prior),
+        "reliability.png": review_plots.overlay_reliability(labels, model, served_prior),
+    }.items():
+        write_bytes_atomic(folder / name, data)
 
 
 def _predict(options: argparse.Namespace) -> int:

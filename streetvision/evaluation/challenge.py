@@ -186,7 +186,7 @@ def challenge_report(
     The reward's mean and standard deviation are of one challenge, with full windows. Intervals count groups;
     `effective_groups` tells how many of equal size would tell as much (see `bootstrap.Resting`).
     """
-    from streetvision import plots
+    from streetvision.plots import pictures as plots
 
     first = served[0]
     y, _, index = check_groups(labels, first.probabilities[:, 0, 0], groups)

@@ -33,10 +33,14 @@ EVIDENCE_NAMES = ("below_0.25_percent", "0.25_to_1_percent", "1_to_4_percent", "
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`report` is the content of `evaluation.json`; `plots` PNG bytes and `predictions` columns by name."""
+    """`report` is the content of `evaluation.json`; `plots` PNG bytes by name.
+
+    `curves` are columns of tables by name, `predictions` the columns of a row for each image.
+    """
 
     report: dict[str, Any]
     plots: dict[str, bytes]
+    curves: dict[str, dict[str, list[Any]]]
     predictions: dict[str, NDArray[Any]]
 
 
@@ -51,16 +55,17 @@ def evaluate_split(
 ) -> Evaluation:
     """Score every image of `split` through the bundle and report at the served and the natural prior.
 
-    Of images of one class that is `one_class_report`, without the plots that need both.
+    Of images of one class that is `one_class_report`, without the curves, which need both.
 
     Raises
     ------
     UserError
         `served_prior` outside (0, 1).
     """
-    from streetvision import plots
     from streetvision.evaluation.report import evaluation_report, one_class_report
-    from streetvision.stats.metrics import check_prior, prior_weights
+    from streetvision.plots import curves
+    from streetvision.plots import pictures as plots
+    from streetvision.stats.metrics import check_prior
 
     labels = split.labels
     one_class = len(set(labels.tolist())) == 1
@@ -70,7 +75,7 @@ def evaluate_split(
     slices = {name: split.column(name) for name in SLICES if name != EVIDENCE}
     sizes = evidence_size(split.evidence_area())
     sample = (labels, probabilities, split.groups, slices, served_prior, seed, n_resamples)
-    pictures = {}
+    tables: dict[str, dict[str, list[Any]]] = {}
     if one_class:
         report = one_class_report(*sample)
         log.warning(
@@ -80,15 +85,13 @@ def evaluate_split(
     else:
         slices[EVIDENCE] = sizes
         report = evaluation_report(*sample, against_all_negatives=[EVIDENCE])
-        weights = prior_weights(labels, served_prior)
-        pictures = {
-            "roc.png": plots.plot_roc(labels, probabilities),
-            "precision_recall.png": plots.plot_precision_recall(
-                labels, probabilities, served_prior
-            ),
-            "reliability.png": plots.plot_reliability(labels, probabilities, weights),
+        served = (labels, probabilities, served_prior)
+        tables = {
+            "roc.csv": curves.roc_curve(labels, probabilities),
+            "precision_recall.csv": curves.precision_recall_curve(*served),
+            "reliability.csv": curves.reliability_table(*served, "as served"),
         }
-    pictures |= {
+    pictures = {
         "confusion.png": plots.plot_confusion(**report["confusion"]),
         "mistakes.png": _mistakes(split, probabilities, mistakes),
     }
@@ -97,12 +100,13 @@ def evaluate_split(
         "id": split.ids, "group": split.groups, "label": labels, "probability": probabilities,
         PICTURE: hashes, **slices, EVIDENCE: sizes,
     }  # fmt: skip
-    return Evaluation(report, pictures, predictions)
+    return Evaluation(report, pictures, tables, predictions)
 
 
 def write_evaluation(evaluation: Evaluation, report: Path, plots: Path) -> list[Path]:
-    """Write the report, the plots and `predictions.csv`; returns the files."""
+    """Write the report, the plots, the curves and `predictions.csv`; returns the files."""
     written = [write_bytes_atomic(plots / name, data) for name, data in evaluation.plots.items()]
+    written += [write_csv_atomic(plots / name, data) for name, data in evaluation.curves.items()]
     columns = {name: values.tolist() for name, values in evaluation.predictions.items()}
     written.append(write_csv_atomic(plots / "predictions.csv", columns))
     written.append(write_json_atomic(report, evaluation.report))
@@ -123,7 +127,7 @@ def evidence_size(area: NDArray[np.float64]) -> NDArray[np.object_]:
 
 def _mistakes(split: Split, probabilities: NDArray[np.float64], count: int) -> bytes:
     """Contact sheet of the decisions that are wrong by most, worst first."""
-    from streetvision.plots import plot_mistakes
+    from streetvision.plots.pictures import plot_mistakes
 
     wrong = np.flatnonzero((probabilities > 0.5) != (split.labels == 1))
     order = np.argsort(-np.abs(probabilities[wrong] - split.labels[wrong]), kind="stable")

@@ -232,7 +232,7 @@ def write_replay(
     min_accuracy: float,
 ) -> list[Path]:
     """Write `<stem>.csv`, a row a challenge, and `<stem>.png`; series are `bundle` and perhaps `log`."""
-    from streetvision.plots import plot_replay
+    from streetvision.plots.pictures import plot_replay
 
     columns: dict[str, list[Any]] = {
         "image": [escaped(challenge.image) for challenge in challenges],

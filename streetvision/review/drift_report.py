@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from streetvision.core.errors import UserError
 from streetvision.data.embeddings import read_embeddings
 from streetvision.data.store import Split
-from streetvision.plots import BLUE, GREY, ORANGE, _figure, _picture
+from streetvision.plots.pictures import BLUE, GREY, ORANGE, _figure, _picture
 from streetvision.review.drift import (
     Finding,
     Floats,

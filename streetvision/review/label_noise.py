@@ -209,7 +209,7 @@ def contact_sheet(
 
     Returns the PNG and how many pictures were not found.
     """
-    from streetvision.plots import plot_mistakes
+    from streetvision.plots.pictures import plot_mistakes
 
     given, images, captions = doubts.labelled, [], []
     rows = doubts.order[:count].tolist()

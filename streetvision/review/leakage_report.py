@@ -11,7 +11,7 @@ import numpy as np
 from streetvision.core.artifacts import write_csv_atomic
 from streetvision.core.escaping import caption, shortened, terminal
 from streetvision.data.store import Split
-from streetvision.plots import plot_mistakes
+from streetvision.plots.pictures import plot_mistakes
 from streetvision.review.images import groups_known
 from streetvision.review.leakage import MAX_EXPECTED, MIN_BASELINE, Floats, Leakage
 

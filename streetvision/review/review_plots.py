@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streetvision.core.escaping import caption
-
-# Its helpers stay private: renaming them there would rerun every stage that draws.
-from streetvision.plots import BLUE, GREY, ORANGE, _figure, _picture, _unit_square
+from streetvision.plots.pictures import BLUE, GREY, ORANGE, _figure, _picture
 from streetvision.review.sweep_summary import Summary, as_text, key_of
 from streetvision.stats.metrics import (
     N_BINS,
@@ -24,6 +22,7 @@ from streetvision.stats.metrics import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLOURS = (GREY, BLUE)  # of base and head
@@ -81,10 +80,10 @@ def plot_parallel_coordinates(summary: Summary) -> Figure:
 
 @_picture
 def overlay_roc(labels: Integers, models: Mapping[str, Floats]) -> Figure:
-    """ROC curves of two models by name, base first, on the same labels [N]; p > 0.5 marked."""
+    """ROC curves of one or two models by name, base first, on the same labels [N]; p > 0.5 marked."""
     figure, ax = _figure(5.2, 5.0)
     ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="chance")
-    for (name, p), colour in zip(models.items(), _COLOURS, strict=True):
+    for (name, p), colour in zip(models.items(), _COLOURS, strict=False):
         values = all_metrics(labels, p)
         _, tp, fp = curve_counts(labels, p)
         curve = np.append(0, fp / fp[-1]), np.append(0, tp / tp[-1])
@@ -101,11 +100,11 @@ def overlay_roc(labels: Integers, models: Mapping[str, Floats]) -> Figure:
 def overlay_precision_recall(
     labels: Integers, models: Mapping[str, Floats], served_prior: float
 ) -> Figure:
-    """Precision over recall of two models, base first, both at the served prior in (0, 1)."""
+    """Precision over recall of one or two models, base first, at the served prior in (0, 1)."""
     weights = prior_weights(labels, served_prior)
     odds = weights[labels == 0][0] / weights[labels == 1][0]
     figure, ax = _figure(5.2, 5.0)
-    for (name, p), colour in zip(models.items(), _COLOURS, strict=True):
+    for (name, p), colour in zip(models.items(), _COLOURS, strict=False):
         values = all_metrics(labels, p, weights)
         _, tp, fp = curve_counts(labels, p)
         curve = np.append(0, tp / tp[-1]), np.append(1, tp / (tp + odds * fp))
@@ -132,7 +131,7 @@ def overlay_reliability(
     )
     ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
     edges = np.linspace(0, 1, N_BINS + 1)
-    for (name, p), colour in zip(models.items(), _COLOURS, strict=True):
+    for (name, p), colour in zip(models.items(), _COLOURS, strict=False):
         bins = equal_width_bins(p)
         mass, hits, total = (
             np.bincount(bins, x, minlength=N_BINS) for x in (weights, weights * labels, weights * p)
@@ -171,3 +170,8 @@ def _heights(values: Iterable[Any]) -> dict[str, float]:
     numbers = all(isinstance(value, int | float) for value in found.values())
     order = sorted(found, key=lambda key: found[key] if numbers else key)
     return dict(zip(order, np.linspace(0, 1, len(order)) if len(order) > 1 else [0.5], strict=True))
+
+
+def _unit_square(ax: Axes) -> None:
+    # A little room, so that lines along the border can be seen.
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))

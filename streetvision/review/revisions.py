@@ -147,7 +147,7 @@ def contact_sheet(found: Review, count: int = SHEET_IMAGES) -> bytes | None:
 
     Half of `count` at least go to each kind, if there are so many; largest change of probability first.
     """
-    from streetvision.plots import plot_mistakes
+    from streetvision.plots.pictures import plot_mistakes
 
     if found.images is None:
         return None

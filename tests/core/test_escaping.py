@@ -28,7 +28,7 @@ from streetvision.core.escaping import (
     terminal,
 )
 from streetvision.evaluation.predictions import parse_predictions
-from streetvision.plots import plot_mistakes
+from streetvision.plots.pictures import plot_mistakes
 
 NAMES = st.text() | st.text(
     alphabet="=+-@'\"\t\r\n1e.x|*_[](){}<>&#$!~`\\:/w \x1b\x9b\u202e\udcff", max_size=12

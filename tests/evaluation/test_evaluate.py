@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import matthews_corrcoef, roc_auc_score
 
-from streetvision import plots
 from streetvision.bundle.predictor import Predictor
 from streetvision.core.artifacts import ArtifactSchema
 from streetvision.core.errors import UserError
@@ -35,6 +34,8 @@ from streetvision.evaluation.evaluate import (
 )
 from streetvision.evaluation.predictions import parse_predictions
 from streetvision.evaluation.report import safe_key
+from streetvision.plots import curves
+from streetvision.plots import pictures as plots
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -118,7 +119,7 @@ def test_the_numbers_are_scikit_learns(evaluation: Evaluation, split: Split) -> 
     assert evaluation.report["served_prior"] == 0.3
 
 
-def test_the_seed_and_the_served_prior_reach_report_and_plot(
+def test_the_seed_and_the_served_prior_reach_report_and_curves(
     evaluation: Evaluation, predictor: Predictor, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from streetvision.evaluation import report
@@ -129,21 +130,17 @@ def test_the_seed_and_the_served_prior_reach_report_and_plot(
         seeds.append(inspect.signature(real).bind(*arguments, **options).arguments["seed"])
         return evaluation.report
 
-    drawn: list[Any] = []
-
-    def drawing(labels: Any, probabilities: Any, weights: Any = None) -> bytes:
-        drawn.append(weights)
-        return b""
-
     real = report.evaluation_report
     monkeypatch.setattr(report, "evaluation_report", reporting)
-    monkeypatch.setattr(plots, "plot_reliability", drawing)
     for seed in (7, 8):
-        evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=seed)
+        found = evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=seed)
     assert seeds == [7, 8]
-    share = split.labels.mean()
-    expected = np.where(split.labels == 1, 0.3 / share, 0.7 / (1 - share))
-    np.testing.assert_allclose(drawn[0] / drawn[0].mean(), expected)
+    sample = (split.labels, found.predictions["probability"])
+    assert found.curves == {
+        "roc.csv": curves.roc_curve(*sample),
+        "precision_recall.csv": curves.precision_recall_curve(*sample, 0.3),
+        "reliability.csv": curves.reliability_table(*sample, 0.3, "as served"),
+    }
 
 
 def test_predictions_are_the_predictors(
@@ -182,8 +179,8 @@ def test_the_files(evaluation: Evaluation, split: Split, tmp_path: Path) -> None
     report, folder = tmp_path / "evaluation.json", tmp_path / "plots"
     written = write_evaluation(evaluation, report, folder)
     assert sorted(path.name for path in written) == [
-        "confusion.png", "evaluation.json", "mistakes.png", "precision_recall.png",
-        "predictions.csv", "reliability.png", "roc.png",
+        "confusion.png", "evaluation.json", "mistakes.png", "precision_recall.csv",
+        "predictions.csv", "reliability.csv", "roc.csv",
     ]  # fmt: skip
     assert sorted(written) == sorted([report, *folder.iterdir()])
     assert json.loads(report.read_text()) == evaluation.report
@@ -217,6 +214,7 @@ def test_the_same_again_is_equal_to_the_byte(
     again = evaluate_split(predictor, split, 0.3, n_resamples=100, mistakes=6, seed=7)
     assert again.report == evaluation.report
     assert again.plots == evaluation.plots
+    assert again.curves == evaluation.curves
 
 
 def shown(
@@ -294,6 +292,7 @@ def test_images_of_one_class_say_what_they_can(
     assert report["mean_probability"] == pytest.approx(probability.mean())
     assert (report["n"], report["positive_share"]) == (8, label)
     assert set(found.plots) == {"confusion.png", "mistakes.png"}
+    assert found.curves == {}
     written = write_evaluation(found, tmp_path / "evaluation.json", tmp_path / "plots")
     assert json.loads(written[-1].read_text())["mcc"] is None
     assert ("recall", "the false alarm rate")[1 - label] in caplog.text

@@ -237,7 +237,7 @@ def ignored(name: str) -> bool:
 def test_ignore_patterns_are_anchored() -> None:
     for name in ("streetvision/data/x.py", "streetvision/models/x.py", "tests/data/x.py",
                  "data/local/README.md", "metrics/data.json", "metrics/headline.json",
-                 "metrics/plots/roc.png", "metrics/plots/mcc_curve.csv", "dvc.lock",
+                 "metrics/plots/roc.csv", "metrics/plots/mcc_curve.csv", "dvc.lock",
                  "params.yaml"):  # fmt: skip
         assert not ignored(name), f"Git would ignore {name}"
     for stage in STAGE.values():

@@ -145,7 +145,7 @@ def test_diffs_work_in_a_clone_without_the_data(project: Project, tmp_path: Path
     assert drawn[curve][0]["revisions"] == [first, "HEAD"]
     done = clone.dvc("plots", "diff", first, "HEAD", "--out", "page")
     assert "failed" not in done.stderr
-    pictures = sorted(path.name for path in (clone / "page/static").glob("*reliability_after.png"))
+    pictures = sorted(path.name for path in (clone / "page/static").glob("*confusion.png"))
     assert len(pictures) == 2
     page = (clone / "page/index.html").read_text()
     assert all(name in page for name in pictures)

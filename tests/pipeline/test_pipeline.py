@@ -18,7 +18,9 @@ from PIL import Image
 from streetvision.core.artifacts import ArtifactSchema, config_hash, json_text
 from streetvision.core.params import leaves
 from streetvision.core.schema import SPLIT_SCHEMA, SPLITS
+from streetvision.data.embeddings import read_embeddings
 from streetvision.evaluation.headline import HEADLINE
+from streetvision.plots import curves
 from streetvision.presets import value
 from tests.pipeline.project import (
     STAGES,
@@ -324,6 +326,26 @@ def test_predictions_are_of_every_test_image(reproduced: Project) -> None:
     truth = [row["label"] == "1" for row in predicted]
     assert sum(c and t for c, t in zip(called, truth, strict=True)) == confusion["tp"]
     assert sum(c and not t for c, t in zip(called, truth, strict=True)) == confusion["fp"]
+
+
+def test_curves_are_of_the_predictions(reproduced: Project) -> None:
+    predicted = rows(reproduced, "metrics/plots/predictions.csv")
+    labels = [int(row["label"]) for row in predicted]
+    probabilities = [float(row["probability"]) for row in predicted]
+    prior = reproduced.params()["decision"]["served_prior"]
+    for name, table in (
+        ("roc", curves.roc_curve(labels, probabilities)),
+        ("precision_recall", curves.precision_recall_curve(labels, probabilities, prior)),
+        ("reliability", curves.reliability_table(labels, probabilities, prior, "as served")),
+    ):
+        found = rows(reproduced, f"metrics/plots/{name}.csv")
+        assert {key: [row[key] for row in found] for key in found[0]} == {
+            key: [str(value) for value in values] for key, values in table.items()
+        }
+    calibration = rows(reproduced, "metrics/plots/calibration.csv")
+    n = len(read_embeddings(reproduced / "data/embeddings/val_calib_challenge.arrow").labels)
+    for panel in ("before, at the served prior", "after, in sample"):
+        assert sum(int(row["images"]) for row in calibration if row["panel"] == panel) == n
 
 
 def test_run_log_has_a_line_a_stage(reproduced: Project) -> None:

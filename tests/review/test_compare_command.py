@@ -174,7 +174,7 @@ def test_another_served_prior_is_named_and_heads_is_taken(compared: Project) -> 
 
 
 def test_the_sheet_shows_both_kinds(compared: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streetvision import plots
+    from streetvision.plots import pictures as plots
 
     shown: list[Any] = []
     monkeypatch.setattr(plots, "plot_mistakes", lambda *arguments: shown.append(arguments) or b"")

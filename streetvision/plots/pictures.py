@@ -14,23 +14,12 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from streetvision.core.errors import UserError
 from streetvision.core.escaping import caption
-from streetvision.stats.metrics import (
-    N_BINS,
-    Floats,
-    all_metrics,
-    check_prior,
-    check_sample,
-    curve_counts,
-    equal_width_bins,
-    prior_weights,
-)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 120
@@ -88,76 +77,6 @@ def _picture(draw: Callable[P, Figure]) -> Callable[P, bytes]:
 
 
 @_picture
-def plot_roc(labels: ArrayLike, probabilities: ArrayLike) -> Figure:
-    """ROC curve, which no class weights change, with the decision p > 0.5 marked.
-
-    Takes labels [N] in {0, 1}, both present, and probabilities [N] in [0, 1].
-    """
-    y, p = check_sample(labels, probabilities)
-    values = all_metrics(y, p)
-    if "roc_auc" not in values:
-        raise UserError("an ROC curve needs both classes")
-    _, tp, fp = curve_counts(y, p)
-    figure, ax = _figure(5.2, 5.0)
-    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="chance")
-    ax.plot(
-        np.append(0, fp / fp[-1]),
-        np.append(0, tp / tp[-1]),
-        color=BLUE,
-        label=f"model, AUC {values['roc_auc']:.4f}",
-    )
-    ax.plot(
-        values["fpr"],
-        values["recall"],
-        "o",
-        color=ORANGE,
-        label=f"p > 0.5: TPR {values['recall']:.3f}, FPR {values['fpr']:.3f}",
-    )
-    ax.set(
-        xlabel="false positive rate", ylabel="true positive rate", title=f"ROC, {len(y):,} images"
-    )
-    _unit_square(ax)
-    ax.legend(loc="lower right")
-    return figure
-
-
-@_picture
-def plot_precision_recall(
-    labels: ArrayLike, probabilities: ArrayLike, served_prior: float
-) -> Figure:
-    """Precision over recall at the natural and at the served prior, each with its no-skill line.
-
-    Takes labels [N] in {0, 1}, both present, probabilities [N] in [0, 1], and a prior in (0, 1).
-    """
-    y, p = check_sample(labels, probabilities)
-    _, tp, fp = curve_counts(y, p)
-    figure, ax = _figure(5.2, 5.0)
-    share = float(y.mean())
-    for name, prior, weights, colour in (
-        ("natural", share, np.ones(len(y)), BLUE),
-        ("served", check_prior(served_prior), prior_weights(y, served_prior), ORANGE),
-    ):
-        odds = weights[y == 0][0] / weights[y == 1][0]
-        values = all_metrics(y, p, weights)
-        ax.plot(
-            np.append(0, tp / tp[-1]),
-            np.append(1, tp / (tp + odds * fp)),
-            color=colour,
-            drawstyle="steps-pre",  # average precision is the area under these steps
-            label=f"{name}, {prior:.0%} positive: AP {values['pr_auc']:.4f}",
-        )
-        ax.axhline(prior, color=colour, linestyle="--", linewidth=1)
-        if "precision" in values:
-            ax.plot(values["recall"], values["precision"], "o", color=colour)
-    ax.plot([], [], "o", color=GREY, label="p > 0.5")
-    ax.plot([], [], color=GREY, linestyle="--", linewidth=1, label="no skill")
-    ax.set(xlabel="recall", ylabel="precision", title=f"Precision and recall, {len(y):,} images")
-    _unit_square(ax)
-    ax.legend(loc="lower left")
-    return figure
-
-
-@_picture
 def plot_confusion(tp: int, fp: int, tn: int, fn: int) -> Figure:
     """Confusion matrix: counts and the share of each row, that is of each true class."""
     counts = np.array([[tn, fp], [fn, tp]])
@@ -182,54 +101,6 @@ def plot_confusion(tp: int, fp: int, tn: int, fn: int) -> Figure:
     ax.grid(visible=False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    return figure
-
-
-@_picture
-def plot_reliability(
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    weights: ArrayLike | None = None,
-    title: str = "Reliability",
-) -> Figure:
-    """Share of positives over mean probability in the 15 bins of the ECE, above the images in each.
-
-    Bars are 95 % Wilson score intervals of a binomial share (Wilson 1927) of the bin's effective
-    size (sum of weights)^2 / (sum of squares); images are taken as independent. Takes labels [N] in
-    {0, 1}, probabilities [N] in [0, 1] and class weights [N] or None.
-    """
-    y, p = check_sample(labels, probabilities)
-    w = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
-    ece = all_metrics(y, p, w)["ece"]
-    bins = equal_width_bins(p)
-    mass, squares, hits, total = (
-        np.bincount(bins, x, minlength=N_BINS) for x in (w, w**2, w * y, w * p)
-    )
-    images = np.bincount(bins, minlength=N_BINS)
-    used = images > 0
-    share, mean = hits[used] / mass[used], total[used] / mass[used]
-    low, high = _wilson(share, mass[used] ** 2 / squares[used])
-    figure, (ax, below) = _figure(
-        5.2, 6.2, nrows=2, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]}
-    )
-    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
-    ax.errorbar(
-        mean,
-        share,
-        yerr=[np.maximum(share - low, 0), np.maximum(high - share, 0)],
-        color=BLUE,
-        fmt="o-",
-        linewidth=1.2,
-        capsize=3,
-        label=f"model, ECE {ece:.4f}",
-    )
-    ax.set(ylabel="share of positives", title=f"{title}\n{len(y):,} images")
-    _unit_square(ax)
-    ax.legend(loc="upper left")
-    centres = (np.arange(N_BINS) + 0.5) / N_BINS
-    below.bar(centres, images, width=0.9 / N_BINS, color=BLUE)
-    below.set(xlabel="probability of roadwork", ylabel="images")
-    below.grid(visible=False, axis="x")
     return figure
 
 
@@ -393,15 +264,3 @@ def _figure(width: float, height: float, **subplots: Any) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     return figure, figure.subplots(**subplots)
-
-
-def _unit_square(ax: Axes) -> None:
-    # A little room, so that lines along the border can be seen.
-    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-
-
-def _wilson(share: Floats, n: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    z = 1.959963984540054
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return centre - reach, centre + reach

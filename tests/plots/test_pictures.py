@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streetvision import plots
 from streetvision.core.errors import UserError
-from streetvision.stats.metrics import prior_weights
+from streetvision.plots import pictures as plots
+from streetvision.review import review_plots
 
 RNG = np.random.default_rng(0)
 Y = np.arange(200) % 4 // 3
 P = np.clip(0.3 + 0.4 * Y + RNG.normal(0, 0.2, 200), 0, 1)
+MODEL = {"model": P}
 PICTURES = [RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8) for _ in range(5)]
 GRID = np.linspace(0, 1, 11)
 MODES = {
@@ -23,12 +24,15 @@ MODES = {
 }
 
 CASES = {
-    "roc": (lambda: plots.plot_roc(Y, P), (5.2, 5.0)),
-    "precision_recall": (lambda: plots.plot_precision_recall(Y, P, 0.5), (5.2, 5.0)),
+    "roc": (lambda: review_plots.overlay_roc(Y, MODEL), (5.2, 5.0)),
+    "precision_recall": (
+        lambda: review_plots.overlay_precision_recall(Y, MODEL, 0.5),
+        (5.2, 5.0),
+    ),
     "confusion": (lambda: plots.plot_confusion(tp=5, fp=1, tn=9, fn=0), (4.8, 4.4)),
-    "reliability": (lambda: plots.plot_reliability(Y, P), (5.2, 6.2)),
-    "reliability_served": (
-        lambda: plots.plot_reliability(Y, P, prior_weights(Y, 0.5)),
+    "reliability": (lambda: review_plots.overlay_reliability(Y, MODEL, 0.5), (5.2, 6.2)),
+    "reliability_of_two": (
+        lambda: review_plots.overlay_reliability(Y, MODEL | {"other": P**2}, 0.5),
         (5.2, 6.2),
     ),
     "mistakes": (
@@ -59,13 +63,15 @@ def test_pictures_are_deterministic_and_of_their_size(name):
 
 def test_drawing_leaves_the_configuration_alone():
     before = dict(mpl.rcParams)
-    plots.plot_roc(Y, P)
+    review_plots.overlay_roc(Y, MODEL)
     assert dict(mpl.rcParams) == before
 
 
 def test_pictures_depend_on_the_data():
-    assert plots.plot_roc(Y, P) != plots.plot_roc(Y, 1 - P)
-    assert plots.plot_reliability(Y, P) != plots.plot_reliability(Y, P, prior_weights(Y, 0.5))
+    draw = review_plots.overlay_roc
+    assert len({draw(Y, MODEL), draw(Y, {"model": 1 - P}), draw(Y, MODEL | {"other": P**2})}) == 3
+    reliability = review_plots.overlay_reliability
+    assert reliability(Y, MODEL, 0.5) != reliability(Y, MODEL, 0.3)
     pictures = {
         plots.plot_fusion(MODES, mode, condition)
         for mode in ("mlp", "single")
@@ -74,16 +80,13 @@ def test_pictures_depend_on_the_data():
     assert len(pictures) == 4
 
 
-def test_reliability_and_confusion_of_one_class_are_drawn():
-    assert plots.plot_reliability(np.ones(3), np.array([0.0, 0.5, 1.0]))
+def test_confusion_of_one_class_is_drawn():
     assert plots.plot_confusion(tp=3, fp=0, tn=0, fn=0)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plots.plot_roc([1, 1], [0.1, 0.2]), "both classes"),
-        (lambda: plots.plot_precision_recall([1, 1], [0.1, 0.2], 0.5), "both classes"),
         (lambda: plots.plot_mistakes(PICTURES, ["one"]), "5 images but 1 captions"),
     ],
 )

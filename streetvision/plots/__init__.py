@@ -1,0 +1,1 @@
+"""Numbers drawn: pictures, and the curves that DVC draws as data."""
