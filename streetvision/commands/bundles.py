@@ -60,7 +60,9 @@ def _add_natix(natix: argparse.ArgumentParser) -> None:
     check = parts.add_parser("check", help=text, description=text)
     check.set_defaults(run=_natix_check)
     check.add_argument("bundle", type=Path)
-    check.add_argument("--challenges", type=int, default=100, help="timed ones")
+    check.add_argument(
+        "--challenges", type=int, default=100, help="timed ones, of three sizes in turn"
+    )
     check.add_argument("--python", default=sys.executable, help="the miner's interpreter")
     check.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
 
