@@ -6,7 +6,6 @@ from typing import Any
 
 from stages.common import Stage, run_stage
 from streetvision.core.artifacts import (
-    read_json,
     write_bytes_atomic,
     write_csv_atomic,
     write_json_atomic,
@@ -25,6 +24,7 @@ def calibrate(stage: Stage) -> None:
     from streetvision.decision.pickling import dump_policy_pickle
     from streetvision.decision.policy import scrc_document
     from streetvision.decision.report import calibration_metrics
+    from streetvision.decision.threshold import read_threshold
     from streetvision.decision.validator import PolicyValidator
     from streetvision.fusion.fusion import load_fusion
     from streetvision.plots.curves import reliability_table
@@ -50,18 +50,16 @@ def calibrate(stage: Stage) -> None:
         )
         for name, each in found.items()
     }  # fmt: skip
-    baseline = read_json(paths.thresholds, "sweep")
-    validator = PolicyValidator()
-    validator.validate(baseline)
+    baseline = read_threshold(paths.threshold)
     policy, report, (logits, labels, _) = fit_decision(
         passes, decision, params.seed, several_views=fusion.n_views > 1
     )
     document = scrc_document(policy, report)
-    validator.validate(document)
+    PolicyValidator().validate(document)
     write_json_atomic(paths.scrc_params, document)
     write_bytes_atomic(paths.scrc_pickle, dump_policy_pickle(document))
     single = found[decision.fit_on].logits
-    metrics = calibration_metrics(report, policy, logits, labels, baseline["threshold"], single)
+    metrics = calibration_metrics(report, policy, logits, labels, baseline, single)
     write_json_atomic(paths.metric("calibrate"), metrics)
     moved = logits + prior_shift(policy.calibration_prior, policy.served_prior)
     before, after = (
@@ -76,7 +74,7 @@ def calibrate(stage: Stage) -> None:
     outputs.append(write_csv_atomic(paths.plot("calibration.csv"), table))
     stage.write_manifest(
         stage.config(),
-        [*sources.values(), paths.thresholds, paths.cvfm, paths.classifier],
+        [*sources.values(), paths.threshold, paths.cvfm, paths.classifier],
         outputs,
         metrics["decision"]["deployed"],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.common import Stage, run_stage
-from streetvision.core.artifacts import read_json, write_bytes_atomic, write_json_atomic
+from streetvision.core.artifacts import write_bytes_atomic, write_json_atomic
 
 
 def cvfm(stage: Stage) -> None:
@@ -13,6 +13,7 @@ def cvfm(stage: Stage) -> None:
     """
     from streetvision.core.schema import CONDITIONS
     from streetvision.data.embeddings import read_embeddings
+    from streetvision.decision.threshold import read_threshold
     from streetvision.fusion.fitting import LabelledViews, choose_fusion
     from streetvision.fusion.fusion import save_fusion
     from streetvision.models.classifier import load_head
@@ -26,7 +27,7 @@ def cvfm(stage: Stage) -> None:
         return LabelledViews(found.scores, found.labels, found.groups)
 
     select = {condition: views("val_select", condition) for condition in CONDITIONS}
-    threshold = read_json(paths.thresholds, "sweep")["threshold"]
+    threshold = read_threshold(paths.threshold)
     fusion, report = choose_fusion(
         params.cvfm, params.views, views("train", fit_on), select, fit_on,
         load_head(paths.classifier), threshold, params.seed,
@@ -39,7 +40,7 @@ def cvfm(stage: Stage) -> None:
     sources = [
         paths.embeddings(name, each) for name in ("train", "val_select") for each in CONDITIONS
     ]
-    inputs = [*sources, paths.thresholds, paths.classifier]
+    inputs = [*sources, paths.threshold, paths.classifier]
     metrics = {"mode": report["mode"], **rows[report["mode"]]}
     stage.write_manifest(stage.config(), inputs, outputs, metrics)
 

@@ -25,7 +25,7 @@ def explora(stage: Stage) -> None:
     params, paths = stage.params, stage.paths
     config = stage.config()
     backbone, timm_name, arguments, preprocessing = initial_backbone(
-        params.train, params.data.square_crop, params.seed, paths.root
+        params.train, params.seed, paths.root
     )
     document = {
         "backbone": timm_name, "arguments": arguments, "preprocessing": preprocessing.to_dict(),

@@ -16,8 +16,7 @@ def probe(stage: Stage) -> None:
     splits = {name: open_split("probe", name, path) for name, path in inputs.items()}
     adapted = paths.explora / "backbone.safetensors"
     report = probe_backbones(
-        params.train, params.probe, params.data.square_crop,
-        splits["train"], splits["val_select"], adapted,
+        params.train, params.probe, splits["train"], splits["val_select"], adapted,
         str(read_json(paths.explora / "config.json", "explora")["method"]),
         seed=params.seed, root=paths.root, batch_size=params.embed.batch_size,
         device=params.hardware.device,

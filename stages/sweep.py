@@ -11,7 +11,7 @@ PLOTTED = 101  # points of the curve that is in Git, for revisions to be laid ov
 
 
 def sweep(stage: Stage) -> None:
-    """VAL_CALIB logits → `thresholds.json`, its curve, in full and thinned out, and picture."""
+    """VAL_CALIB logits → `thresholds.json`, its threshold alone, curve (full and thinned out), picture."""
     from streetvision.data.embeddings import read_embeddings
     from streetvision.decision.report import sweep_thresholds
     from streetvision.plots.curves import evenly
@@ -27,12 +27,15 @@ def sweep(stage: Stage) -> None:
     )  # fmt: skip
     metrics = {"threshold": document["threshold"], **document["metrics"]}
     write_json_atomic(paths.thresholds, document)
+    write_json_atomic(paths.threshold, {"threshold": document["threshold"]})
     write_json_atomic(paths.metric("sweep"), metrics)
     picture = plot_threshold_sweep(
         curve.threshold, curve.mcc, curve.tp, curve.tn, curve.fp, curve.fn, document["threshold"]
     )
     write_bytes_atomic(paths.plot("mcc_curve.png"), picture)
-    outputs = [paths.thresholds, paths.metric("sweep"), paths.plot("mcc_curve.png")]
+    outputs = [
+        paths.thresholds, paths.threshold, paths.metric("sweep"), paths.plot("mcc_curve.png"),
+    ]  # fmt: skip
     columns = asdict(curve) if params.sweep.save_curve else {key: [] for key in asdict(curve)}
     outputs.append(write_csv_atomic(paths.plot("threshold_sweep.csv"), columns))
     rows = evenly(len(curve.threshold), PLOTTED)

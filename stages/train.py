@@ -23,9 +23,7 @@ def train(stage: Stage) -> None:
     config = stage.config()
     with stage.scratch(config, upstream) as scratch:
         result = train_classifier(
-            lambda chosen, seed: build_classifier(
-                chosen, params.data.square_crop, seed, paths.root, adapted
-            ),
+            lambda chosen, seed: build_classifier(chosen, seed, paths.root, adapted),
             params.train, splits["train"], splits["val_select"],
             subnet=params.subnet, seed=params.seed, scratch=scratch, hardware=params.hardware,
             compile_settings=params.compile,

@@ -144,7 +144,7 @@ def trained(
     from streetvision.training.training import build_classifier, fit_classifier
 
     folder = tmp_path_factory.mktemp("trained")
-    model, config = build_classifier(tiny_train, square_crop=False, seed=7, root=folder)
+    model, config = build_classifier(tiny_train, seed=7, root=folder)
     result = fit_classifier(
         model, config, tiny_train,
         open_split("train", "train", tiny_splits["train"]),

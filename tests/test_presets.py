@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from dvc.utils.hydra import apply_overrides
 from hypothesis import example, given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from streetvision.core.errors import UserError
 from streetvision.core.params import Params, check_params
+from streetvision.models.backbone import build_backbone, resolve
 from streetvision.presets import FOLDER, load_preset, merge, overrides, preset_names, value
 
 DEFAULTS = Params().model_dump(mode="json")
@@ -44,6 +46,17 @@ def test_a_preset_changes_exactly_what_its_file_says(name: str, tmp_path: Path) 
         if wanted.startswith("../"):
             document[section][key] = str(tmp_path / wanted.removeprefix("../"))
     assert found == check_params(document, name).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_backbone_takes_the_input_of_its_preset(name: str, tmp_path: Path) -> None:
+    """A ViT takes whole patches only; without memory for its weights."""
+    train = load_preset(name, tmp_path).train
+    timm_name, arguments, *_ = resolve(train.backbone, train.height_px, train.width_px)
+    with torch.device("meta"):
+        backbone = build_backbone(timm_name, arguments)
+        features = backbone(torch.zeros(1, 3, train.height_px, train.width_px))
+    assert features.shape == (1, backbone.num_features)
 
 
 def test_cpu_demo_is_the_defaults(tmp_path: Path) -> None:

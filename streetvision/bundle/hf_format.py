@@ -67,6 +67,7 @@ def hf_model(model: RoadworkClassifier, config: ClassifierConfig, affine: Affine
     weight = torch.cat([torch.zeros_like(weight), affine.slope * weight]).float()
     bias = torch.cat([torch.zeros_like(bias), affine.slope * bias + affine.intercept]).float()
     fit = config.preprocessing
+    shown = "the middle part" if fit.fit == "crop" else "the whole on a border"
     vit = plain_vit(model.backbone)
     # A ViT's own processor stretches to the input, which a square one survives. Those that cut exist, but
     # with `use_fast`, as the subnet's detector asks, not in 4.45.
@@ -76,16 +77,13 @@ def hf_model(model: RoadworkClassifier, config: ClassifierConfig, affine: Affine
             "classifier.bias": bias,
         }
         labels = {"id2label": dict(enumerate(CLASS_NAMES)), "label2id": _numbered()}
-        shapes = _other_shapes(fit, "the whole, stretched")
+        shapes = f"the whole, stretched; the bundle takes {shown}"
         return HfModel("vit", VIT_NEEDS, state, vit | labels, _vit_processor(fit), shapes)
     state = _wrapped_state(model, config, weight, bias)
     needs = WRAPPER_WITH_ARGUMENTS_NEEDS if config.arguments else WRAPPER_NEEDS
-    border = fit.fit == "letterbox" and not (fit.square_crop and fit.height == fit.width)
-    shown = "the whole on a border" if border else "the middle part"
-    if fit.square_crop and fit.height == fit.width:
-        shown = "the middle square"
-    shapes = _other_shapes(fit, shown)
-    return HfModel("timm_wrapper", needs, state, _wrapper_config(config, border), None, shapes)
+    return HfModel(
+        "timm_wrapper", needs, state, _wrapper_config(config), None, f"{shown}, as in the bundle"
+    )
 
 
 def plain_vit(backbone: nn.Module) -> dict[str, Any] | None:
@@ -213,7 +211,7 @@ def _wrapped_state(
     return state
 
 
-def _wrapper_config(config: ClassifierConfig, border: bool) -> dict[str, Any]:
+def _wrapper_config(config: ClassifierConfig) -> dict[str, Any]:
     fit = config.preprocessing
     document = {
         "architectures": ["TimmWrapperForImageClassification"],
@@ -226,20 +224,12 @@ def _wrapper_config(config: ClassifierConfig, border: bool) -> dict[str, Any]:
             "input_size": [3, fit.height, fit.width],
             "interpolation": "bicubic",
             "crop_pct": 1.0,
-            "crop_mode": "border" if border else "center",
+            "crop_mode": "border" if fit.fit == "letterbox" else "center",
             "mean": list(fit.mean),
             "std": list(fit.std),
         },
     }
     return document | ({"model_args": config.arguments} if config.arguments else {})
-
-
-def _other_shapes(fit: Preprocessing, shown: str) -> str:
-    """What becomes of images that are not square; `shown`: what the processor shows of them."""
-    ours = "the middle part" if fit.fit == "crop" else "the whole on a border"
-    if fit.square_crop:
-        ours = "the middle square"
-    return f"{shown}, as in the bundle" if shown == ours else f"{shown}; the bundle takes {ours}"
 
 
 def _numbered() -> dict[str, int]:

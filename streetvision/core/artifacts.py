@@ -100,6 +100,11 @@ class ArtifactSchema:
         return self.root / "models/policy/thresholds.json"
 
     @property
+    def threshold(self) -> Path:
+        """Its threshold alone: what later stages read, whatever else the policy records."""
+        return self.root / "models/policy/threshold.json"
+
+    @property
     def scrc_params(self) -> Path:
         """The deployed policy: source of truth."""
         return self.root / "models/policy/scrc_params.json"

@@ -137,7 +137,6 @@ class Data(Section):
     side_px: Annotated[Integer, Field(ge=16, le=4096)] = Field(
         96, description="stored shorter side, pixels"
     )
-    square_crop: bool = Field(False, description="keep only the central square")
     jpeg_quality: Annotated[Integer, Field(ge=1, le=100)] = 92
     max_source_pixels: Count = Field(100_000_000, description="larger images are refused as bombs")
     max_bad_fraction: Fraction = Field(

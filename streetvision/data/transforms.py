@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 class Preprocessing:
     """How an upright RGB image becomes a model input; stored with the model.
 
-    `mean` and `std` are per channel, for values in [0, 1]; `square_crop` takes the central square first.
+    `mean` and `std` are per channel, for values in [0, 1].
     """
 
     height: int
     width: int
     fit: Literal["letterbox", "crop"]
-    square_crop: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -54,8 +53,6 @@ class Preprocessing:
 
         if image.mode != "RGB":
             image = image.convert("RGB")
-        if self.square_crop and image.width != image.height:
-            image = central_crop(image, min(image.size), min(image.size))
         wanted = (self.width, self.height)
         if image.size == wanted:
             return np.asarray(image)

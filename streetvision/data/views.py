@@ -71,15 +71,12 @@ def views_of(image: Image, preprocessing: Preprocessing, grid: ViewGrid) -> View
     Tiles are cut from the image itself, so that they cover its own pixels, at its own resolution, and
     never a letterbox's border. The global view is exactly `preprocessing.apply(image)`.
     """
-    frame = _frame(image, preprocessing)
-    # The frame is a square already where one is wanted; a tile of it need not be one.
-    fit = replace(preprocessing, square_crop=False)
     inputs, boxes, content = [], [], []
-    for box in _pixel_boxes(frame, grid.grid, grid.growth):
-        inputs.append(fit.apply(image.crop(box)))
-        left, top, right, bottom = content_box(fit, box[2] - box[0], box[3] - box[1])
+    for box in _pixel_boxes(*image.size, grid.grid, grid.growth):
+        inputs.append(preprocessing.apply(image.crop(box)))
+        left, top, right, bottom = content_box(preprocessing, box[2] - box[0], box[3] - box[1])
         content.append((right - left) * (bottom - top))
-        boxes.append(_visible(box, fit) / np.tile(image.size, 2))
+        boxes.append(_visible(box, preprocessing) / np.tile(image.size, 2))
     stacked = np.stack(inputs)
     if grid.flip:
         stacked = np.concatenate([stacked, stacked[:, :, ::-1]])
@@ -104,25 +101,15 @@ def content_box(preprocessing: Preprocessing, width: int, height: int) -> PixelB
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _frame(image: Image, preprocessing: Preprocessing) -> PixelBox:
-    """The part of the image that views may show: its central square, if the model takes squares."""
-    if not preprocessing.square_crop:
-        return (0, 0, image.width, image.height)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return (left, top, left + side, top + side)
-
-
-def _pixel_boxes(frame: PixelBox, n: int, growth: float) -> Iterator[PixelBox]:
+def _pixel_boxes(width: int, height: int, n: int, growth: float) -> Iterator[PixelBox]:
     """The global view's box, then those of the tiles row by row, grown about their centres and clipped."""
-    left, top, right, bottom = frame
-    yield frame
+    yield (0, 0, width, height)
     if n == 1:
         return
     for row, column in product(range(n), repeat=2):
-        across = _span(column, n, growth, right - left)
-        down = _span(row, n, growth, bottom - top)
-        yield (left + across[0], top + down[0], left + across[1], top + down[1])
+        left, right = _span(column, n, growth, width)
+        top, bottom = _span(row, n, growth, height)
+        yield (left, top, right, bottom)
 
 
 def _span(index: int, n: int, growth: float, length: int) -> tuple[int, int]:

@@ -12,11 +12,13 @@ taken, the lowest of equally wide ones, and its centre is returned.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streetvision.core.artifacts import read_json
 from streetvision.core.errors import UserError
 from streetvision.core.processes import in_threads
 from streetvision.decision.inputs import (
@@ -408,3 +410,17 @@ def thresholds_document(
             "n_used": bagged.n_used,
         },
     }
+
+
+def read_threshold(path: Path) -> float:
+    """Return the threshold, 0 to 1, that the stage `sweep` wrote.
+
+    Raises
+    ------
+    UserError
+        The file is missing, broken, or holds no such number.
+    """
+    value = read_json(path, "sweep").get("threshold")
+    if type(value) not in {int, float} or not 0 <= value <= 1:
+        raise UserError(f"{path}: threshold is {value!r}, not a number from 0 to 1; rerun `sweep`")
+    return float(value)

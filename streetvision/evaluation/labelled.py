@@ -65,7 +65,6 @@ def labelled_images(
         write_plans([name], [plan], folder / "raw", folder / "ingest", "", 0, progress)
         preparation = Data(
             side_px=side_px or 2 * max(preprocessing.height, preprocessing.width),
-            square_crop=preprocessing.square_crop,
         )
         (folder / "prepare").mkdir()
         prepare_whole(

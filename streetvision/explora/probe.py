@@ -115,7 +115,6 @@ def probe_report(
 def probe_backbones(
     train: Train,
     probe: Probe,
-    square_crop: bool,
     fit_split: Split,
     read_split: Split,
     adapted: Path,
@@ -131,7 +130,7 @@ def probe_backbones(
     Probes are fitted on `fit_split` (both on the same rows) and read on `read_split`. `method` is how
     `adapted` came about; after `passthrough` it is the same backbone, whose features are computed once.
     """
-    backbone, _, _, preprocessing = initial_backbone(train, square_crop, seed, root)
+    backbone, _, _, preprocessing = initial_backbone(train, seed, root)
     fit_split = fit_split.draw(probe.max_images, seed)
     place = pick_device(device)
 

@@ -131,7 +131,7 @@ def build_backbone(
 
 
 def initial_backbone(
-    train: Train, square_crop: bool, seed: int, root: Path, weights: Path | None = None
+    train: Train, seed: int, root: Path, weights: Path | None = None
 ) -> tuple[nn.Module, str, dict[str, Any], Preprocessing]:
     """Build `train.backbone` with the weights in the file `weights`, else with `train.weights`.
 
@@ -148,9 +148,7 @@ def initial_backbone(
     backbone = build_backbone(name, arguments, weights is None and train.weights == "hub")
     if weights is not None:
         load_weights(backbone, weights)
-    preprocessing = Preprocessing(
-        train.height_px, train.width_px, train.fit, square_crop, mean, std
-    )
+    preprocessing = Preprocessing(train.height_px, train.width_px, train.fit, mean, std)
     return backbone, name, arguments, preprocessing
 
 

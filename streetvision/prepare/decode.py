@@ -36,7 +36,7 @@ class DecodedImage:
     jpeg: bytes | None
 
 
-def decode_image(data: bytes, *, side_px: int, square_crop: bool, max_pixels: int) -> DecodedImage:
+def decode_image(data: bytes, *, side_px: int, max_pixels: int) -> DecodedImage:
     """Decode an image so that its shorter side is exactly `side_px`, enlarging it if need be.
 
     A JPEG is decoded at the smallest of the DCT scales 1, 1/2, 1/4, 1/8 that is not below the
@@ -50,8 +50,6 @@ def decode_image(data: bytes, *, side_px: int, square_crop: bool, max_pixels: in
         The file's content.
     side_px
         Shorter side of the result, pixels.
-    square_crop
-        Keep only the central square.
     max_pixels
         Images with more pixels are refused.
 
@@ -68,7 +66,7 @@ def decode_image(data: bytes, *, side_px: int, square_crop: bool, max_pixels: in
     load_whole(image, parts)
     as_is = parts.kind == "JPEG" and image.mode == "RGB" and parts.size == target
     with decoding():
-        upright = turned(_resized(to_rgb(image), target, square_crop), parts.orientation)
+        upright = turned(_resized(to_rgb(image), target), parts.orientation)
     if parts.orientation >= 5:
         width, height = height, width
     as_is = as_is and parts.orientation == 1 and upright.size == (width, height)
@@ -85,44 +83,14 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def box_in_central_square(box: list[float], width: int, height: int) -> list[float] | None:
-    """Express a box of the upright image relative to its central square.
-
-    Parameters
-    ----------
-    box
-        x0, y0, x1, y1, each in [0, 1] of the upright image.
-    width, height
-        Of the upright image; only their ratio matters.
-
-    Returns
-    -------
-    list or None
-        The part inside the square, in [0, 1] of it; None if nothing is inside.
-    """
-    side = min(width, height)
-
-    def moved(value: float, length: int) -> float:
-        return min(max((value * length - (length - side) / 2) / side, 0.0), 1.0)
-
-    x0, x1 = moved(box[0], width), moved(box[2], width)
-    y0, y1 = moved(box[1], height), moved(box[3], height)
-    return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
-
-
 def _target_size(size: tuple[int, int], side_px: int) -> tuple[int, int]:
     """Scale so that the shorter side is `side_px`."""
     scale = side_px / min(size)
     return max(side_px, round(size[0] * scale)), max(side_px, round(size[1] * scale))
 
 
-def _resized(image: Image.Image, target: tuple[int, int], square_crop: bool) -> Image.Image:
-    """Resize to `target`, or the central square to its shorter side."""
-    side = min(image.size)
-    if square_crop:
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        target = (min(target), min(target))
+def _resized(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """Bicubic, antialiased."""
     if image.size == target:
         return image
     # Pillow's filter, in a sixth of its time; imported where there is something to resize.

@@ -36,7 +36,7 @@ PART_SCHEMA = pa.schema(
         pa.field("reason", pa.string()),
     ]
 )
-_COPIED = [name for name in RAW_SCHEMA.names if name not in {"image", "label", "evidence_box"}]
+_COPIED = [name for name in RAW_SCHEMA.names if name not in {"image", "label"}]
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def _make_part(part: Part, data: Data) -> None:
 def _prepare_batch(batch: pa.RecordBatch, data: Data) -> pa.RecordBatch:
     """Decode a batch of raw rows into `PART_SCHEMA`."""
     images = batch.column("image").flatten()[0]  # the bytes; null where the struct is
-    columns = [batch.column(name) for name in ("label", "evidence_box", "extra")]
+    columns = [batch.column(name) for name in ("label", "extra")]
     rows = [
-        _prepare_row(image, label.as_py(), box, extra, data)
-        for image, label, box, extra in zip(images, *columns, strict=True)
+        _prepare_row(image, label.as_py(), extra, data)
+        for image, label, extra in zip(images, *columns, strict=True)
     ]
     made = pa.Table.from_pylist(rows, PART_SCHEMA)
     columns = [
@@ -128,7 +128,7 @@ def _prepare_batch(batch: pa.RecordBatch, data: Data) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=PART_SCHEMA)
 
 
-def _prepare_row(image: Any, label: int | None, box: Any, extra: Any, data: Data) -> dict[str, Any]:
+def _prepare_row(image: Any, label: int | None, extra: Any, data: Data) -> dict[str, Any]:
     """Return the new columns of one row, or only the reason why it cannot be used."""
     if label is None:
         unread = unread_value(extra.as_py(), UNREAD_LABEL)
@@ -140,22 +140,13 @@ def _prepare_row(image: Any, label: int | None, box: Any, extra: Any, data: Data
     content = image.as_py() or b""
     try:
         decoded = decode.decode_image(
-            content,
-            side_px=data.side_px,
-            square_crop=data.square_crop,
-            max_pixels=data.max_source_pixels,
+            content, side_px=data.side_px, max_pixels=data.max_source_pixels
         )
     except UnusableImageError as error:
         return {"reason": error.reason}
-    evidence = box.as_py()
-    if evidence and data.square_crop:
-        evidence = decode.box_in_central_square(
-            evidence, decoded.original_width, decoded.original_height
-        )
     return {
         "image": decoded.jpeg or decode.encode_jpeg(decoded.image, data.jpeg_quality),
         "label": label,
-        "evidence_box": evidence,
         "width": decoded.image.width,
         "height": decoded.image.height,
         "original_width": decoded.original_width,

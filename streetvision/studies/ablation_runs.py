@@ -161,7 +161,7 @@ def _adapted(run: Run) -> tuple[Path, float]:
         {
             "explora": params.explora.model_dump(mode="json"),
             "train": params.train.model_dump(mode="json", include=start),
-            "fold": [run.fold.folder.parent.name, run.fold_number, params.data.square_crop],
+            "fold": [run.fold.folder.parent.name, run.fold_number],
             "seed": run.seed,
         }
     )

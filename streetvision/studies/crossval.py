@@ -150,7 +150,7 @@ def frozen_features(params: Params, split: Split, root: Path) -> NDArray[np.floa
     from streetvision.models.classifier import pick_device
     from streetvision.training.training import build_classifier
 
-    model, config = build_classifier(params.train, params.data.square_crop, params.seed, root)
+    model, config = build_classifier(params.train, params.seed, root)
     device = pick_device(params.hardware.device)
     return backbone_features(
         model.backbone, config.preprocessing, split, params.embed.batch_size, device

@@ -157,7 +157,7 @@ def make_features(run: Run) -> None:
         return
     torch.set_num_threads(1)
     log.info("features of all views of the frozen backbone")
-    model, config = build_classifier(params.train, params.data.square_crop, params.seed, run.root)
+    model, config = build_classifier(params.train, params.seed, run.root)
     device = pick_device(params.hardware.device)
     split = open_split("crossval", "whole", run.source / WHOLE)
     scores = score_split_views(

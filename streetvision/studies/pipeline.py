@@ -33,9 +33,7 @@ def train_network(
 
     adapted = adapt(params, fold, root, scratch) if params.explora.enabled else None
     return train_classifier(
-        lambda chosen, seed: build_classifier(
-            chosen, params.data.square_crop, seed, root, adapted
-        ),
+        lambda chosen, seed: build_classifier(chosen, seed, root, adapted),
         params.train, fold.open("train", "train"), fold.open("val_select", "train"),
         subnet=params.subnet, seed=params.seed, scratch=scratch / "train", hardware=params.hardware,
         compile_settings=params.compile, stop_after=stop_after,

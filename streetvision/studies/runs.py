@@ -60,7 +60,6 @@ class Run:
                 "variant": self.variant,
                 "data": self.fold.folder.parent.name,
                 "fold": self.fold_number,
-                "square_crop": self.params.data.square_crop,
                 "params": self.params.model_dump(mode="json", exclude=_UNUSED),
             }
         )[:24]
@@ -114,9 +113,7 @@ def train(
     """What the stage `train` does, on one fold."""
     from streetvision.training.training import build_classifier, fit_classifier
 
-    model, config = build_classifier(
-        params.train, params.data.square_crop, params.seed, root, adapted
-    )
+    model, config = build_classifier(params.train, params.seed, root, adapted)
     return fit_classifier(
         model, config, params.train, fold.open("train", "train"), fold.open("val_select", "train"),
         subnet=params.subnet, seed=params.seed, scratch=scratch, hardware=params.hardware,
@@ -133,9 +130,7 @@ def adapt(params: Params, fold: Fold, root: Path, scratch: Path) -> Path:
     folder = scratch / "adapted"
     if (folder / "config.json").is_file():  # written last
         return folder
-    backbone, _, _, preprocessing = initial_backbone(
-        params.train, params.data.square_crop, params.seed, root
-    )
+    backbone, _, _, preprocessing = initial_backbone(params.train, params.seed, root)
     result = adapt_backbone(
         backbone, params.explora, fold.open("train", "explora"), fold.open("val_select", "explora"),
         preprocessing, pretrained=params.train.weights != "none",

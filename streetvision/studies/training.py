@@ -124,7 +124,7 @@ def _prepare(plans: Sequence[Plan], root: Path, scratch: Path, workers: int) -> 
         prepare(each, root, scratch, workers)
         run = each.runs[0]
         params = run.params
-        *_, preprocessing = initial_backbone(params.train, params.data.square_crop, 0, run.root)
+        *_, preprocessing = initial_backbone(params.train, 0, run.root)
         distorted += [(fold, name, preprocessing) for fold in each.folds for name in READ]
     made = in_processes(make_distorted, distorted, workers)
     for _ in progress(made, len(distorted), "distorting"):

@@ -78,7 +78,7 @@ class TrainingResult:
 
 
 def build_classifier(
-    train: Train, square_crop: bool, seed: int, root: Path, adapted: Path | None = None
+    train: Train, seed: int, root: Path, adapted: Path | None = None
 ) -> tuple[RoadworkClassifier, ClassifierConfig]:
     """Build the classifier that `train` describes; relative weight files lie below `root`.
 
@@ -90,9 +90,7 @@ def build_classifier(
         weights = adapted / "backbone.safetensors"
     elif train.backbone_checkpoint != "none":
         weights = root / train.backbone_checkpoint
-    backbone, name, arguments, preprocessing = initial_backbone(
-        train, square_crop, seed, root, weights
-    )
+    backbone, name, arguments, preprocessing = initial_backbone(train, seed, root, weights)
     hidden = train.head_hidden if train.head == "mlp" else None
     model = RoadworkClassifier(backbone, train.dropout, hidden)
     return model, ClassifierConfig(name, arguments, preprocessing, hidden)

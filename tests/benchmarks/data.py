@@ -285,7 +285,7 @@ def training_inputs(
     )
     with stored_images(INPUTS, stored) as folder:
         plain = ImageFolder(folder / "classes", transform)
-        preprocessing = Preprocessing(side, width, train.fit, False, (0.5,) * 3, (0.5,) * 3)
+        preprocessing = Preprocessing(side, width, train.fit, (0.5,) * 3, (0.5,) * 3)
         split = open_split("train", "train", folder / "train.arrow")
         with patch.object(loader, "CACHE_BYTES", loader.CACHE_BYTES if keep else 0):
             images = loader.TrainingImages(split, preprocessing, training_transform(train), 0)

@@ -205,7 +205,7 @@ def _classifier(
 
     torch.manual_seed(0)
     name, arguments, mean, std = resolve(model, height, width)
-    preprocessing = Preprocessing(height, width, "crop", False, mean, std)
+    preprocessing = Preprocessing(height, width, "crop", mean, std)
     config = ClassifierConfig(name, arguments, preprocessing)
     return config.build().eval(), config
 

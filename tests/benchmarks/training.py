@@ -77,7 +77,7 @@ def fit(train: Any, splits: Any, folder: Path, **sections: Any) -> Any:
     """Our `fit_classifier` and its result, from the start, on whatever device there is."""
     from streetvision.training.training import build_classifier, fit_classifier
 
-    model, config = build_classifier(train, False, 0, folder)
+    model, config = build_classifier(train, 0, folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         return fit_classifier(
             model, config, train, splits["train"], splits["val_select"], seed=0,
@@ -176,7 +176,7 @@ def explora() -> list[Result]:
     side = 96
     settings = Explora(enabled=True, epochs=1, batch_size=128)
     name, arguments, mean, std = resolve("street_resnet", side, side)
-    preprocessing = Preprocessing(side, side, "crop", False, mean, std)
+    preprocessing = Preprocessing(side, side, "crop", mean, std)
     with bench_splits(1024, side, side, "explora") as (splits, folder):
 
         def ours() -> None:
@@ -309,7 +309,7 @@ def _peak_of_cache(chunks: int) -> int:
         enabled=True, epochs=1, batch_size=16, gradient_cache_chunks=chunks, precision="fp32"
     )
     name, arguments, mean, std = resolve(MEMORY_MODEL, 224, 224)
-    preprocessing = Preprocessing(224, 224, "crop", False, mean, std)
+    preprocessing = Preprocessing(224, 224, "crop", mean, std)
     backbone = build_backbone(name, arguments)
     with bench_splits(32, 224, 224, "explora") as (splits, folder):
         return _peak(

@@ -14,7 +14,7 @@ from streetvision.fusion.networks import build_network
 from streetvision.models.backbone import build_backbone, resolve
 from streetvision.models.classifier import RoadworkClassifier
 
-PLAIN = Preprocessing(32, 48, "crop", False, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+PLAIN = Preprocessing(32, 48, "crop", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
 
 def vit() -> RoadworkClassifier:

@@ -67,7 +67,7 @@ def test_no_two_artifacts_share_a_path(tmp_path: Path) -> None:
     files = [
         *(paths.split(name) for name in SPLITS),
         *(paths.embeddings(name, each) for name in SPLITS[:3] for each in CONDITIONS),
-        paths.raw, paths.quarantine, paths.classifier, paths.thresholds, paths.scrc_params,
+        paths.raw, paths.quarantine, paths.classifier, paths.thresholds, paths.threshold, paths.scrc_params,
         paths.scrc_pickle, paths.bundle, paths.metric("a"), paths.plot("a.csv"), paths.run_log,
         *(paths.manifest(step) for step in ("ingest", "prepare", "train", "embed", "sweep")),
         *(paths.manifest(step) for step in ("calibrate", "export", "evaluate", "challenge")),

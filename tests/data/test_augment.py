@@ -21,7 +21,7 @@ from streetvision.data.transforms import Preprocessing
 from streetvision.subnet.profiles import CROP
 from streetvision.subnet.served import served_jpeg
 
-PREPROCESSING = Preprocessing(32, 48, "letterbox", False, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+PREPROCESSING = Preprocessing(32, 48, "letterbox", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 alphas, seeds = st.floats(0.05, 5), st.integers(0, 10**6)
 
 

@@ -27,7 +27,7 @@ from streetvision.data.store import Split, open_split
 from streetvision.data.transforms import Preprocessing, training_transform
 
 HALF = (0.5, 0.5, 0.5)
-PREPROCESSING = Preprocessing(32, 48, "letterbox", square_crop=False, mean=HALF, std=HALF)
+PREPROCESSING = Preprocessing(32, 48, "letterbox", mean=HALF, std=HALF)
 AUGMENT = training_transform(Train(height_px=32, width_px=48))
 
 

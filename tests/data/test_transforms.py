@@ -27,7 +27,7 @@ from streetvision.data.transforms import (
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BASE = Preprocessing(32, 48, "letterbox", square_crop=False, mean=MEAN, std=STD)
+BASE = Preprocessing(32, 48, "letterbox", mean=MEAN, std=STD)
 sizes = st.integers(8, 200)
 
 
@@ -71,17 +71,15 @@ def test_resizing_is_bicubic(fit: Any, length: int) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(sizes, sizes, st.integers(16, 96), st.integers(16, 96), st.booleans())
+@given(sizes, sizes, st.integers(16, 96), st.integers(16, 96))
 def test_letterbox_keeps_all_and_its_proportions(
-    width: int, height: int, out_width: int, out_height: int, square: bool
+    width: int, height: int, out_width: int, out_height: int
 ) -> None:
-    preprocessing = replace(BASE, height=out_height, width=out_width, square_crop=square)
+    preprocessing = replace(BASE, height=out_height, width=out_width)
     image = gradient(width, height)
     output = preprocessing.apply(image)
     assert output.shape == (out_height, out_width, 3)
     assert output.dtype == np.uint8
-    if square:
-        width = height = min(width, height)
     # The mean colour of the border has much less blue than the picture.
     left, right, top, bottom = bounds(output[:, :, 2] > 180)
     scale = min(out_width / width, out_height / height)
@@ -95,7 +93,7 @@ def test_letterbox_keeps_all_and_its_proportions(
     inside[top:bottom, left:right] = True
     border = np.array([round(255 * value) for value in MEAN])
     assert (output[~inside] == border).all()
-    if not square and min(right - left, bottom - top) >= 8:
+    if min(right - left, bottom - top) >= 8:
         # All of the picture is there: its edges' positions show at the edges.
         content = output[top:bottom, left:right].astype(int)
         for channel, axis in ((0, 1), (1, 0)):
@@ -132,9 +130,9 @@ def test_an_image_of_the_inputs_size_is_not_touched(fit: str) -> None:
     np.testing.assert_array_equal(preprocessing.apply(image), np.asarray(image))
 
 
-def test_square_crop_takes_the_middle() -> None:
+def test_a_crop_to_a_square_takes_the_middle() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 72, 3), dtype=np.uint8)
-    preprocessing = replace(BASE, width=32, square_crop=True)
+    preprocessing = replace(BASE, width=32, fit="crop")
     np.testing.assert_array_equal(preprocessing.apply(Image.fromarray(pixels)), pixels[:, 20:52])
     upright = Image.fromarray(pixels.transpose(1, 0, 2))
     np.testing.assert_array_equal(preprocessing.apply(upright), pixels[:, 20:52].transpose(1, 0, 2))
@@ -166,7 +164,7 @@ def test_normalise_is_torchvisions() -> None:
 
 
 def test_preprocessing_survives_json() -> None:
-    for preprocessing in (BASE, replace(BASE, fit="crop", square_crop=True, height=7)):
+    for preprocessing in (BASE, replace(BASE, fit="crop", height=7)):
         document = json.loads(json.dumps(preprocessing.to_dict()))
         assert Preprocessing.from_dict(document) == preprocessing
 

@@ -17,7 +17,7 @@ from streetvision.data.views import content_box, view_names, views_of
 
 # A border that no picture below contains: blue 0.
 MEAN, STD = (0.9, 0.9, 0.0), (0.2, 0.2, 0.2)
-BASE = Preprocessing(48, 64, "letterbox", square_crop=False, mean=MEAN, std=STD)
+BASE = Preprocessing(48, 64, "letterbox", mean=MEAN, std=STD)
 sides = st.integers(12, 160)
 
 
@@ -49,14 +49,14 @@ def test_names_and_order() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sides, sides, st.integers(1, 4), st.floats(0, 1), st.booleans(), st.booleans(),
+    sides, sides, st.integers(1, 4), st.floats(0, 1), st.booleans(),
     st.sampled_from(["letterbox", "crop"]),
 )  # fmt: skip
-@example(80, 60, 2, 0.4375, False, False, "crop")  # rounding put an edge outside the image
+@example(80, 60, 2, 0.4375, False, "crop")  # rounding put an edge outside the image
 def test_every_view_shows_the_part_that_it_says(
-    width: int, height: int, n: int, growth: float, flip: bool, square: bool, fit: str
+    width: int, height: int, n: int, growth: float, flip: bool, fit: str
 ) -> None:
-    preprocessing = replace(BASE, square_crop=square, fit=fit)
+    preprocessing = replace(BASE, fit=fit)
     image = positions(width, height)
     views = views_of(image, preprocessing, ViewGrid(grid=n, growth=growth, flip=flip))
     count = (1 + (n * n if n > 1 else 0)) * (2 if flip else 1)
@@ -106,17 +106,6 @@ def test_tiles_cover_the_image(width: int, height: int, n: int, growth: float) -
     for left, top, right, bottom in pixels:
         covered[top:bottom, left:right] = True
     assert covered.all()
-
-
-def test_tiles_of_a_square_model_stay_in_the_square() -> None:
-    square = replace(BASE, height=32, width=32, square_crop=True)
-    views = views_of(positions(200, 100), square, ViewGrid(grid=3))
-    np.testing.assert_allclose(views.boxes[0], [0.25, 0, 0.75, 1])
-    assert views.boxes[:, 0].min() == 0.25
-    assert views.boxes[:, 2].max() == 0.75
-    # An edge tile is not square: it is letterboxed and not cropped once more.
-    edge = views.names.index("tile_0_1")
-    assert views.content[edge] < views.content[0] == 32 * 32
 
 
 def test_content_of_a_letterbox() -> None:

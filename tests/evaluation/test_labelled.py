@@ -20,7 +20,7 @@ from streetvision.evaluation.labelled import labelled_images
 from streetvision.sources.labels import ClassNames
 
 HALF = (0.5, 0.5, 0.5)
-PREPROCESSING = Preprocessing(32, 48, "letterbox", square_crop=False, mean=HALF, std=HALF)
+PREPROCESSING = Preprocessing(32, 48, "letterbox", mean=HALF, std=HALF)
 N = 12
 
 

@@ -71,9 +71,7 @@ def adapt_splits(
 ) -> AdaptationResult:
     """Adapt to the images of `splits` with some parameters changed; checkpoints go to `folder`."""
     torch.set_num_threads(1)
-    start, _, _, preprocessing = initial_backbone(
-        train_section(backbone), square_crop=False, seed=seed, root=folder
-    )
+    start, _, _, preprocessing = initial_backbone(train_section(backbone), seed=seed, root=folder)
     folder.mkdir(exist_ok=True, parents=True)
     return adapt_backbone(
         start, SMALL.model_copy(update=changes),
@@ -97,7 +95,7 @@ def adapt(tmp_path: Path, tiny_splits: dict[str, Path]) -> Adapt:
 
 
 def initial(backbone: str = "street_vit", seed: int = 7) -> dict[str, torch.Tensor]:
-    model, *_ = initial_backbone(train_section(backbone), square_crop=False, seed=seed, root=Path())
+    model, *_ = initial_backbone(train_section(backbone), seed=seed, root=Path())
     return model.state_dict()
 
 
@@ -119,7 +117,7 @@ def test_what_is_measured_are_batches_from_anywhere_in_the_split(
 ) -> None:
     path = write_split(tmp_path / "val_select.arrow", 100)
     split = open_split("explora", "val_select", path)
-    _, _, _, preprocessing = initial_backbone(train_section("street_vit"), False, 7, tmp_path)
+    _, _, _, preprocessing = initial_backbone(train_section("street_vit"), 7, tmp_path)
     monitor = Monitor(split, preprocessing, torch.nn.Identity(), 16, seed=7)
     images = [image.numpy().tobytes() for image in EvaluationImages(split, preprocessing)]
     rows = [images.index(pair[0].numpy().tobytes()) for pair in monitor.views]
@@ -236,7 +234,7 @@ def test_merged_is_unmerged_and_the_adapter_rebuilds_it(
     merge = result.metrics["merge"]
     assert 0 <= merge["feature_difference"] <= MERGE_TOLERANCE == merge["tolerance"]
     again, name, arguments, preprocessing = initial_backbone(
-        train_section(backbone), square_crop=False, seed=7, root=Path()
+        train_section(backbone), seed=7, root=Path()
     )
     pretraining.add_adapters(again, SMALL.lora, skip_blocks=SMALL.unfreeze_blocks)
     again.load_state_dict(result.adapter, strict=False)
@@ -258,9 +256,7 @@ def test_a_merge_that_changes_the_features_is_refused(
 
 
 def test_passing_through_hands_the_backbone_on_as_it_is() -> None:
-    backbone, *_ = initial_backbone(
-        train_section("street_vit"), square_crop=False, seed=7, root=Path()
-    )
+    backbone, *_ = initial_backbone(train_section("street_vit"), seed=7, root=Path())
     result = pass_through(backbone)
     after = result.backbone.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in initial().items())

@@ -99,7 +99,7 @@ def splits(write_split: Callable[..., Path], tmp_path: Path) -> dict[str, Split]
 
 def run(splits: dict[str, Split], train: Train, adapted: Path, method: str) -> dict[str, object]:
     return probe_backbones(
-        train, Probe(max_images=50, n_resamples=100), False, splits["train"], splits["val_select"],
+        train, Probe(max_images=50, n_resamples=100), splits["train"], splits["val_select"],
         adapted, method, seed=7, root=adapted.parent, batch_size=16, device="cpu",
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_it_is_fitted_on_train_and_read_on_val_select(
         probe, "linear_probe", lambda *args: asked.append(args) or plain(*args)
     )  # fmt: skip
     run(splits, tiny_train, tmp_path / "not-read", PASSTHROUGH)
-    backbone, _, _, preprocessing = initial_backbone(tiny_train, False, 7, tmp_path)
+    backbone, _, _, preprocessing = initial_backbone(tiny_train, 7, tmp_path)
     train = splits["train"].draw(50, 7)
     expected = [
         backbone_features(backbone, preprocessing, split, 16, torch.device("cpu"))

@@ -52,7 +52,7 @@ def make_project(root: Path, trained: Trained, splits: dict[str, Path]) -> Artif
     for name in EMBEDDED:
         paths.split(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(splits[name], paths.split(name))
-    write_json_atomic(paths.thresholds, {"threshold": 0.4})
+    write_json_atomic(paths.threshold, {"threshold": 0.4})
     return paths
 
 

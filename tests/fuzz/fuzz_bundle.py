@@ -134,8 +134,7 @@ def _empty_bundle() -> bytes:
     from streetvision.core.artifacts import json_text
 
     preprocessing = {
-        "height": 32, "width": 48, "fit": "letterbox", "square_crop": False,
-        "mean": [0.5] * 3, "std": [0.5] * 3,
+        "height": 32, "width": 48, "fit": "letterbox", "mean": [0.5] * 3, "std": [0.5] * 3,
     }  # fmt: skip
     document = {
         "format_version": 1, "policy_type": "scrc", "model_checkpoint": "m.safetensors",

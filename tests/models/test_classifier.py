@@ -37,9 +37,7 @@ CPU = torch.device("cpu")
 
 def config() -> ClassifierConfig:
     name, arguments, mean, std = resolve("street_resnet_tiny", 32, 48)
-    return ClassifierConfig(
-        name, arguments, Preprocessing(32, 48, "letterbox", square_crop=False, mean=mean, std=std)
-    )
+    return ClassifierConfig(name, arguments, Preprocessing(32, 48, "letterbox", mean=mean, std=std))
 
 
 def test_logits_and_features() -> None:

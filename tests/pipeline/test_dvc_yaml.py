@@ -127,7 +127,7 @@ def test_paths_are_those_of_the_schema() -> None:
     paths = ArtifactSchema(Path())
     fixed = {
         paths.checked, paths.raw, paths.originals, paths.quarantine, paths.explora, paths.classifier,
-        paths.thresholds, paths.scrc_params, paths.scrc_pickle, paths.cvfm, paths.bundle,
+        paths.thresholds, paths.threshold, paths.scrc_params, paths.scrc_pickle, paths.cvfm, paths.bundle,
         *(paths.split(name) for name in SPLITS),
         *(paths.embeddings(name, each) for name in CONTRACT["embed"] for each in CONDITIONS),
     }  # fmt: skip

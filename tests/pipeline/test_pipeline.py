@@ -440,6 +440,16 @@ def test_changed_prior_reruns_calibrate_and_what_follows(project: Project) -> No
     assert project.git("status", "--porcelain").stdout == ""
 
 
+def test_the_rows_of_the_plotted_curve_rerun_sweep_alone(project: Project) -> None:
+    old = project.read_json("models/policy/threshold.json")
+    project.change({"sweep": {"n_thresholds": 100}})
+    assert project.repro() == ["sweep"]
+    document = project.read_json("models/policy/thresholds.json")
+    assert document["n_thresholds"] == 100
+    assert project.read_json("models/policy/threshold.json") == old
+    assert old == {"threshold": document["threshold"]}
+
+
 def test_changed_learning_rate_reruns_no_data_stage(project: Project) -> None:
     project.change({"train": {"learning_rate": 0.001, "epochs": 1}})
     assert project.repro("train") == ["train"]

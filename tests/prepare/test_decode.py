@@ -22,7 +22,6 @@ from streetvision.data.pixels import (
 from streetvision.prepare import decode
 from streetvision.prepare.decode import (
     DecodedImage,
-    box_in_central_square,
     decode_image,
     encode_jpeg,
 )
@@ -41,8 +40,8 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def run(data: bytes, side: int = 64, crop: bool = False, limit: int = 10**8) -> DecodedImage:
-    return decode_image(data, side_px=side, square_crop=crop, max_pixels=limit)
+def run(data: bytes, side: int = 64, limit: int = 10**8) -> DecodedImage:
+    return decode_image(data, side_px=side, max_pixels=limit)
 
 
 def reason(data: bytes, **options: int) -> str:
@@ -75,28 +74,20 @@ def test_agrees_with_a_full_decode(kind: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1200, 900), (333, 97), (40, 50)])
-@pytest.mark.parametrize("square", [False, True])
-def test_resizing_is_pillows_but_for_rounding(size: tuple[int, int], square: bool) -> None:
+def test_resizing_is_pillows_but_for_rounding(size: tuple[int, int]) -> None:
     image = picture(*size)
-    found = run(encode(image, "PNG"), crop=square).image
-    if square:
-        side = min(size)
-        left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        image = image.crop((left, top, left + side, top + side))
+    found = run(encode(image, "PNG")).image
     wanted = image.resize(found.size, Image.Resampling.BICUBIC)
     apart = np.abs(np.asarray(found, np.int16) - np.asarray(wanted, np.int16))
     assert apart.max() <= 2  # each axis is rounded to whole levels
     assert apart.mean() < 0.1
 
 
-@pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("side", [32, 96])
-def test_resizing_is_bicubic(side: int, square: bool) -> None:
+def test_resizing_is_bicubic(side: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    found = run(encode(image, "PNG"), side, crop=square).image
-    if square:
-        image = image.crop((8, 0, 72, 64))
+    found = run(encode(image, "PNG"), side).image
     cubic, linear = (
         image.resize(found.size, way) for way in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
     )  # fmt: skip
@@ -129,9 +120,6 @@ def test_orientation_as_pillow_applies_it(orientation: int, kind: str) -> None:
     assert (result.original_width, result.original_height) == upright.size
     full = upright.convert("RGB").resize(result.image.size, Image.Resampling.BICUBIC)
     assert difference(result.image, full) < 2
-    square = run(data, crop=True)
-    assert square.image.size == (64, 64)
-    assert difference(square.image, ImageOps.fit(upright.convert("RGB"), (64, 64))) < 3
 
 
 def test_damaged_exif_does_not_lose_the_image() -> None:
@@ -309,8 +297,6 @@ def test_bytes_are_kept_only_for_an_upright_rgb_jpeg_of_the_very_size() -> None:
     turned = Image.Exif()
     turned[0x0112] = 3
     assert run(encode(right)).jpeg
-    assert run(encode(picture(64, 64)), crop=True).jpeg
-    assert not run(encode(right), crop=True).jpeg
     assert not run(encode(right), side=32).jpeg
     assert not run(encode(right, "PNG")).jpeg
     assert not run(encode(right.convert("L"))).jpeg
@@ -324,25 +310,3 @@ def test_encoding_keeps_colour_at_full_resolution() -> None:
     assert data == encode_jpeg(image, 95)
     red, _, blue = np.asarray(Image.open(io.BytesIO(data)))[16, 16].tolist()
     assert red - blue > 150
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(16, 60), st.integers(16, 60), st.lists(st.integers(0, 60), min_size=4, max_size=4)
-)
-def test_boxes_follow_the_crop(width: int, height: int, corners: list[int]) -> None:
-    width, height = 2 * width, 2 * height  # so that the crop falls between pixels
-    x0, x1 = sorted((corners[0] * width // 60, corners[1] * width // 60))
-    y0, y1 = sorted((corners[2] * height // 60, corners[3] * height // 60))
-    painted = np.zeros((height, width), np.bool_)
-    painted[y0:y1, x0:x1] = True
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    rows, columns = np.nonzero(painted[top : top + side, left : left + side])
-    box = box_in_central_square([x0 / width, y0 / height, x1 / width, y1 / height], width, height)
-    if not len(rows):
-        # Floats may leave a sliver far thinner than a pixel.
-        assert box is None or min(box[2] - box[0], box[3] - box[1]) < 1e-9
-    else:
-        edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert box == pytest.approx([edge / side for edge in edges])

@@ -388,17 +388,6 @@ def test_a_whole_keeps_all_images_unless_it_will_be_divided(tmp_path: Path) -> N
     ]
 
 
-def test_square_crop_moves_the_evidence(tmp_path: Path) -> None:
-    rows = make_rows()
-    rows[0]["evidence_box"] = [0.5, 0.25, 1.0, 0.75]
-    rows[4]["evidence_box"] = [0.0, 0.0, 0.1, 1.0]  # outside the central 48 of 64 columns
-    prepare(write_raw(tmp_path / "raw", rows), tmp_path, square_crop=True)
-    found = {row["id"]: row for split in SPLITS for row in read(tmp_path, split)}
-    assert (found["row-00000"]["width"], found["row-00000"]["height"]) == (24, 24)
-    assert found["row-00000"]["evidence_box"] == pytest.approx([0.5, 0.25, 1.0, 0.75])
-    assert found["row-00004"]["evidence_box"] is None
-
-
 def test_jpegs_of_the_right_size_keep_their_bytes(tmp_path: Path) -> None:
     rows = make_rows()
     prepare(write_raw(tmp_path / "raw", rows), tmp_path, side_px=48)

@@ -49,7 +49,7 @@ from streetvision.subnet.served import Task, served_jpegs
 
 Floats = NDArray[np.float64]
 HALF = (0.5, 0.5, 0.5)
-PREPROCESSING = Preprocessing(32, 48, "letterbox", square_crop=False, mean=HALF, std=HALF)
+PREPROCESSING = Preprocessing(32, 48, "letterbox", mean=HALF, std=HALF)
 
 
 # --------------------------------------------------------------------------- statistics

@@ -76,7 +76,7 @@ def fit(
         labels: list[int] | None = None, stop_after: int | None = None, **changes: Any,
     ) -> TrainingResult:  # fmt: skip
         train = tiny_train.model_copy(update=changes)
-        model, config = build_classifier(train, square_crop=False, seed=seed, root=tmp_path)
+        model, config = build_classifier(train, seed=seed, root=tmp_path)
         folder = tmp_path / (scratch or f"fresh-{len(list(tmp_path.iterdir()))}")
         folder.mkdir(exist_ok=True)
         path = tiny_splits["train"]
@@ -107,7 +107,7 @@ def assert_same(one: TrainingResult, other: TrainingResult) -> None:
 
 
 def initial(train: Train) -> State:
-    model, _ = build_classifier(train, square_crop=False, seed=7, root=Path())
+    model, _ = build_classifier(train, seed=7, root=Path())
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -179,7 +179,7 @@ def killing(self, trainer, task):
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, trainer, task)
 EpochSelection.on_train_epoch_end = killing
-model, config = build_classifier(train, False, 7, Path())
+model, config = build_classifier(train, 7, Path())
 fit_classifier(
     model, config, train, open_split("train", "train", splits["train"]),
     open_split("train", "val_select", splits["val_select"]), seed=7, scratch=scratch,
@@ -629,13 +629,13 @@ def test_each_choice_does_what_it_says(
 def test_training_starts_from_the_adapted_backbone_or_a_checkpoint(
     tiny_train: Train, tmp_path: Path
 ) -> None:
-    other, _ = build_classifier(tiny_train, square_crop=False, seed=8, root=tmp_path)
+    other, _ = build_classifier(tiny_train, seed=8, root=tmp_path)
     backbone = other.backbone.state_dict()
     save_file(backbone, tmp_path / "backbone.safetensors")
 
     def built(adapted: Path | None = None, **changes: Any) -> State:
         train = tiny_train.model_copy(update=changes)
-        model, _ = build_classifier(train, False, 7, tmp_path, adapted)
+        model, _ = build_classifier(train, 7, tmp_path, adapted)
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     fresh = built()
@@ -798,7 +798,7 @@ def test_statistics_of_the_stochastic_average_do_not_depend_on_neighbours(
     balanced: bool, tiny_train: Train
 ) -> None:
     train = tiny_train.model_copy(update={"weight_average": "swa"})
-    model, config = build_classifier(train, square_crop=False, seed=7, root=Path())
+    model, config = build_classifier(train, seed=7, root=Path())
     labels = np.arange(192) % 2 if balanced else None
     loader = training_loader(Drives(), 16, 7, 0, balance=labels)
     average = WeightAverage(train, loader, config.preprocessing)
@@ -876,7 +876,7 @@ def test_the_gate_decides_and_is_resumed(
         monkeypatch.setattr(gate, "augmentation_gate", judged)
         steps.clear()
         return train_classifier(
-            lambda train, seed: build_classifier(train, False, seed, tmp_path),
+            lambda train, seed: build_classifier(train, seed, tmp_path),
             tiny_train.model_copy(update=changes), *splits, seed=7, scratch=tmp_path / scratch,
             hardware=Hardware(device="cpu"), compile_settings=Compile(),
         )  # fmt: skip
@@ -906,7 +906,7 @@ def test_the_gate_scores_what_embed_would_score(
 ) -> None:
     """Distorted versions by the levels that training draws, one image at a time."""
     split = open_split("train", "val_select", tiny_splits["val_select"])
-    model, config = build_classifier(tiny_train, False, 7, tmp_path)
+    model, config = build_classifier(tiny_train, 7, tmp_path)
     found = gate.distorted_probabilities(
         model.eval(), config.preprocessing, split, [1, 0, 0, 3], 5, torch.device("cpu"), 1
     )
@@ -925,7 +925,7 @@ def test_the_gate_scores_what_embed_would_score(
 
 def train_as_rank(paths: dict[str, Path], train: Train, scratch: Path, devices: int) -> Any:
     torch.set_num_threads(1)
-    model, config = build_classifier(train, False, 7, scratch)
+    model, config = build_classifier(train, 7, scratch)
     result = fit_classifier(
         model, config, train, open_split("train", "train", paths["train"]),
         open_split("train", "val_select", paths["val_select"]), seed=7, scratch=scratch,
@@ -1030,7 +1030,7 @@ def test_one_class_alone_is_refused(
 ) -> None:  # fmt: skip
     one = write_split(tmp_path / f"{which}.arrow", labels=[label] * 6)
     paths = tiny_splits | {which: one}
-    model, config = build_classifier(tiny_train, square_crop=False, seed=7, root=tmp_path)
+    model, config = build_classifier(tiny_train, seed=7, root=tmp_path)
     with pytest.raises(UserError, match=f"{which} has images of one class only"):
         fit_classifier(
             model, config, tiny_train,

@@ -959,19 +959,12 @@ def cut_views(
 
     The global view comes first; tiles are cut from the image itself, then fitted to the input like it.
     """
-    frame = (0, 0, image.width, image.height)
-    if fit["square_crop"]:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        frame = (left, top, left + side, top + side)
-    pixel_boxes, n = [frame], grid["grid"]
+    pixel_boxes, n = [(0, 0, image.width, image.height)], grid["grid"]
     if n > 1:
         for row, column in product(range(n), repeat=2):
-            across = span(column, n, grid["growth"], frame[2] - frame[0])
-            down = span(row, n, grid["growth"], frame[3] - frame[1])
-            pixel_boxes.append(
-                (frame[0] + across[0], frame[1] + down[0], frame[0] + across[1], frame[1] + down[1])
-            )
+            left, right = span(column, n, grid["growth"], image.width)
+            top, bottom = span(row, n, grid["growth"], image.height)
+            pixel_boxes.append((left, top, right, bottom))
     fitted = [fit_to_input(image.crop(box), fit) for box in pixel_boxes]
     inputs = np.stack([one for one, _ in fitted])
     content = np.array([pixels for _, pixels in fitted], dtype=np.float64)

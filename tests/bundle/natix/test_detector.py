@@ -111,7 +111,7 @@ def upright(path: Path) -> Image.Image:
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         side = min(image.size)
-    return decode_image(data, side_px=side, square_crop=False, max_pixels=10**8).image
+    return decode_image(data, side_px=side, max_pixels=10**8).image
 
 
 # --------------------------------------------------------------------------- random bundles
@@ -163,8 +163,7 @@ def random_bundle(folder: Path, seed: int) -> Case:
         backbone = "mobilenetv4_conv_small_035"
     name, arguments, mean, std = resolve(backbone, height, width)
     fit = ("letterbox", "crop")[seed // len(modes) % 2]
-    square = bool(rng.integers(2)) and mode != "content_aware"
-    preprocessing = Preprocessing(height, width, fit, square, mean, std)  # type: ignore[arg-type]
+    preprocessing = Preprocessing(height, width, fit, mean, std)  # type: ignore[arg-type]
     hidden = None if mode == "latent" or seed % 3 else 5
     config = ClassifierConfig(name, arguments, preprocessing, hidden)
     torch.manual_seed(seed)
