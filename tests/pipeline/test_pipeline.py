@@ -378,7 +378,7 @@ def test_second_repro_runs_nothing(project: Project) -> None:
         ({"decision": {"fit_on": "clean"}}, ["cvfm", "calibrate", "export"]),
         ({"decision": {"exchangeable_unit": "drive"}}, ["calibrate"]),
         ({"decision": {"hard_image_views": "all"}}, ["calibrate"]),
-        ({"challenge": {"level_0": 0.4, "level_1": 0.1}}, ["embed", "export", "challenge"]),
+        ({"subnet": {"validator": "letterbox"}}, ["train", "embed", "export", "challenge"]),
         ({"sweep": {"n_thresholds": 100}}, ["sweep"]),
         ({"decision": {"served_prior": 0.4}}, ["calibrate", "evaluate", "challenge"]),
         ({"export": {"make_tar": True}}, ["export"]),
