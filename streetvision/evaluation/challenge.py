@@ -73,7 +73,8 @@ def challenge_split(
     Raises
     ------
     UserError
-        A file of no image of `split`; one class only; `served_prior` outside (0, 1); `challenge.source_shares` do not fit the sources.
+        A file of no image of `split`; one class only; `served_prior` outside (0, 1);
+        `challenge.source_shares` do not fit the sources.
     """
     if originals is not None and len(originals):
         place = {name: row for row, name in enumerate(split.ids)}

@@ -439,8 +439,8 @@ def test_original_files_of_val_test_are_kept_in_its_order(tmp_path: Path) -> Non
         assert found.ids.tolist() == [each for each in test if each in set(found.ids)]
         if limit == 7:
             assert found.ids.tolist() != test[:7]  # drawn: neighbours are often of one drive
-        for row, name in enumerate(found.ids):
-            assert found.image_bytes(row) == photo(int(name[4:]))
+        for row, each in enumerate(found.ids):
+            assert found.image_bytes(row) == photo(int(each[4:]))
 
 
 def test_batches_are_small(tmp_path: Path) -> None:
