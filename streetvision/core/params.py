@@ -164,7 +164,7 @@ class Data(Section):
         "chooses by what is another's VAL_TEST",
     )
     test_originals: Annotated[Integer, Field(ge=0)] = Field(
-        5000,
+        1000,
         description="files of VAL_TEST's images that are kept as they came, at most, for `challenge`, which "
         "sends them; 0 sends the stored copies",
     )
@@ -369,7 +369,7 @@ class Train(Section):
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     balanced_sampler: bool = Field(False, description="draw both classes equally often")
     # Optimisation.
-    epochs: Count = 10
+    epochs: Count = 8
     batch_size: Annotated[Integer, Field(ge=2)] = Field(32, description="over all ranks")
     accumulate_batches: Count = Field(1, description="batches a step")
     optimiser: Literal["adamw", "muon"] = Field(

@@ -61,7 +61,7 @@ def calibration_metrics(
     `hard_images` is there if the policy has a second pass: its band of logits, and the share that gets it.
     `groups` counts units of the kind `exchangeable_unit`.
     `fit_on` says which images `logits` are of: clean ones, or distorted ones. `on_clean` and
-    `on_challenge` (`report["conditions"]`, of `conditions_report`) are what to expect of the deployed
+    `on_served` (`report["conditions"]`, of `conditions_report`) are what to expect of the deployed
     rule on either. `decision` compares it with the phase-2 threshold on `single_logits` (for None on
     `logits`), at the served prior; it was chosen on these very images, and so was that threshold if
     they are clean, so this shows agreement and is no estimate.

@@ -73,10 +73,16 @@ def challenge_split(
     Raises
     ------
     UserError
-        One class only; `served_prior` outside (0, 1); `challenge.source_shares` do not fit the sources.
+        A file of no image of `split`; one class only; `served_prior` outside (0, 1);
+        `challenge.source_shares` do not fit the sources.
     """
     if originals is not None and len(originals):
         place = {name: row for row, name in enumerate(split.ids)}
+        for name in originals.ids:
+            if name not in place:
+                raise UserError(
+                    f"there is an original file of {name}, which is not in VAL_TEST; rerun `prepare`"
+                )
         split = split.select([place[name] for name in originals.ids])
         files = originals.image_bytes
     else:

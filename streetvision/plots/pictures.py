@@ -238,7 +238,7 @@ def plot_replay(
 def plot_fusion(modes: Mapping[str, Mapping[str, float]], chosen: str, condition: str) -> Figure:
     """Log loss and MCC on VAL_SELECT of each fusion mode, with its views; the chosen one stands out.
 
-    `condition`, `clean` or `challenge`, says which images the numbers are of.
+    `condition`, `clean` or `served`, says which images the numbers are of.
     """
     figure, axes = _figure(8.4, 0.9 + 0.42 * max(len(modes), 3), ncols=2, sharey=True)
     y = np.arange(len(modes))

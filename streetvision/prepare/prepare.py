@@ -406,16 +406,13 @@ def _write_originals(
         with pa.ipc.new_file(temporary, ORIGINALS_SCHEMA) as writer:
             for part in progress(parts if wanted else [], len(parts), "keeping originals"):
                 for batch in read_raw(part, ["id", "image"]):
-                    rows = [
-                        row
-                        for row, name in enumerate(batch.column("id").to_pylist())
-                        if name in wanted
-                    ]
-                    if rows:
-                        kept = batch.take(pa.array(rows))
-                        image = kept.column("image").flatten()[0]
-                        columns = [kept.column("id"), image.cast(pa.binary())]
-                        writer.write_batch(pa.record_batch(columns, schema=ORIGINALS_SCHEMA))
+                    image = batch.column("image").flatten()[0].cast(pa.binary())
+                    columns = [batch.column("id"), image]
+                    rows = pa.record_batch(columns, schema=ORIGINALS_SCHEMA)
+                    # One at a time: photographs are large, and raw row groups must not show.
+                    for row, name in enumerate(batch.column("id").to_pylist()):
+                        if name in wanted:
+                            writer.write_batch(rows.slice(row, 1))
 
     write_atomic(path, write)
     return len(wanted)

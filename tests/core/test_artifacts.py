@@ -39,6 +39,7 @@ from streetvision.core.artifacts import (
     write_json_atomic,
 )
 from streetvision.core.errors import UserError, guarded
+from streetvision.core.escaping import from_csv_cell
 from streetvision.core.schema import CONDITIONS, SPLITS
 
 
@@ -56,7 +57,7 @@ def test_unknown_splits_and_steps_are_refused(tmp_path: Path) -> None:
     for name in ("test", "val_test"):
         with pytest.raises(UserError, match=f'split "{name}" has no embeddings'):
             paths.embeddings(name)
-    with pytest.raises(UserError, match='condition "rain" is not one of clean, challenge'):
+    with pytest.raises(UserError, match='condition "rain" is not one of clean, served'):
         paths.embeddings("train", "rain")
     with pytest.raises(UserError, match=r'step "fit" is not one of ingest, prepare'):
         paths.manifest("fit")
@@ -239,7 +240,7 @@ def test_csv_keeps_every_float_and_text(
     with path.open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
     assert header == ["x", "text"]
-    assert [(float(x), text) for x, text in found] == rows
+    assert [(float(x), from_csv_cell(text)) for x, text in found] == rows
 
 
 def test_csv_columns_must_be_equally_long(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def bad_values(field: FieldInfo) -> list[Any]:
     if kind is str:
         return [3, None, ["a"]]
     if kind not in {int, float}:
-        return ["x", None] if field.default == () else ["x", [], None]
+        empty = field.default == () or typing.get_origin(typing.get_args(kind)[0]) is Literal
+        return ["x", None, ["x"]] if empty else ["x", [], None]
     bad: list[Any] = ["three", True, [1], float("nan"), float("inf"), -float("inf")]
     bad += [] if optional else [None]
     if kind is int:

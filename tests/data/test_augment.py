@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import stats
 
-from streetvision.core.params import Train
+from streetvision.core.params import Subnet, Train
 from streetvision.data import augment
 from streetvision.data.augment import ServedAugmentation, mix_batch, served_view
 from streetvision.data.transforms import Preprocessing
-from streetvision.subnet.profiles import CROP
+from streetvision.subnet.profiles import CROP, PROFILES, ValidatorProfile
 from streetvision.subnet.served import served_jpeg
 
 PREPROCESSING = Preprocessing(32, 48, "letterbox", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
@@ -32,23 +33,30 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
 
 
 def augmentation(**changes: Any) -> ServedAugmentation:
-    return ServedAugmentation(Train(**{"served_probability": 1.0} | changes), PREPROCESSING)
+    train = Train(**{"served_probability": 1.0} | changes)
+    return ServedAugmentation(train, Subnet(validator="crop"), PREPROCESSING)
 
 
 # --------------------------------------------------------------------------- challenge
 
 
 @pytest.mark.parametrize("level", range(4))
-def test_the_view_is_the_served_jpeg_as_the_model_reads_it(level: int) -> None:
-    levels = [float(i == level) for i in range(4)]
+@pytest.mark.parametrize("sender", PROFILES.values(), ids=str)
+def test_the_view_is_the_served_jpeg_as_the_model_reads_it(
+    sender: ValidatorProfile, level: int
+) -> None:
+    if level not in sender.levels:
+        pytest.skip("the validator has no such level")
+    shares = tuple(float(i == level) for i in sender.levels)
+    sender = dataclasses.replace(sender, level_shares=shares)
     rng, twin = np.random.default_rng(5), np.random.default_rng(5)
-    found = served_view(picture(), PREPROCESSING, levels, 0.0, rng)
+    found = served_view(picture(), PREPROCESSING, sender, 0.0, rng)
     twin.random()  # the draw of the level
-    with Image.open(io.BytesIO(served_jpeg(CROP, picture(), level, twin))) as served:
+    with Image.open(io.BytesIO(served_jpeg(sender, picture(), level, twin))) as served:
         wanted = PREPROCESSING.apply(served)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, wanted)
-    mirrored = served_view(picture(), PREPROCESSING, levels, 1.0, np.random.default_rng(5))
+    mirrored = served_view(picture(), PREPROCESSING, sender, 1.0, np.random.default_rng(5))
     np.testing.assert_array_equal(mirrored, wanted[:, ::-1])
 
 
@@ -62,8 +70,9 @@ def test_levels_and_flips_are_drawn_as_often_as_asked(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(augment, "served_jpeg", recorded)
     shares = (0.1, 0.0, 0.5, 0.4 - 1e-7)  # as exactly as parameters are checked
+    sender = dataclasses.replace(CROP, level_shares=shares)
     views = [
-        served_view(picture(), PREPROCESSING, shares, 0.3, np.random.default_rng(i))
+        served_view(picture(), PREPROCESSING, sender, 0.3, np.random.default_rng(i))
         for i in range(1500)
     ]
     counts = np.bincount(levels, minlength=4)

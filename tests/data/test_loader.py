@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streetvision.core.errors import UserError
-from streetvision.core.params import Train
+from streetvision.core.params import Subnet, Train
 from streetvision.data import loader
 from streetvision.data.augment import ServedAugmentation
 from streetvision.data.loader import (
@@ -214,8 +214,8 @@ def test_challenges_are_made_of_stored_images(
 ) -> None:
     path = write_split(tmp_path / "train.arrow", 40, size=(96, 64))
     split = open_split("train", "train", path)
-    train = Train(height_px=32, width_px=48, served_probability=0.5, challenge_levels=[0, 0, 0, 1])
-    challenge = ServedAugmentation(train, PREPROCESSING)
+    train = Train(height_px=32, width_px=48, served_probability=0.5)
+    challenge = ServedAugmentation(train, Subnet(validator="crop"), PREPROCESSING)
     data = TrainingImages(split, PREPROCESSING, torch.nn.Identity(), 7, challenge)
     evaluation = EvaluationImages(split, PREPROCESSING)
     changed = 0

@@ -25,6 +25,7 @@ from streetvision.data.store import (
     Access,
     SplitAccessError,
     numbers,
+    open_originals,
     open_split,
     read_arrow,
     write_arrow,
@@ -80,6 +81,22 @@ def test_a_stage_sees_what_was_agreed_and_nothing_else(
                 _ = part.labels
         with pytest.raises(KeyError):
             part.column("label")
+
+
+def test_only_challenge_sees_the_original_files(tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "originals.arrow", {"id": ["b", "a"], "image": [b"1", b"2"]})
+    with pytest.raises(UserError, match="holds no original files: column"):
+        open_originals("challenge", write_arrow(tmp_path / "x.arrow", {"id": [1], "image": [b""]}))
+    with pytest.raises(UserError, match=r"gone\.arrow is missing; the stage `prepare` makes it"):
+        open_originals("challenge", tmp_path / "gone.arrow")
+    for stage in (*STAGES, "crossval"):
+        if stage == "challenge":
+            found = open_originals(stage, path)
+            assert found.ids.tolist() == ["b", "a"]
+            assert [found.image_bytes(row) for row in range(len(found))] == [b"1", b"2"]
+            continue
+        with pytest.raises(SplitAccessError, match="did not declare the split val_test_originals"):
+            open_originals(stage, path)
 
 
 def test_no_other_program_has_access() -> None:

@@ -58,7 +58,7 @@ def project(tmp_path: Path) -> ArtifactSchema:
     # Distorted, logits are half as large and lower.
     often = np.arange(ROWS).repeat(2)
     moved = logits[often] / 2 - 3 + rng.normal(0, 0.3, 2 * ROWS)
-    distorted = paths.embeddings("val_calib", "challenge")
+    distorted = paths.embeddings("val_calib", "served")
     write_arrow(distorted, embeddings(moved, labels[often], groups[often], 2))
     save_fusion(Fusion(FusionConfig.of("single", Cvfm(), ViewGrid(), 0)), paths.cvfm)
     (paths.classifier).mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_the_policy_is_fitted_on_the_images_that_are_named(
 ) -> None:
     found = {
         fit_on: run(project, fit_on=fit_on, abstention=abstention, alpha=0.25)
-        for fit_on in ("challenge", "clean")
+        for fit_on in ("served", "clean")
     }
     half = 1 if abstention == "none" else 2
     slopes = {}
@@ -92,15 +92,15 @@ def test_the_policy_is_fitted_on_the_images_that_are_named(
         assert document["scrc_params"]["fit_on"] == metrics["fit_on"] == policy.fit_on == fit_on
         slopes[fit_on] = policy.calibrator.to_dict()["slope"]
         assert metrics["on_clean"]["n"] == ROWS // half
-        assert metrics["on_challenge"]["n"] == 2 * ROWS // half
+        assert metrics["on_served"]["n"] == 2 * ROWS // half
         assert metrics["n"] == metrics[f"on_{fit_on}"]["n"]
         # What is expected of the groups that were left out is near to what the fit itself says.
         assert metrics["after"]["served"]["log_loss"] == pytest.approx(
             metrics[f"on_{fit_on}"]["log_loss"], abs=0.02
         )
-    assert slopes["challenge"] == pytest.approx(2 * slopes["clean"], rel=0.15)
+    assert slopes["served"] == pytest.approx(2 * slopes["clean"], rel=0.15)
     for metric in ("log_loss", "ece"):
-        for name, other in (("clean", "challenge"), ("challenge", "clean")):
+        for name, other in (("clean", "served"), ("served", "clean")):
             own, foreign = found[name][1][f"on_{name}"], found[other][1][f"on_{name}"]
             assert own[metric] < foreign[metric]
 
@@ -120,7 +120,7 @@ def test_abstention_is_off_and_costs_nothing(project: ArtifactSchema) -> None:
     assert document["scrc_params"]["abstention"] is None
     assert "abstention" not in metrics
     assert {"tier_1", "tier_2", "tier_3"} <= set(metrics["candidates"])
-    assert document["scrc_params"]["fit_on"] == "challenge"
+    assert document["scrc_params"]["fit_on"] == "served"
     before = project.scrc_params.read_bytes()
     run(project, alpha=0.2, delta=0.3, control="fnr", guarantee_fraction=0.3)
     assert project.scrc_params.read_bytes() == before

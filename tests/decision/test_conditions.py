@@ -21,17 +21,17 @@ def simulated(seed: int, n_groups: int = 60, repeats: int = 2) -> dict[str, Cond
     clean = Condition(logits, labels, groups)
     often = np.repeat(np.arange(labels.size), repeats)
     moved = logits[often] - 2.0 * labels[often] - 0.2 + rng.normal(0, 0.5, often.size)
-    return {"clean": clean, "challenge": Condition(moved, labels[often], groups[often])}
+    return {"clean": clean, "served": Condition(moved, labels[often], groups[often])}
 
 
-@pytest.mark.parametrize("fit_on", ["clean", "challenge"])
+@pytest.mark.parametrize("fit_on", ["clean", "served"])
 def test_both_conditions_are_answered_by_policies_that_saw_nothing_of_the_group(
     fit_on: str,
 ) -> None:
     conditions = simulated(0)
     report = conditions_report(conditions, fit_on, 0.5, 50, 3, "platt")
     fitted = conditions[fit_on]
-    assert set(report) == {"on_clean", "on_challenge"}
+    assert set(report) == {"on_clean", "on_served"}
     for name, each in conditions.items():
         logit = np.full(each.labels.size, np.nan)
         for fold in group_folds(fitted.labels == 1, fitted.groups, 3):
@@ -55,12 +55,12 @@ def test_both_conditions_are_answered_by_policies_that_saw_nothing_of_the_group(
 def test_a_policy_serves_best_what_it_was_fitted_on() -> None:
     conditions = simulated(1)
     on = {name: conditions_report(conditions, name, 0.5, 50, 0, "platt") for name in conditions}
-    for name, other in (("clean", "challenge"), ("challenge", "clean")):
+    for name, other in (("clean", "served"), ("served", "clean")):
         for metric, sign in (("mcc", 1), ("log_loss", -1), ("ece", -1)):
             own, foreign = on[name][f"on_{name}"][metric], on[other][f"on_{name}"][metric]
             assert sign * (own - foreign) > 0.005, (name, metric)
     # Clean calibration misses distorted roadwork.
-    assert on["clean"]["on_challenge"]["fnr"] > on["challenge"]["on_challenge"]["fnr"] + 0.1
+    assert on["clean"]["on_served"]["fnr"] > on["served"]["on_served"]["fnr"] + 0.1
 
 
 def test_nothing_is_reported_where_folds_are_impossible() -> None:

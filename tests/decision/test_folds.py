@@ -79,7 +79,7 @@ def test_whoever_divides_does_so_by_the_seed_it_was_given(
 
         monkeypatch.setattr(module, "group_folds", recorded)
     clean = Passes(logits, logits, truth.astype(np.int64), names)
-    passes = {"clean": clean, "challenge": clean._replace(fused=logits * 0.5)}
+    passes = {"clean": clean, "served": clean._replace(fused=logits * 0.5)}
     for calibrator in ("auto", "tier_1"):
         settings = Decision.model_validate({"calibrator": calibrator, "n_resamples": 100})
         fit_decision(passes, settings, seed, several_views=True)

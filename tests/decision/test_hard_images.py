@@ -33,7 +33,7 @@ def passes(seed: int, groups: int = 40) -> dict[str, Passes]:
     units = np.repeat([f"g{n:02d}" for n in range(groups)], 20)
     labels = (rng.random(units.size) < 0.6).astype(np.int64)
     found = {}
-    for name, lost in (("clean", 0.0), ("challenge", 1.5)):
+    for name, lost in (("clean", 0.0), ("served", 1.5)):
         signal = 4 * labels - 2 - lost * labels
         single = signal + rng.normal(0, 2, units.size)
         found[name] = Passes(single, signal + rng.normal(0, 1, units.size), labels, units)
@@ -68,7 +68,7 @@ def test_the_edges_of_the_band_are_not_hard() -> None:
     assert band.compose(single, single + 10).tolist() == [-1.0, 9.001, 10.0, 2.0, 5.0]
 
 
-@pytest.mark.parametrize("fit_on", ["clean", "challenge"])
+@pytest.mark.parametrize("fit_on", ["clean", "served"])
 @pytest.mark.parametrize("abstention", ["none", "scrc_t"])
 def test_the_policy_is_that_of_the_composed_logits(fit_on: Any, abstention: Any) -> None:
     found = passes(0)
@@ -101,7 +101,7 @@ def test_a_second_pass_is_off_by_default_and_needs_views() -> None:
     off, report, fitted = fit_decision(found, Decision(n_resamples=100), 3, several_views=True)
     assert off.hard_images is None
     assert "hard_images" not in report
-    np.testing.assert_array_equal(fitted.logits, found["challenge"].fused)
+    np.testing.assert_array_equal(fitted.logits, found["served"].fused)
     asked = Decision(n_resamples=100, hard_image_views="all")
     assert fit_decision(found, asked, 3, several_views=False)[0] == off
 

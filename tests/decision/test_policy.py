@@ -320,7 +320,7 @@ def test_document_has_the_schema(fitted: tuple[Policy, dict[str, Any]]) -> None:
         (("scrc_params", "threshold_shift"), float("inf"), "threshold_shift is inf"),
         (("scrc_params", "decision_threshold"), 0.4, "decision_threshold is 0.4"),
         (("scrc_params", "abstention"), {"low": 0.4}, "abstention lacks alpha, control, delta"),
-        (("scrc_params", "fit_on"), "both", "fit_on is 'both'; it must be one of challenge, clean"),
+        (("scrc_params", "fit_on"), "both", "fit_on is 'both'; it must be one of served, clean"),
         (("scrc_params", "temperature"), 2.0, "unknown temperature"),
         (("scrc_params", "calibrator", "slope"), 0.0, "slope is 0.0"),
         (("scrc_params", "calibrator"), 3, "the calibrator is 3"),

@@ -75,7 +75,7 @@ def test_other_documents_that_are_written_are_valid() -> None:
         ("scrc_params.served_prior", True, "scrc_params.served_prior is True; it must be number"),
         ("scrc_params.threshold_shift", float("nan"), "threshold_shift is nan; it must be number"),
         ("scrc_params.decision_threshold", 0.4, "scrc_params.decision_threshold is 0.4; it must be 0.5"),
-        ("scrc_params.fit_on", "both", "scrc_params.fit_on is 'both'; it must be one of challenge, clean"),
+        ("scrc_params.fit_on", "both", "scrc_params.fit_on is 'both'; it must be one of served, clean"),
         ("scrc_params.colour", 1, "scrc_params.colour is unknown; allowed: abstention, calibration"),
         ("scrc_params.calibrator.slope", 0, "scrc_params.calibrator.slope is 0; it must be > 0"),
         ("scrc_params.calibrator.kind", "isotonic", "kind is 'isotonic'; it must be one of platt, beta"),

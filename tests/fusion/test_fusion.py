@@ -686,7 +686,7 @@ def test_fusion_is_chosen_in_the_condition_that_is_served() -> None:
         scores = made.scores._replace(logits=logits, features=features)
         return LabelledViews(scores, made.labels, made.groups)
 
-    select = {name: part(400, 1, name) for name in ("clean", "challenge")}
+    select = {name: part(400, 1, name) for name in ("clean", "served")}
     settings_ = QUICK.model_copy(update={"epochs": 2})
     found = {
         name: choose_fusion(settings_, GRID, part(400, 0, name), select, name, make_head(), 0.5, 7)[
@@ -702,10 +702,10 @@ def test_fusion_is_chosen_in_the_condition_that_is_served() -> None:
             ours, single = (report["modes"][mode][name] for mode in (report["mode"], "single"))
             assert gain == ours[metric] - single[metric]
     # What gains on clean images loses on distorted ones, and is not shipped for them.
-    clean, served = found["clean"], found["challenge"]
+    clean, served = found["clean"], found["served"]
     assert clean["gain"]["mcc"] > 0.1
     rows = clean["modes"]
-    assert rows[clean["mode"]]["challenge"]["mcc"] < rows["single"]["challenge"]["mcc"] - 0.1
+    assert rows[clean["mode"]]["served"]["mcc"] < rows["single"]["served"]["mcc"] - 0.1
     assert served["gain"]["log_loss"] <= 0
     assert served["mode"] != clean["mode"]
 
@@ -714,12 +714,12 @@ def test_trained_modes_stop_in_the_condition_that_decides() -> None:
     train, clean, other = sample(), sample(200, 1), sample(200, 2)
     plain = choose(QUICK.model_copy(update={"mode": "mlp"}), GRID, train, clean, make_head())
     both = choose_fusion(QUICK.model_copy(update={"mode": "mlp"}), GRID, train,
-                         {"clean": clean, "challenge": other}, "clean", make_head(), 0.5, 7)  # fmt: skip
+                         {"clean": clean, "served": other}, "clean", make_head(), 0.5, 7)  # fmt: skip
     for scores in (clean.scores, other.scores):
         np.testing.assert_array_equal(plain[0].fuse(*scores), both[0].fuse(*scores))
     assert plain[1]["gain"] == both[1]["gain"]
     alone = choose(QUICK.model_copy(update={"mode": "mlp"}), GRID, train, other, make_head())[1]
-    assert both[1]["modes"]["single"]["challenge"] == alone["modes"]["single"]["clean"]
+    assert both[1]["modes"]["single"]["served"] == alone["modes"]["single"]["clean"]
 
 
 @pytest.mark.parametrize("mode", TRAINED)

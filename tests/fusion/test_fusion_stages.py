@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 REPEATS = 2
 EMBEDDED = ("train", "val_select", "val_calib")
 CHANGES: dict[str, Any] = {
+    "subnet": {"validator": "crop"},
     "views": {"grid": 2},
     "embed": {"served_repeats": REPEATS},
     "cvfm": {"fits": 1, "epochs": 2, "latent_dim": 4, "attention_dim": 8},
@@ -77,7 +78,7 @@ def test_each_split_is_embedded_as_it_is_and_distorted(project: ArtifactSchema, 
         np.testing.assert_array_equal(found.groups, split.groups.repeat(repeats))
         assert len(found.views) == 5
     model, config = load_classifier(project.classifier)
-    images = served_images(split, params.challenge, REPEATS, params.seed, workers=1)
+    images = served_images(split, params.subnet, REPEATS, params.seed, workers=1)
     scores = score_all_views(
         model, config.preprocessing, images, params.views, 1, torch.device("cpu")
     )

@@ -27,6 +27,7 @@ from streetvision.core.artifacts import ArtifactSchema
 from streetvision.core.errors import UserError
 from streetvision.core.params import Params, check_params
 from streetvision.data.embeddings import read_embeddings
+from streetvision.data.store import open_split, write_arrow
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -41,15 +42,13 @@ class Inputs:
     body: Callable[[Stage], None]
     splits: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    originals: bool = False
 
     def files(self, paths: ArtifactSchema) -> list[Path]:
         return [
             *(paths.split(name) for name in self.splits),
-            *(
-                paths.embeddings(name, c)
-                for name in self.embeddings
-                for c in ("clean", "challenge")
-            ),
+            *([paths.originals] if self.originals else []),
+            *(paths.embeddings(name, c) for name in self.embeddings for c in ("clean", "served")),
         ]
 
 
@@ -59,7 +58,7 @@ READ = {
     "cvfm": Inputs(cvfm, embeddings=("train", "val_select")),
     "calibrate": Inputs(calibrate, embeddings=("val_calib",)),
     "evaluate": Inputs(evaluate, splits=("val_test",)),
-    "challenge": Inputs(challenge, splits=("val_test",)),
+    "challenge": Inputs(challenge, splits=("val_test",), originals=True),
 }
 
 
@@ -88,6 +87,9 @@ def complete(
     for name, source in tiny_splits.items():
         paths.split(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, paths.split(name))
+    test = open_split("challenge", "val_test", paths.split("val_test"))
+    files = [test.image_bytes(row) for row in range(len(test))]
+    write_arrow(paths.originals, {"id": test.ids.tolist(), "image": files})
     for name in ("embed", "sweep", "cvfm"):
         READ[name].body(Stage(name, parameters(), paths))
     return paths

@@ -171,9 +171,9 @@ def test_metrics_have_scalar_leaves(reproduced: Project) -> None:
     assert "SDXL" in challenge["unmeasured"]
     assert challenge["challenges_scored"] == 4 * challenge["n"] == 4 * evaluation["n"]
     fusion = reproduced.read_json("metrics/cvfm.json")
-    assert fusion["fit_on"] == "challenge"
+    assert fusion["fit_on"] == "served"
     single = fusion["modes"]["single"]
-    assert single["clean"]["log_loss"] != single["challenge"]["log_loss"]
+    assert single["clean"]["log_loss"] != single["served"]["log_loss"]
 
 
 # --------------------------------------------------------------------------- files that others know
@@ -216,7 +216,7 @@ def test_scrc_schema(reproduced: Project) -> None:
     assert document["policy_type"] == "scrc"
     assert set(document["metrics"]) == {"before", "after"}
     policy = document["scrc_params"]
-    assert policy["fit_on"] == reproduced.params()["decision"]["fit_on"] == "challenge"
+    assert policy["fit_on"] == reproduced.params()["decision"]["fit_on"] == "served"
     assert policy["decision_threshold"] == 0.5
     assert policy["served_prior"] == reproduced.params()["decision"]["served_prior"]
     labels = read_split(reproduced, "val_calib").column("label").to_pylist()
@@ -400,7 +400,7 @@ def test_second_repro_runs_nothing(project: Project) -> None:
         ({"decision": {"fit_on": "clean"}}, ["cvfm", "calibrate", "export"]),
         ({"decision": {"exchangeable_unit": "drive"}}, ["calibrate"]),
         ({"decision": {"hard_image_views": "all"}}, ["calibrate"]),
-        ({"challenge": {"level_0": 0.4, "level_1": 0.1}}, ["embed", "export", "challenge"]),
+        ({"subnet": {"validator": "letterbox"}}, ["train", "embed", "export", "challenge"]),
         ({"sweep": {"n_thresholds": 100}}, ["sweep"]),
         ({"decision": {"served_prior": 0.4}}, ["calibrate", "evaluate", "challenge"]),
         ({"export": {"make_tar": True}}, ["export"]),

@@ -75,7 +75,7 @@ def test_pictures_depend_on_the_data():
     pictures = {
         plots.plot_fusion(MODES, mode, condition)
         for mode in ("mlp", "single")
-        for condition in ("clean", "challenge")
+        for condition in ("clean", "served")
     }
     assert len(pictures) == 4
 

@@ -27,6 +27,7 @@ from streetvision.core.artifacts import ArtifactSchema, json_text
 from streetvision.core.errors import UserError
 from streetvision.core.params import Data, check_params
 from streetvision.core.schema import RAW_SCHEMA, SPLIT_SCHEMA, SPLITS
+from streetvision.data.store import open_originals
 from streetvision.prepare.prepare import prepare_splits, prepare_whole
 from tests.pipeline.project import REPOSITORY
 
@@ -414,6 +415,21 @@ def test_workers_and_row_groups_leave_the_files_alone(tmp_path: Path) -> None:
     assert len(expected) == 6
     assert files(tmp_path / "two") == expected
     assert files(tmp_path / "three") == expected
+
+
+def test_original_files_of_val_test_are_kept_in_its_order(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", make_rows())
+    for limit, name in ((5000, "all"), (7, "some"), (0, "none")):
+        report = prepare(raw, tmp_path / name, test_originals=limit)
+        found = open_originals("challenge", tmp_path / name / "val_test_originals.arrow")
+        test = [row["id"] for row in read(tmp_path / name, "val_test")]
+        assert 7 < len(test) < 5000
+        assert report["test_originals"] == len(found) == min(limit, len(test))
+        assert found.ids.tolist() == [each for each in test if each in set(found.ids)]
+        if limit == 7:
+            assert found.ids.tolist() != test[:7]  # drawn: neighbours are often of one drive
+        for row, each in enumerate(found.ids):
+            assert found.image_bytes(row) == photo(int(each[4:]))
 
 
 def test_batches_are_small(tmp_path: Path) -> None:

@@ -109,6 +109,15 @@ CHANGES = {
     "a file that DVC ignores": (text("code/__pycache__/b.pyc", "y"), {}),
     "a parameter": (param("data", "seed", 2), {"ingest": "data.seed was 1 and is 2"}),
     "one of a section": (param("train", "layers", [1, {"n": 3}]), {"train": "train.layers was [1"}),
+    "a new one in a section": (
+        param("train", "depth", 3), {"train": "train.depth is in dvc.yaml, and it ran without"}
+    ),
+    "one less in a section": (
+        lambda project: change(
+            project, "params.yaml", lambda document: document["train"].pop("layers")
+        ),
+        {"train": "train.layers was "},
+    ),
     "a parameter that no stage reads": (param("data", "other", 2), {}),
     "code": (text("train.py", "one\n"), {"train": "train.py changed"}),
     "line ends": (text("evaluate.py", "2\n"), {"evaluate": "evaluate.py changed"}),

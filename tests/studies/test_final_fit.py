@@ -130,7 +130,7 @@ def test_the_command_trains_on_everything_and_its_bundle_is_served(
 
     # The policy is that of the folds' held-out logits.
     with (project / "report/crossval/logits.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["condition"] == "challenge"]
+        rows = [row for row in csv.DictReader(file) if row["condition"] == "served"]
     logits = np.array([float(row["fused"]) for row in rows])
     policy, _ = fit_policy(
         logits, np.array([int(row["label"]) for row in rows]), np.array([row["unit"] for row in rows]),
@@ -140,7 +140,7 @@ def test_the_command_trains_on_everything_and_its_bundle_is_served(
     np.testing.assert_array_equal(
         served.deployed_probability(logits), policy.deployed_probability(logits)
     )
-    assert served.fit_on == "challenge"
+    assert served.fit_on == "served"
 
     card = (tmp_path / "final/card.md").read_text()
     assert "**Nothing below was measured of this bundle itself**" in card

@@ -49,7 +49,7 @@ def test_new_scenes_have_another_seed_and_nothing_else_changes() -> None:
         fresh_params(photos, 1000, 70)
 
 
-@pytest.mark.parametrize("condition", ["clean", "challenge"])
+@pytest.mark.parametrize("condition", ["clean", "served"])
 def test_the_bundle_is_scored_on_the_images_its_policy_was_fitted_on(
     condition: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from sklearn.metrics import log_loss, matthews_corrcoef
 from torch.utils.data import Dataset
 
 from streetvision.core.errors import UserError
-from streetvision.core.params import Challenge, Compile, Hardware, Train, TrainLora, ViewGrid
+from streetvision.core.params import Compile, Hardware, Subnet, Train, TrainLora, ViewGrid
 from streetvision.data.loader import (
     EpochSampler,
     EvaluationImages,
@@ -856,13 +856,13 @@ def test_the_gate_decides_and_is_resumed(
     splits = [open_split("train", n, tiny_splits[n]) for n in ("train", "val_select")]
     steps = count_steps(monkeypatch)
 
-    real, distorted = gate.augmentation_gate, training.distorted_probabilities
+    real, distorted = gate.augmentation_gate, training.served_probabilities
 
     def scoring(model: Any, preprocessing: Any, split: Any, *rest: Any) -> Any:
         assert split.ids.tolist() == splits[1].ids.tolist(), "judged on other images"
         return distorted(model, preprocessing, split, *rest)
 
-    monkeypatch.setattr(training, "distorted_probabilities", scoring)
+    monkeypatch.setattr(training, "served_probabilities", scoring)
 
     def run(scratch: str, low: float, **changes: Any) -> TrainingResult:
         def judged(run: Any, labels: Any, *arguments: Any, **more: Any) -> Any:
@@ -878,7 +878,7 @@ def test_the_gate_decides_and_is_resumed(
         return train_classifier(
             lambda train, seed: build_classifier(train, seed, tmp_path),
             tiny_train.model_copy(update=changes), *splits, seed=7, scratch=tmp_path / scratch,
-            hardware=Hardware(device="cpu"), compile_settings=Compile(),
+            subnet=Subnet(validator="crop"), hardware=Hardware(device="cpu"), compile_settings=Compile(),
         )  # fmt: skip
 
     noisy = {"mixup_alpha": 0.5, "erasing_probability": 0.5}
@@ -887,8 +887,8 @@ def test_the_gate_decides_and_is_resumed(
     failed = run("gated", -0.2, **noisy, augmentation_gate=2)
     assert len(steps) == 4 * 6
     found = failed.metrics.pop("gate")
-    assert (found["judged_on"], found["augmented"], found["seeds"]) == ("challenge", False, 2)
-    assert [found[f"on_{name}"]["verdict"] for name in ("challenge", "clean")] == ["fail", "pass"]
+    assert (found["judged_on"], found["augmented"], found["seeds"]) == ("served", False, 2)
+    assert [found[f"on_{name}"]["verdict"] for name in ("served", "clean")] == ["fail", "pass"]
     assert_same(plain, failed)
     passed = run("gated", 0.0, **noisy, augmentation_gate=2)
     assert steps == []
@@ -901,22 +901,24 @@ def test_the_gate_decides_and_is_resumed(
         run("nothing", 0.0, augmentation_gate=2)
 
 
+@pytest.mark.parametrize(("validator", "versions"), [("crop", gate.REPEATS), ("raw", 1)])
 def test_the_gate_scores_what_embed_would_score(
-    tmp_path: Path, tiny_train: Train, tiny_splits: dict[str, Path]
-) -> None:
-    """Distorted versions by the levels that training draws, one image at a time."""
+    validator: Literal["crop", "raw"], versions: int,
+    tmp_path: Path, tiny_train: Train, tiny_splits: dict[str, Path],
+) -> None:  # fmt: skip
+    """Versions as they are served, one image at a time."""
     split = open_split("train", "val_select", tiny_splits["val_select"])
     model, config = build_classifier(tiny_train, 7, tmp_path)
-    found = gate.distorted_probabilities(
-        model.eval(), config.preprocessing, split, [1, 0, 0, 3], 5, torch.device("cpu"), 1
+    subnet = Subnet(validator=validator)
+    found = gate.served_probabilities(
+        model.eval(), config.preprocessing, split, subnet, 5, torch.device("cpu"), 1
     )
-    shares = Challenge(level_0=0.25, level_1=0, level_2=0, level_3=0.75)
     wanted = []
-    for image in served_images(split, shares, gate.REPEATS, 5, 1):
+    for image in served_images(split, subnet, gate.REPEATS, 5, 1):
         [view] = views_of(image, config.preprocessing, ViewGrid()).inputs
         logits, _ = score(model, config.preprocessing, [view], 1, torch.device("cpu"))
         wanted.append(1 / (1 + np.exp(-float(logits[0]))))
-    assert len(found) == gate.REPEATS * len(split)
+    assert len(found) == versions * len(split)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 

@@ -136,7 +136,7 @@ def random_policy(rng: np.random.Generator, kind: str, *, hard: bool) -> Policy:
     prior, shift = rng.uniform(0.2, 0.8), rng.choice([0.0, rng.normal()])
     return Policy(
         fit_kind(kind, logits, truth, groups, 0, 0.5), float(truth.mean()), prior, float(shift),
-        Abstention("scrc_t", "error", 0.05, None, 8, 0.1), "challenge",
+        Abstention("scrc_t", "error", 0.05, None, 8, 0.1), "served",
         HardImages(*np.sort(rng.normal(0, 1.5, 2)).tolist()) if hard else None,
     )  # fmt: skip
 
