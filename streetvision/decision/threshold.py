@@ -421,6 +421,6 @@ def read_threshold(path: Path) -> float:
         The file is missing, broken, or holds no such number.
     """
     value = read_json(path, "sweep").get("threshold")
-    if type(value) not in {int, float} or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise UserError(f"{path}: threshold is {value!r}, not a number from 0 to 1; rerun `sweep`")
     return float(value)
