@@ -34,6 +34,7 @@ from streetvision.data.walk import Finder
 from streetvision.sources.csv_table import decode_text, read_csv, read_table_file
 from streetvision.sources.files import FILE_ALIASES
 from streetvision.sources.labels import read_labels
+from streetvision.subnet.profiles import PROFILES
 from streetvision.subnet.reward import (
     ACCURACY_WINDOW,
     MCC_WINDOW,
@@ -169,6 +170,7 @@ def answers(
     """Probabilities [N] that `score` gives the images, read as it takes them; −1 where one is unusable."""
     found = np.full(len(challenges), NO_ANSWER)
     read: list[int] = []
+    sizes: list[tuple[int, int]] = []
 
     def images() -> Iterator[Image.Image]:
         for row in progress(range(len(challenges)), len(challenges), "replay"):
@@ -178,11 +180,26 @@ def answers(
                 _log.warning("%s", error)
                 continue
             read.append(row)
+            sizes.append(image.size)
             yield image
 
     probabilities = score(images())
     found[read] = probabilities
+    _warn_of_mixed_eras(sizes)
     return found
+
+
+def _warn_of_mixed_eras(sizes: Sequence[tuple[int, int]]) -> None:
+    """Say it where some pictures have the size of one era of the validator, and others that of another."""
+    reduced = {each.side: each.name for each in PROFILES.values() if each.side is not None}
+    squares = sum(width == height and width in reduced for width, height in sizes)
+    if 0 < squares < len(sizes):
+        names = ", ".join(each.name for each in PROFILES.values() if each.side in reduced)
+        _log.warning(
+            "the log mixes eras: %d of %d pictures are squares of %s pixels, as validators %s sent them, and "
+            "the others are whole; windows over both say little of either",
+            squares, len(sizes), ", ".join(map(str, reduced)), names,
+        )  # fmt: skip
 
 
 def windows(predictions: Sequence[float | None], challenges: Sequence[Challenge]) -> Series | None:

@@ -329,3 +329,21 @@ def test_the_command(
     error = capsys.readouterr().err
     assert error.startswith("streetvision replay: error: ")
     assert "models/bundle/bundle.json is missing" in error
+
+
+@pytest.mark.parametrize(
+    ("squares", "wholes", "mixed"), [(2, 1, True), (2, 0, False), (0, 2, False)]
+)
+def test_a_log_of_two_eras_is_said(
+    squares: int, wholes: int, mixed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    challenges = []
+    for number, size in enumerate([(224, 224)] * squares + [(320, 240)] * wholes):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", size).save(path)
+        challenges.append(Challenge(path, None, 1))
+    answers(lambda images: np.array([0.5 for _ in images]), challenges)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == mixed
+    if mixed:
+        assert said[0].startswith("the log mixes eras: 2 of 3 pictures are squares of 224 pixels")
