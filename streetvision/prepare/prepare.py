@@ -406,13 +406,12 @@ def _write_originals(
         with pa.ipc.new_file(temporary, ORIGINALS_SCHEMA) as writer:
             for part in progress(parts if wanted else [], len(parts), "keeping originals"):
                 for batch in read_raw(part, ["id", "image"]):
-                    image = batch.column("image").flatten()[0].cast(pa.binary())
-                    columns = [batch.column("id"), image]
-                    rows = pa.record_batch(columns, schema=ORIGINALS_SCHEMA)
+                    images = batch.column("image").flatten()[0]
                     # One at a time: photographs are large, and raw row groups must not show.
                     for row, name in enumerate(batch.column("id").to_pylist()):
                         if name in wanted:
-                            writer.write_batch(rows.slice(row, 1))
+                            one = {"id": [name], "image": [images[row].as_py()]}
+                            writer.write_batch(pa.record_batch(one, schema=ORIGINALS_SCHEMA))
 
     write_atomic(path, write)
     return len(wanted)

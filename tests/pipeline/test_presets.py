@@ -17,7 +17,7 @@ from streetvision.core.params import Params
 from streetvision.presets import load_preset, preset_names
 from tests.pipeline.project import REPOSITORY, Project, copy_code
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "sources"))
 from fake_hub import FakeHub
 
 PHOTOS = REPOSITORY.parent / "shared/photos/labels.csv"

@@ -214,11 +214,11 @@ def pretend(quality: Quality) -> Callable[[Job], dict[str, Any]]:
             opened = job.run.fold.open(split, stage)
             rng = np.random.default_rng(job.run.seed)
             noise, sign = rng.normal(0, 1, len(opened)), 2 * opened.labels - 1
-            names = {"val_select": ["challenge"], "val_test": list(CONDITIONS), "val_calib": []}
+            names = {"val_select": ["served"], "val_test": list(CONDITIONS), "val_calib": []}
             if job.network is not None:
                 moved = [f"{base}/{MOVED}" for base in BASES]
                 names = {
-                    "val_select": [f"{FUSED} challenge"],
+                    "val_select": [f"{FUSED} served"],
                     "val_calib": [*moved, *rules],
                     "val_test": [f"{n} {c}" for n in (*BASES, *moved, *rules) for c in CONDITIONS],
                 }
@@ -401,7 +401,7 @@ def test_command_resumes_and_its_tables_are_the_runs(
 
 def check_row(row: list[str], candidate: Candidate) -> None:
     """Means over the seeds, from the stored log-odds by scikit-learn."""
-    for cell, condition in ((row[1], "clean"), (row[3], "challenge")):
+    for cell, condition in ((row[1], "clean"), (row[3], "served")):
         found = []
         for job in candidate.jobs:
             labels = job.run.fold.read("val_test").labels

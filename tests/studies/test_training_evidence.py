@@ -267,7 +267,7 @@ def test_spread_gain_and_choice(tmp_path: Path) -> None:
     assert table.mcc("better", "clean") == pytest.approx([2 * 64 / 80 - 1, 2 * 66 / 80 - 1])
     _, _, baseline, better, _ = report.variants_table(table)
     cells = [cell.strip() for cell in better.split("|")]
-    assert cells[1] == "**better** (best on clean, best on challenge)"
+    assert cells[1] == "**better** (best on clean, best on served)"
     assert cells[3] == "0.625 ± 0.035"
     assert cells[4] == "+0.125 ± 0.035"
     assert baseline.split("|")[4].strip() == ""
@@ -312,7 +312,7 @@ def test_pooled_decisions_over_folds(tmp_path: Path) -> None:
     assert pooled_mcc(lines, "clean") == pytest.approx(
         matthews_corrcoef(labels.ravel(), clean.ravel() > 0.5)
     )
-    assert pooled_mcc(lines, "challenge") == pytest.approx(
+    assert pooled_mcc(lines, "served") == pytest.approx(
         matthews_corrcoef(np.repeat(labels, 4, axis=0).ravel(), levels.ravel() > 0.5)
     )
 
