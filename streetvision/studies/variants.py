@@ -106,7 +106,12 @@ AUGMENTATIONS = (
     _train("erasing", "augmentation", erasing_probability=0.25),
     _train("mixup", "augmentation", mixup_alpha=0.2),
     _train("cutmix", "augmentation", cutmix_alpha=1.0),
-    _train("challenge", "augmentation", served_probability=0.5),
+    # Judged, as all are, on what `crop` sends, too.
+    Variant(
+        "challenge",
+        "augmentation",
+        {"subnet": {"validator": "crop"}, "train": {"served_probability": 0.5}},
+    ),  # fmt: skip
 )
 HEAD = _train("mlp_head", "head", head="mlp")
 GROKFAST = _train("grokfast", "optimisation", grokfast=True)

@@ -168,8 +168,14 @@ def test_metrics_have_scalar_leaves(reproduced: Project) -> None:
     assert headline["ece"] == evaluation["ece"]
     assert headline["challenge_mcc"] == challenge["mcc"]
     assert 0 <= challenge["reward"]["mean"] <= 1
-    assert "SDXL" in challenge["unmeasured"]
-    assert challenge["challenges_scored"] == 4 * challenge["n"] == 4 * evaluation["n"]
+    assert "generated images or NATIX's own" in challenge["unmeasured"]
+    assert challenge["status"].startswith("Since 2026-05-06 (commit 05b830e)")
+    # The configured validator leads; two of the three have four levels.
+    assert challenge["validator"] == reproduced.params()["subnet"]["validator"] == "crop"
+    assert set(challenge["validators"]) == {"crop", "letterbox", "raw"}
+    assert challenge["mcc"] == challenge["validators"]["crop"]["mcc"]
+    assert challenge["challenges_scored"] == 9 * challenge["n"] == 9 * evaluation["n"]
+    assert challenge["skew"]["mcc_stored"] == pytest.approx(evaluation["mcc"])
     fusion = reproduced.read_json("metrics/cvfm.json")
     assert fusion["fit_on"] == "served"
     single = fusion["modes"]["single"]
