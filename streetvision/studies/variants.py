@@ -111,7 +111,7 @@ AUGMENTATIONS = (
         "challenge",
         "augmentation",
         {"subnet": {"validator": "crop"}, "train": {"served_probability": 0.5}},
-    ),  # fmt: skip
+    ),
 )
 HEAD = _train("mlp_head", "head", head="mlp")
 GROKFAST = _train("grokfast", "optimisation", grokfast=True)
