@@ -369,7 +369,7 @@ class Train(Section):
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     balanced_sampler: bool = Field(False, description="draw both classes equally often")
     # Optimisation.
-    epochs: Count = 8
+    epochs: Count = 6
     batch_size: Annotated[Integer, Field(ge=2)] = Field(32, description="over all ranks")
     accumulate_batches: Count = Field(1, description="batches a step")
     optimiser: Literal["adamw", "muon"] = Field(
