@@ -19,12 +19,14 @@ from streetvision.data.pixels import (
     decode_upright,
     upright_rgb,
 )
+from streetvision.data.transforms import Preprocessing
 from streetvision.prepare import decode
 from streetvision.prepare.decode import (
     DecodedImage,
     decode_image,
     encode_jpeg,
 )
+from tests.review.pictures import street
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -310,3 +312,22 @@ def test_encoding_keeps_colour_at_full_resolution() -> None:
     assert data == encode_jpeg(image, 95)
     red, _, blue = np.asarray(Image.open(io.BytesIO(data)))[16, 16].tolist()
     assert red - blue > 150
+
+
+@pytest.mark.parametrize(("size", "limit"), [((256, 192), 0.1), ((1024, 768), 0.6)])
+def test_a_stored_copy_is_what_the_bundle_makes_of_the_picture_itself(
+    size: tuple[int, int], limit: float
+) -> None:
+    """Small things decide: the DCT's own reduction keeps more of their contrast than a bicubic one."""
+    rng = np.random.default_rng(3)
+    image = street(rng, size)
+    for _ in range(40):  # cones of a few stored pixels
+        left, top = (int(rng.integers(0, side * 0.95)) for side in size)
+        side = size[0] // 40
+        image.paste((240, 110, 20), (left, top, left + side, top + 2 * side))
+    data = encode(image, quality=90)
+    stored = run(data, side=96).image
+    with Image.open(io.BytesIO(data)) as whole:
+        served = Preprocessing(96, 128, "letterbox", (0.5,) * 3, (0.5,) * 3).apply(whole)
+    assert stored.size == (128, 96)
+    assert difference(stored, Image.fromarray(served)) < limit
