@@ -223,7 +223,7 @@ def challenge_report(
             one = each.probabilities[:, [level]]
             of_level = _overall(y, one, index, weights, np.ones(1), *settings)
             found["levels"][f"level_{level}"] = {"share": float(share), **_row(of_level)}
-            bars[f"{name} {level}"] = of_level["mcc"]
+            bars[f"{name}\n{level}"] = of_level["mcc"]
     fnr, fpr = lead["fnr"].value, lead["fpr"].value
     deviation = float(reward_moments(1 - fnr, fpr, served_prior)[1][0])
     simulated = simulate_rewards(
