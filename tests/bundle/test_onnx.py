@@ -36,7 +36,15 @@ from streetvision.bundle.timing import time_bundle
 from streetvision.bundle.validate import BUNDLE_JSON, BundleValidator, sealed
 from streetvision.core.artifacts import ArtifactSchema, json_text, read_json, sha256_file
 from streetvision.core.errors import UserError
-from streetvision.core.params import Cvfm, Export, Hardware, Params, ViewGrid, check_params
+from streetvision.core.params import (
+    Cvfm,
+    Export,
+    Hardware,
+    Params,
+    Subnet,
+    ViewGrid,
+    check_params,
+)
 from streetvision.data.store import open_split
 from streetvision.decision.calibrators import PlattMap
 from streetvision.decision.hard_images import HardImages
@@ -492,7 +500,7 @@ def test_the_stage(
         shutil.copy(source, paths.scrc_params.parent)
     for name in ("val_select", "val_calib"):
         shutil.copy(tiny_splits[name], paths.split(name))
-    params = Params(hardware=Hardware(workers=1), export=SETTINGS)
+    params = Params(hardware=Hardware(workers=1), export=SETTINGS, subnet=Subnet(validator="crop"))
     export(Stage("export", params, paths))
     BundleValidator().validate(paths.bundle)
     metrics = read_json(paths.metric("export"), "export")

@@ -22,9 +22,11 @@ from streetvision.data.embeddings import read_embeddings
 from streetvision.evaluation.headline import HEADLINE
 from streetvision.plots import curves
 from streetvision.presets import value
+from streetvision.subnet.profiles import HALT
 from tests.pipeline.project import (
     STAGES,
     Project,
+    data_deps,
     leaf_items,
     names,
     outputs,
@@ -44,11 +46,11 @@ from streetvision.core.params import load_params
 
 def blind(section, prefix, tracked):
     for key, value in list(section.__dict__.items()):
-        if prefix + key == "hardware":
+        if prefix + key == "hardware" or prefix + key in tracked:
             continue
         if isinstance(value, BaseModel):
             blind(value, f"{prefix}{key}.", tracked)
-        elif prefix + key not in tracked:
+        else:
             del section.__dict__[key]
 
 root = Path.cwd()
@@ -125,7 +127,8 @@ def test_json_is_sorted_finite_and_free_of_circumstances(reproduced: Project) ->
             assert folder not in leaf, (path, key)
             assert not leaf.startswith(("/", "~")), (path, key)
             assert not host.search(leaf), (path, key)
-            assert not re.search(r"\d{4}-\d\d-\d\d|\d\d:\d\d", leaf), (path, key)
+            if leaf != HALT:  # a fact with its day
+                assert not re.search(r"\d{4}-\d\d-\d\d|\d\d:\d\d", leaf), (path, key)
         words = {word for key, _ in leaf_items(document) for word in re.split(r"[._]", key)}
         assert not words & {"seconds", "duration", "latency", "started", "host", "hostname", "date"}
 
@@ -268,8 +271,11 @@ def test_manifests_name_what_went_in_and_out(reproduced: Project) -> None:
         written = {entry["path"] for entry in document["outputs"]}
         on_disk = reproduced.hashes(outputs(stages[name]))
         assert written == {n for n in on_disk if not n.endswith(".manifest.json")}, name
-        data = [n for n in stages[name]["deps"] if Path(n).suffix != ".py"]
-        data = [n for n in data if not n.startswith("$") and not n.endswith(".manifest.json")]
+        data = [
+            n
+            for n in data_deps(stages[name])
+            if not n.startswith("$") and not n.endswith(".manifest.json")
+        ]
         data = [n for n in data if n != "data/params.checked"]
         read = {entry["path"] for entry in document["inputs"]}
         assert read == {n for n in reproduced.hashes(data) if not n.endswith(".manifest.json")}, (
@@ -349,7 +355,7 @@ def test_curves_are_of_the_predictions(reproduced: Project) -> None:
             key: [str(value) for value in values] for key, values in table.items()
         }
     calibration = rows(reproduced, "metrics/plots/calibration.csv")
-    n = len(read_embeddings(reproduced / "data/embeddings/val_calib_challenge.arrow").labels)
+    n = len(read_embeddings(reproduced / "data/embeddings/val_calib_served.arrow").labels)
     for panel in ("before, at the served prior", "after, in sample"):
         assert sum(int(row["images"]) for row in calibration if row["panel"] == panel) == n
 
@@ -466,7 +472,8 @@ def test_changed_code_reruns_the_stages_that_import_it(project: Project) -> None
     (project / name).write_text((project / name).read_text() + "\n# changed\n")
     status = json.loads(project.dvc("status", "--json").stdout)
     stages = read_dvc_yaml(project.root)["stages"]
-    assert set(status) == {stage for stage, entry in stages.items() if name in entry["deps"]}
+    room = "streetvision/decision"
+    assert set(status) == {stage for stage, entry in stages.items() if room in entry["deps"]}
     assert "calibrate" in status
     assert not {"ingest", "prepare", "train", "embed"} & set(status)
 

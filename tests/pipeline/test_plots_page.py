@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from streetvision.core.artifacts import write_csv_atomic, write_json_atomic
-from streetvision.evaluation import curves
+from streetvision.plots import curves
 from tests.pipeline.project import REPOSITORY, Project, names, read_dvc_yaml, with_git
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

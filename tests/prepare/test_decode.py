@@ -97,8 +97,10 @@ def test_resizing_is_bicubic(side: int) -> None:
     assert difference(found, linear) > 5
 
 
-@pytest.mark.parametrize(("side", "largest"), [(96, 504), (378, 504), (600, 1008), (1600, 4032)])
-def test_a_large_jpeg_is_never_decoded_in_full(
+@pytest.mark.parametrize(
+    ("side", "largest"), [(96, 504), (189, 504), (378, 1008), (600, 2016), (1600, 4032)]
+)
+def test_a_large_jpeg_is_decoded_at_twice_the_wanted_size_at_least(
     side: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []

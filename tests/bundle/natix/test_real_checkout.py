@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
-from streetvision.evaluation.reward import rewards
 
 from streetvision.bundle.natix.check import challenge_image
 from streetvision.bundle.natix.install import CONFIG, NAME, install
 from streetvision.bundle.natix.layout import layout_of
 from streetvision.bundle.predictor import Predictor
+from streetvision.subnet.reward import rewards
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
