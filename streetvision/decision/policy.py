@@ -381,8 +381,10 @@ def policy_from_document(document: object) -> Policy:
     abstention = None if stored is None else Abstention.from_dict(stored)
     calibration_prior, served_prior, shift = (check_number(params[name], name) for name in numbers)
     hard = params["hard_images"]
+    # What policies called it until the validator was a parameter.
+    fit_on = "served" if params["fit_on"] == "challenge" else params["fit_on"]
     return Policy(
-        calibrator, calibration_prior, served_prior, shift, abstention, params["fit_on"],
+        calibrator, calibration_prior, served_prior, shift, abstention, fit_on,
         None if hard is None else HardImages.from_dict(hard),
     )  # fmt: skip
 

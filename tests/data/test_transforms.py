@@ -357,3 +357,7 @@ def test_contrastive_view_is_the_same_as_of_torchvisions_own_parts(
         difference = seeded(ours, image, seed).int() - seeded(theirs, image, seed).int()
         assert difference.abs().max() <= 4
         assert (difference != 0).float().mean() < 0.02
+
+
+def test_preprocessing_of_a_bundle_that_still_names_the_square_is_read() -> None:
+    assert Preprocessing.from_dict(BASE.to_dict() | {"square_crop": False}) == BASE

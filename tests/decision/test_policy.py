@@ -21,6 +21,7 @@ from streetvision.decision import policy as policy_module
 from streetvision.decision.calibrators import Platt, PlattMap
 from streetvision.decision.folds import group_folds
 from streetvision.decision.policy import Policy, fit_policy, policy_from_document, scrc_document
+from streetvision.decision.validator import PolicyValidator
 from streetvision.stats.metrics import all_metrics, prior_weights
 
 Floats = NDArray[np.float64]
@@ -349,3 +350,13 @@ def test_a_missing_key_is_named(key: str) -> None:
 def test_something_else_is_refused() -> None:
     with pytest.raises(UserError, match="an object is needed"):
         policy_from_document([1, 2])
+
+
+def test_a_policy_from_before_the_validator_was_a_parameter_is_read() -> None:
+    document = deepcopy(
+        scrc_document(Policy(PlattMap(1.0, 0.0), 0.7, 0.5, fit_on="served"), REPORT)
+    )
+    assert document["scrc_params"]["fit_on"] == "served"
+    document["scrc_params"]["fit_on"] = "challenge"
+    PolicyValidator().validate(document)
+    assert policy_from_document(document).fit_on == "served"
