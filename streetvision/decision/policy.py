@@ -382,7 +382,7 @@ def policy_from_document(document: object) -> Policy:
     calibration_prior, served_prior, shift = (check_number(params[name], name) for name in numbers)
     hard = params["hard_images"]
     # What policies called it until the validator was a parameter.
-    fit_on = "served" if params["fit_on"] == "challenge" else params["fit_on"]
+    fit_on: Any = "served" if params["fit_on"] == "challenge" else params["fit_on"]
     return Policy(
         calibrator, calibration_prior, served_prior, shift, abstention, fit_on,
         None if hard is None else HardImages.from_dict(hard),
